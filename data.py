@@ -1,0 +1,677 @@
+"""
+data.py: stage 4, pictures and their captions: from a drawn world, a folder or the hub, to one kind of batch.
+
+The method needs pairs of a picture and a sentence about it. Three sources give them here: `shapes`, scenes drawn on
+the spot with true captions, so that everything can be tried with nothing downloaded; any local folder; any data set of
+the Hugging Face hub. All three become a `datasets.Dataset` and pass through the same cropping, the same tokenizer and
+the same loader. The order of the samples and each crop depend on (seed, epoch, sample) alone, never on the process.
+
+    shapes | folder | parquet | tars | hub id -> datasets -> decode -> crop, resize -> image float32 [B,3,R,R] in [-1,1]
+                                              -> caption  -> byte-pair ids [bos ... eos pad pad]   text int64   [B,T]
+                                              -> label (-1 where none)                             label int64  [B]
+
+Letters: B batch, R resolution, T text length; in the drawing code u, x point right and v, y down.
+
+Run:    python data.py --data shapes --out shapes.png      # a grid of samples with captions, ids and the loader's speed
+Source: random resized crop over 40-100 % of the area and no flip, as OpenVision 1 (paper sec 4 names none);
+        byte-level byte-pair encoding, wrapped as a tiktoken.Encoding.
+Next:   train.py
+"""
+import argparse
+import base64
+import io
+import json
+import math
+import os
+import random
+import re
+import textwrap
+import time
+import warnings
+from collections import Counter
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import datasets
+import numpy as np
+import tiktoken
+import torch
+from PIL import Image, ImageDraw, ImageOps
+from torch import Tensor
+from tqdm import tqdm
+
+Image.MAX_IMAGE_PIXELS = 64_000_000  # a bound on what a small file may unpack to
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The shapes data set: scenes
+# ---------------------------------------------------------------------------------------------------------------------
+
+COLORS = {"red": (215, 38, 38), "orange": (243, 134, 24), "yellow": (240, 217, 48), "green": (42, 158, 62),
+          "cyan": (58, 205, 215), "blue": (38, 72, 208), "purple": (126, 44, 170), "pink": (247, 138, 190)}
+RADIUS = {"small": 0.12, "medium": 0.165, "large": 0.22}  # as a fraction of the picture's side
+SIDES = {"left": (-1, 0), "right": (1, 0), "above": (0, -1), "below": (0, 1)}
+OPPOSITE = {"left": "right", "right": "left", "above": "below", "below": "above"}
+
+
+def star_distance(u, v):
+    angle = np.mod(np.arctan2(u, -v) + math.pi / 5, 2 * math.pi / 5) - math.pi / 5
+    radius = np.hypot(u, v)
+    x, y = radius * np.cos(angle), np.abs(radius * np.sin(angle))  # folded: one point of the star, its upper edge
+    inner = (0.48 * math.cos(math.pi / 5), 0.48 * math.sin(math.pi / 5))
+    length = math.hypot(1.1 - inner[0], inner[1])
+    return ((x - 1.1) * inner[1] + y * (1.1 - inner[0])) / length
+
+
+# Signed distance to the outline, negative inside, of a shape of radius about 1; u points right, v down.
+SHAPES = {
+    "circle": lambda u, v: np.hypot(u, v) - 0.95,
+    "square": lambda u, v: np.maximum(np.abs(u), np.abs(v)) - 0.84,
+    "triangle": lambda u, v: np.maximum(v - 0.62, 0.866 * np.abs(u) - 0.5 * v - 0.56),
+    "star": star_distance,
+    "cross": lambda u, v: np.minimum(np.maximum(np.abs(u) - 1.0, np.abs(v) - 0.34),
+                                     np.maximum(np.abs(u) - 0.34, np.abs(v) - 1.0)),
+    "ring": lambda u, v: np.abs(np.hypot(u, v) - 0.74) - 0.26,
+    "heart": lambda u, v: np.minimum((np.abs(u) + np.abs(v - 0.12) - 0.84) / math.sqrt(2),
+                                     np.hypot(np.abs(u) - 0.42, v + 0.30) - 0.59),
+    "moon": lambda u, v: np.maximum(np.hypot(u, v) - 1.0, 0.72 - np.hypot(u - 0.52, v)),
+}
+CLASS_NAMES = [f"{color} {shape}" for color in COLORS for shape in SHAPES]  # 64
+
+
+def place_objects(rng: random.Random, sizes: list[str]) -> list[tuple] | None:
+    """(x, y, side) for each size, the first object's side None; or None where the draw did not fit."""
+    if len(sizes) == 1:  # alone: near one of nine anchors, so that "at the top left" is never in doubt
+        return [(*(0.5 + 0.23 * rng.randint(-1, 1) + rng.uniform(-0.03, 0.03) for _ in "xy"), None)]
+    first = RADIUS[sizes[0]]
+    places = [(*(rng.uniform(first + 0.02, 0.98 - first) for _ in "xy"), None)]
+    for size, side in zip(sizes[1:], rng.sample(list(SIDES), 4)):
+        distance = first + RADIUS[size] + rng.uniform(0.04, 0.3)
+        angle = rng.uniform(-0.38, 0.38)  # within 22 degrees of the axis, so that "left of" is never in doubt
+        along, across = distance * math.cos(angle), distance * math.sin(angle)
+        dx, dy = SIDES[side]
+        x, y = places[0][0] + along * dx - across * dy, places[0][1] + along * dy + across * dx
+        margin = RADIUS[size] + 0.02
+        if not (margin <= x <= 1 - margin and margin <= y <= 1 - margin):
+            return None
+        if any(math.dist((x, y), p[:2]) < RADIUS[size] + RADIUS[s] + 0.04 for p, s in zip(places, sizes)):
+            return None
+        places.append((x, y, side))
+    return places
+
+
+def sample_scene(rng: random.Random) -> dict:
+    """One to three objects that don't touch. The first is strictly the largest and gives the class; each of the others
+    lies clearly to one side of it. Returns {"objects": [{shape, color, size, x, y, turn, side}, ...], "background":
+    {kind, seed}}: x, y the centre in [0,1] from the top left, turn in radians, side as seen from the first object."""
+    count = rng.randint(1, 3)
+    largest = rng.randint(0 if count == 1 else 1, 2)
+    kinds = [name.split() for name in rng.sample(CLASS_NAMES, count)]  # no kind twice: "the red circle" is one object
+    places = None
+    while places is None:
+        sizes = [list(RADIUS)[largest]] + [list(RADIUS)[rng.randrange(largest)] for _ in range(count - 1)]
+        places = place_objects(rng, sizes)
+    objects = [dict(shape=shape, color=color, size=size, x=round(x, 4), y=round(y, 4),
+                    turn=round(rng.uniform(-0.2, 0.2), 4), side=side)
+               for (color, shape), size, (x, y, side) in zip(kinds, sizes, places)]
+    kind = rng.choice(("plain", "gradient", "stripes", "clouds"))
+    return {"objects": objects, "background": dict(kind=kind, seed=rng.getrandbits(31))}
+
+
+@lru_cache(maxsize=8)
+def pixel_centres(resolution: int) -> tuple[np.ndarray, np.ndarray]:
+    v, u = np.mgrid[0:resolution, 0:resolution].astype(np.float32) / resolution + np.float32(0.5 / resolution)
+    return u, v  # (R, R) each: right and down, in [0,1]
+
+
+def draw_background(background: dict, resolution: int) -> np.ndarray:
+    """Two muted colours mixed by a texture, float32 [R,R,3] in [0,255]."""
+    rng = random.Random(background["seed"])
+    u, v = pixel_centres(resolution)
+    kind = background["kind"]
+    grey, other = rng.uniform(45, 215), rng.uniform(45, 215)
+    if kind != "gradient":
+        other = grey + 0.3 * (other - grey)  # textures stay fainter than the objects
+    first, second = np.float32([[level + rng.uniform(-18, 18) for _ in "rgb"] for level in (grey, other)])
+    turn = rng.uniform(0, 2 * math.pi)
+    if kind == "plain":
+        mix = np.zeros_like(u)
+    elif kind == "clouds":
+        noise = np.random.default_rng(background["seed"]).random((6, 6), np.float32)
+        mix = np.asarray(Image.fromarray(noise).resize((resolution, resolution), Image.BICUBIC))
+    else:
+        mix = (u - 0.5) * math.cos(turn) + (v - 0.5) * math.sin(turn) + 0.5
+        if kind == "stripes":
+            mix = 0.5 + 0.5 * np.sin(mix * (2 * math.pi / rng.uniform(0.12, 0.4)))
+    return first + (second - first) * mix[..., None]                             # (R, R, 3)
+
+
+def draw_scene(scene: dict, resolution: int) -> np.ndarray:
+    """The scene as uint8 [R,R,3], anti-aliased; the same scene at any resolution R."""
+    rng = random.Random(scene["background"]["seed"] + 1)
+    u, v = pixel_centres(resolution)
+    picture = draw_background(scene["background"], resolution)
+    for item in scene["objects"]:
+        radius = RADIUS[item["size"]]
+        (left, right), (top, bottom) = (
+            [min(max(int((centre + way * 1.2 * radius) * resolution), 0), resolution) for way in (-1, 1)]
+            for centre in (item["x"], item["y"]))
+        box = (slice(top, bottom + 1), slice(left, right + 1))                   # the pixels the object can reach
+        x, y = (u[box] - item["x"]) / radius, (v[box] - item["y"]) / radius      # (h, w) each, radius 1
+        cos, sin = math.cos(item["turn"]), math.sin(item["turn"])
+        distance = SHAPES[item["shape"]](cos * x + sin * y, cos * y - sin * x)   # (h, w) negative inside
+        cover = np.minimum(np.maximum(0.5 - distance * (radius * resolution), 0), 1)
+        shade = rng.uniform(0.88, 1.0) + rng.uniform(-0.06, 0.06) * x + rng.uniform(-0.06, 0.06) * y
+        color = np.float32(COLORS[item["color"]]) * shade[..., None]             # (h, w, 3)
+        picture[box] += cover[..., None] * (color - picture[box])
+    return np.minimum(np.maximum(picture + 0.5, 0), 255).astype(np.uint8)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The shapes data set: words
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def wording(scene: dict, pick) -> str:
+    """One caption of the scene; `pick(options)` makes every free choice. The grammar stands here once: drawing choices
+    at random gives training captions, going through all of them gives every true wording (`all_wordings`)."""
+
+    def name(item: dict, sized: bool = False) -> str:
+        words = f"{item['color']} {item['shape']}"
+        size = item["size"] if sized else pick(("", item["size"]))
+        words = f"{size} {words}" if size else words
+        return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
+
+    first, *others = scene["objects"]
+    opening = pick(("", "there is ", "a picture of "))
+    if not others:
+        column, row = (min(int(first[axis] * 3), 2) for axis in "xy")
+        where = [("top", "", "bottom")[row], ("left", "", "right")[column]]
+        return f"{opening}{name(first, sized=True)} {'at the ' + ' '.join(filter(None, where)) if any(where) else 'in the middle'}"
+    if len(others) == 2 and pick((False, True)):
+        others = others[::-1]
+    if len(others) == 1:
+        other = others[0]
+        phrases = {"left": "to the left of", "right": "to the right of", "above": "above", "below": "below"}
+        form = pick(("first", "second", "and"))
+        if form == "first":
+            return f"{opening}{name(first)} {phrases[OPPOSITE[other['side']]]} {name(other)}"
+        if form == "second":
+            return f"{opening}{name(other)} {phrases[other['side']]} {name(first)}"
+        return f"{opening}{name(first)} and {name(other)}"
+    if pick((True, False)):
+        phrases = {"left": "on its left", "right": "on its right", "above": "above it", "below": "below it"}
+        b, c = (f"{name(other)} {phrases[other['side']]}" for other in others)
+        return f"{opening}{name(first)} with {b} and {c}"
+    return f"{opening}{name(first)}, {name(others[0])} and {name(others[1])}"
+
+
+def all_wordings(scene: dict) -> set[str]:
+    """Every caption the grammar allows for the scene, each of them true."""
+    texts, prefixes = set(), [[]]
+    while prefixes:
+        prefix, trace = prefixes.pop(), []
+
+        def pick(options):
+            trace.append((prefix[len(trace)] if len(trace) < len(prefix) else 0, len(options)))
+            return options[trace[-1][0]]
+
+        texts.add(wording(scene, pick))
+        for i in range(len(prefix), len(trace)):  # every later choice could have gone another way
+            prefixes += [[choice for choice, _ in trace[:i]] + [other] for other in range(1, trace[i][1])]
+    return texts
+
+
+def shapes_example(split: str, index: int, resolution: int) -> dict:
+    """Picture `index` of a split: the same for everyone and for ever; no index of train is one of test."""
+    rng = random.Random(f"{split} {index}")
+    scene = sample_scene(rng)
+    text = wording(scene, rng.choice)
+    first = scene["objects"][0]
+    return {"image": Image.fromarray(draw_scene(scene, resolution)), "text": text,
+            "label": CLASS_NAMES.index(f"{first['color']} {first['shape']}"), "scene": json.dumps(scene)}
+
+
+def shapes_dataset(split: str, length: int, resolution: int) -> datasets.Dataset:
+    """Nothing is stored: each row is drawn when it is read."""
+
+    def draw(batch: dict) -> dict:
+        examples = [shapes_example(split, index, resolution) for index in batch["index"]]
+        return {key: [example[key] for example in examples] for key in examples[0]}
+
+    return datasets.Dataset.from_dict({"index": np.arange(length)}).with_transform(draw)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One picture: from whatever the file holds to a square of RGB
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def decode_image(source: Image.Image | dict) -> Image.Image:
+    """RGB picture from a PIL image or from {"bytes", "path"} as `datasets` stores it. First frame of an animation, EXIF
+    rotation applied, 16 bits scaled to 8, transparency laid on white. Raises on anything that is no whole picture."""
+    if not isinstance(source, Image.Image):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            source = Image.open(io.BytesIO(source["bytes"]) if source.get("bytes") else source["path"])
+            source.load()
+    image = ImageOps.exif_transpose(source)
+    if image.mode.startswith("I") or image.mode == "F":  # 16-bit or float grey, which convert() would clip to white
+        values = np.asarray(image, np.float64)
+        values = values / 257 if values.max() > 255 else values * 255 if image.mode == "F" and values.max() <= 1 else values
+        image = Image.fromarray(values.clip(0, 255).astype(np.uint8))
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def centre_crop(image: Image.Image, resolution: int) -> Image.Image:
+    """The largest centred square, resized: the usual resize-and-crop without its giant step for a 1x5000 picture."""
+    side = min(image.size)
+    left, top = (image.width - side) / 2, (image.height - side) / 2
+    return image.resize((resolution, resolution), Image.BICUBIC, box=(left, top, left + side, top + side))
+
+
+def random_crop(image: Image.Image, resolution: int, rng: random.Random, smallest: float) -> Image.Image:
+    """Random resized crop: a share smallest..1 of the area, aspect ratio 3:4 to 4:3; the centre where none fits."""
+    width, height = image.size
+    for _ in range(10):
+        area, aspect = width * height * rng.uniform(smallest, 1), math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
+        w, h = math.sqrt(area * aspect), math.sqrt(area / aspect)
+        if w <= width and h <= height:
+            left, top = rng.uniform(0, width - w), rng.uniform(0, height - h)
+            return image.resize((resolution, resolution), Image.BICUBIC, box=(left, top, left + w, top + h))
+    return centre_crop(image, resolution)
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """RGB picture -> float32 [3,H,W] in [-1,1]."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
+
+
+def to_image(tensor: Tensor) -> Image.Image:
+    """float [3,H,W] in [-1,1] (clamped) -> RGB picture."""
+    array = ((tensor.detach().float().cpu().clamp(-1, 1) + 1) * 127.5).round().byte()
+    return Image.fromarray(array.permute(1, 2, 0).numpy())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A data set: rows in, training examples out
+# ---------------------------------------------------------------------------------------------------------------------
+
+IMAGE_COLUMNS, TEXT_COLUMNS, LABEL_COLUMNS = ("image", "img", "jpg", "png", "webp"), ("text", "caption", "captions", "txt"), ("label", "labels", "cls")
+TEMPLATES = ("a photo of {}", "a picture of {}", "{}", "an image of {}", "a close-up of {}")  # captions from labels
+HELD_OUT = 0.1  # the test share where a data set brings none, at most 2,000 pictures
+
+
+class DataError(Exception):
+    """Something is wrong with the data, said in one sentence that names it and what to do."""
+
+
+class Pictures(torch.utils.data.Dataset):
+    """One split. Index with (epoch, i) for a training example, with i for an evaluation example (centre crop)."""
+
+    def __init__(self, rows: datasets.Dataset, resolution: int, image_col: str, text_col: str | None, label_col: str | None,
+                 class_names: list[str] | None, seed: int = 0, crop: float = 0.4, flip: bool = False):
+        self.rows, self.resolution, self.seed, self.crop, self.flip = rows, resolution, seed, crop, flip
+        self.image_col, self.text_col, self.label_col, self.class_names = image_col, text_col, label_col, class_names
+        self.class_index = {name: i for i, name in enumerate(class_names or [])}
+        self.drawn = "index" in rows.column_names and len(rows.column_names) == 1  # shapes: cropping would make captions lie
+        self.good = np.arange(len(rows))
+        self.broken: list[str] = []
+
+    def __len__(self) -> int:
+        return len(self.good)
+
+    def check(self, limit: int = 1000) -> None:
+        """Decodes the first pictures; leaves broken ones out, and gives up where more than 1 % are."""
+        if self.drawn:
+            return
+        bad = []
+        for i in tqdm(range(min(limit, len(self.rows))), desc="checking pictures", leave=False, disable=not self.is_main()):
+            try:
+                decode_image(self.rows[i][self.image_col])
+            except Exception as error:  # whatever a decoder trips over means: not a picture
+                bad.append(i)
+                self.report(i, error)
+        checked = min(limit, len(self.rows))
+        if len(bad) > 0.01 * checked:
+            raise DataError(f"{len(bad)} of the first {checked} pictures are broken, more than 1 %: {', '.join(self.broken[:5])}")
+        self.good = np.setdiff1d(self.good, bad)
+        if bad and self.is_main():
+            tqdm.write(f"data: {len(bad)} of the first {checked} pictures are broken and left out")
+
+    @staticmethod
+    def is_main() -> bool:
+        return os.environ.get("RANK", "0") == "0"
+
+    def name(self, i: int) -> str:
+        source = self.rows[i][self.image_col]
+        return (source.get("path") if isinstance(source, dict) else None) or f"row {i}"
+
+    def report(self, i: int, error: Exception) -> None:
+        self.broken.append(self.name(i))
+        if self.is_main():
+            tqdm.write(f"data: skipped {self.broken[-1]} ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}), {len(self.broken)} so far")
+
+    def captions(self, row: dict) -> list[str]:
+        """The row's own captions, else one per template from its label."""
+        if self.text_col is not None:
+            texts = row[self.text_col]
+            texts = [texts] if isinstance(texts, str) else list(texts or [])
+            return [t for t in texts if isinstance(t, str) and t.strip()] or [""]
+        label = self.label(row)
+        return [t.format(self.class_names[label].replace("_", " ")) for t in TEMPLATES] if label >= 0 else [""]
+
+    def label(self, row: dict) -> int:
+        value = row[self.label_col] if self.label_col is not None else None
+        if value is None:
+            return -1
+        return self.class_index.get(value, -1) if isinstance(value, str) else int(value)
+
+    def __getitem__(self, key: int | tuple[int, int]) -> dict:
+        """{"image" [3,R,R] in [-1,1], "caption" str, "captions" all of the row's, "label" int, "scene" str, "id" int}"""
+        epoch, index = key if isinstance(key, tuple) else (None, key)
+        while True:
+            i = int(self.good[index])
+            row = self.rows[i]
+            try:
+                image = decode_image(row[self.image_col])
+                break
+            except Exception as error:  # beyond the checked part: named, counted, and its neighbour takes the place
+                self.report(i, error)
+                index = (index + 1) % len(self.good)
+        texts = self.captions(row)
+        rng = random.Random(f"{self.seed} {epoch} {i}")
+        caption = texts[0] if epoch is None else rng.choice(texts)
+        if epoch is None or self.drawn:
+            image = centre_crop(image, self.resolution)
+        else:
+            image = random_crop(image, self.resolution, rng, self.crop)
+            if self.flip and rng.random() < 0.5:
+                image = ImageOps.mirror(image)
+        return {"image": to_tensor(image), "caption": caption, "captions": texts, "label": self.label(row), "scene": row.get("scene", ""), "id": i, "epoch": epoch}
+
+    def sample_captions(self, limit: int = 20_000) -> list[str]:
+        """Captions to train a tokenizer on. Pictures are not decoded; drawn scenes, which would be, give fewer."""
+        if self.drawn:
+            return [shapes_example("train", i, 16)["text"] for i in range(2000)]
+        columns = [c for c in (self.text_col, self.label_col) if c is not None]
+        return [text for row in self.rows.select_columns(columns).select(range(min(limit, len(self.rows)))) for text in self.captions(row)]
+
+
+@dataclass
+class Data:
+    """What `open_data` returns: the two parts, and the class names where there are labels."""
+    train: Pictures
+    test: Pictures
+    class_names: list[str] | None
+
+
+def find_column(columns: list[str], asked: str | None, usual: tuple[str, ...], what: str) -> str | None:
+    if asked is not None and asked not in columns:
+        raise DataError(f"there is no {what} column {asked!r}; the columns are {', '.join(columns)}")
+    return asked or next((c for c in usual if c in columns), None)
+
+
+def load_folder(folder: Path) -> datasets.DatasetDict:
+    """A folder of pictures (class sub-folders, or metadata.jsonl/.csv beside them), of parquet files or of webdataset
+    tars; sub-folders train/ and test/ (or validation/, val/) are its splits."""
+    files = [p for p in folder.rglob("*") if p.is_file()] if folder.is_dir() else [folder]
+    if not files:
+        raise DataError(f"the folder {folder} is empty")
+    endings = {p.suffix.lower() for p in files}
+    kind = "parquet" if ".parquet" in endings else "webdataset" if ".tar" in endings else "imagefolder"
+    pattern = {"parquet": "**/*.parquet", "webdataset": "**/*.tar", "imagefolder": "**"}[kind]
+    if folder.is_file():
+        data_files = {"train": str(folder)}
+    elif (folder / "train").is_dir():  # data_files, because data_dir can drop metadata.jsonl without a word
+        test = next((folder / n for n in ("test", "validation", "val") if (folder / n).is_dir()), None)
+        data_files = {"train": f"{folder}/train/{pattern}"} | ({"test": f"{test}/{pattern}"} if test else {})
+    else:
+        data_files = {"train": f"{folder}/{pattern}"}
+    return datasets.load_dataset(kind, data_files=data_files)
+
+
+def load_source(name: str, config: str | None) -> datasets.DatasetDict:
+    path = Path(name).expanduser()
+    local = path.exists()
+    if not local and (name.startswith((".", "/", "~")) or not re.fullmatch(r"[\w.-]+/[\w.-]+", name)):
+        raise DataError(f"--data {name}: no such file or folder (built in: shapes; hub ids look like owner/name)")
+    try:
+        if local:
+            return load_folder(path)
+        return datasets.load_dataset(name, config)
+    except DataError:
+        raise
+    except Exception as error:  # `datasets` raises dozens of kinds; all mean that there is no data
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        hint = "" if local else "; offline, download it elsewhere and give the folder of its parquet files"
+        raise DataError(f"--data {name} cannot be loaded: {reason}{hint}") from None
+
+
+def open_data(name: str, resolution: int, config: str | None = None, split: str | None = None, image_col: str | None = None,
+              text_col: str | None = None, label_col: str | None = None, seed: int = 0, crop: float = 0.4, flip: bool = False,
+              need_text: bool = True) -> Data:
+    """Opens a data set by name (`shapes`, a folder or file, a hub id), both splits. Errors are DataErrors of one sentence."""
+    if name == "shapes":
+        parts = {"train": shapes_dataset("train", 1_000_000, resolution), "test": shapes_dataset("test", 2000, resolution)}
+        columns, class_names = ("image", "text", "label"), CLASS_NAMES
+    else:
+        source = load_source(name, config)
+        train_name = split or ("train" if "train" in source else next(iter(source)))
+        if train_name not in source:
+            raise DataError(f"--split {split}: {name} has the splits {', '.join(source)}")
+        names = source[train_name].column_names
+        columns = [find_column(names, asked, usual, what) for asked, usual, what in
+                   ((image_col, IMAGE_COLUMNS, "image"), (text_col, TEXT_COLUMNS, "text"), (label_col, LABEL_COLUMNS, "label"))]
+        if columns[0] is None:
+            raise DataError(f"{name} has no picture column; name it with --image-col (columns: {', '.join(names)})")
+        if need_text and columns[1] is None and columns[2] is None:
+            raise DataError(f"{name} has neither captions nor labels: add metadata.jsonl with file_name and text, or sort the "
+                            f"pictures into class folders, or name a column with --text-col or --label-col (columns: {', '.join(names)})")
+        train = source[train_name].cast_column(columns[0], datasets.Image(decode=False))
+        test_name = next((n for n in ("test", "validation", "val") if n in source and n != train_name), None)
+        if test_name:
+            test = source[test_name].cast_column(columns[0], datasets.Image(decode=False))
+        elif len(train) < 2:
+            raise DataError(f"{name} has {len(train)} picture(s); training and testing need at least 2")
+        else:
+            order = np.random.default_rng(0).permutation(len(train))  # the same part is held out in every run
+            held_out = max(1, min(2000, int(HELD_OUT * len(train))))
+            train, test = train.select(np.sort(order[held_out:])), train.select(np.sort(order[:held_out]))
+        parts, class_names = {"train": train, "test": test}, None
+        if columns[2] is not None:
+            feature = train.features[columns[2]]
+            values = sorted({v for v in train[columns[2]] if v is not None}, key=str) if not hasattr(feature, "names") else None
+            if values is None:
+                class_names = list(feature.names)
+            elif values and isinstance(values[0], str):
+                class_names = values
+            elif values and isinstance(values[0], int) and min(values) >= 0:
+                class_names = [str(i) for i in range(max(values) + 1)]
+            else:
+                raise DataError(f"the label column {columns[2]!r} holds neither names nor whole numbers from 0 on; name another with --label-col")
+    pictures = {part: Pictures(rows, resolution, *columns, class_names, seed, crop, flip) for part, rows in parts.items()}
+    for part in pictures.values():
+        part.check()
+    return Data(pictures["train"], pictures["test"], class_names)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Captions to token ids
+# ---------------------------------------------------------------------------------------------------------------------
+
+WORD_PATTERN = r" ?\w+| ?[^\w\s]+|\s+"  # a word with the space before it; merges never cross words
+
+
+def train_merges(texts: list[str], vocab_size: int) -> dict[bytes, int]:
+    """Byte-pair encoding: start from the 256 bytes, again and again join the most frequent neighbours. Returns token -> rank."""
+    words = Counter(w for text in texts for w in re.findall(WORD_PATTERN, text))
+    pieces = {w: [bytes([b]) for b in w.encode()] for w in words}
+    ranks = {bytes([b]): b for b in range(256)}
+    while len(ranks) < vocab_size:
+        pairs = Counter()
+        for word, count in words.items():
+            for pair in zip(pieces[word], pieces[word][1:]):
+                pairs[pair] += count
+        if not pairs:
+            break
+        best = max(pairs, key=lambda pair: (pairs[pair], pair))
+        if pairs[best] < 2:
+            break
+        joined = best[0] + best[1]
+        ranks[joined] = len(ranks)
+        for word, parts in pieces.items():
+            i = 0
+            while i < len(parts) - 1:
+                if (parts[i], parts[i + 1]) == best:
+                    parts[i : i + 2] = [joined]
+                i += 1
+    return ranks
+
+
+class Tokenizer:
+    """A tiktoken encoding with bos, eos and pad as three ids of their own, after the ordinary ones."""
+
+    def __init__(self, encoding: tiktoken.Encoding, context_length: int):
+        self.encoding, self.context_length = encoding, context_length
+        self.bos, self.eos, self.pad = (encoding.n_vocab + i for i in range(3))
+        self.vocab_size = encoding.n_vocab + 3
+
+    @classmethod
+    def train(cls, texts: list[str], context_length: int, vocab_size: int = 2048) -> "Tokenizer":
+        return cls.from_state({"ranks": [base64.b64encode(t).decode() for t in train_merges(texts, vocab_size)]}, context_length)
+
+    @classmethod
+    def named(cls, name: str, context_length: int) -> "Tokenizer":
+        if name not in tiktoken.list_encoding_names():
+            raise DataError(f"--tokenizer {name}: tiktoken knows {', '.join(tiktoken.list_encoding_names())}; `bpe` trains one on the captions")
+        try:
+            return cls(tiktoken.get_encoding(name), context_length)
+        except Exception as error:  # network errors of any kind
+            raise DataError(f"--tokenizer {name}: its file could not be fetched ({type(error).__name__}); put it into the folder that "
+                            "TIKTOKEN_CACHE_DIR names, or use --tokenizer bpe, which needs no download") from None
+
+    @classmethod
+    def from_state(cls, state: dict, context_length: int) -> "Tokenizer":
+        if "name" in state:
+            return cls.named(state["name"], context_length)
+        ranks = {base64.b64decode(token): rank for rank, token in enumerate(state["ranks"])}
+        return cls(tiktoken.Encoding("captions", pat_str=WORD_PATTERN, mergeable_ranks=ranks, special_tokens={}), context_length)
+
+    def state(self) -> dict:
+        """Plain data for the checkpoint: the name, or the tokens in order of rank."""
+        if self.encoding.name != "captions":
+            return {"name": self.encoding.name}
+        return {"ranks": [base64.b64encode(self.encoding.decode_single_token_bytes(i)).decode() for i in range(self.encoding.n_vocab)]}
+
+    def encode(self, text: str) -> list[int]:
+        """[bos, words, eos], at most context_length long; eos survives the cut, or the captioner would never learn to stop."""
+        return [self.bos, *self.encoding.encode_ordinary(text)[: self.context_length - 2], self.eos]
+
+    def decode(self, ids: list[int]) -> str:
+        """Text up to the first eos; the special ids are left out."""
+        ids = ids[: ids.index(self.eos)] if self.eos in ids else ids
+        return self.encoding.decode([i for i in ids if i < self.encoding.n_vocab])
+
+    def batch(self, texts: list[str]) -> Tensor:
+        """int64 [B, context_length], padded."""
+        rows = [self.encode(text) for text in texts]
+        return torch.tensor([row + [self.pad] * (self.context_length - len(row)) for row in rows])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Loaders
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class TrainingOrder(torch.utils.data.Sampler):
+    """Yields this process's share of each global batch as (epoch, index) pairs, from any step on. The global order
+    is a permutation keyed by (seed, epoch), so N processes together see exactly what one sees."""
+
+    def __init__(self, length: int, batch_size: int, seed: int, start: int, stop: int, rank: int = 0, world: int = 1):
+        if length < batch_size:
+            raise DataError(f"the batch of {batch_size} is larger than the data set of {length} training pictures; lower --batch-size")
+        self.length, self.batch_size, self.seed, self.start, self.stop, self.rank, self.world = length, batch_size, seed, start, stop, rank, world
+        self.steps_per_epoch = length // batch_size
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def __iter__(self):
+        order, ordered = None, None
+        for step in range(self.start, self.stop):
+            epoch, k = divmod(step, self.steps_per_epoch)
+            if ordered != epoch:
+                generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+                order, ordered = torch.randperm(self.length, generator=generator), epoch
+            share = self.batch_size // self.world
+            first = k * self.batch_size + self.rank * share
+            yield [(epoch, int(i)) for i in order[first : first + share]]
+
+
+class Collate:
+    """Examples -> the batch of the contract."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.tokenizer = tokenizer
+
+    def __call__(self, examples: list[dict]) -> dict:
+        return {"image": torch.stack([e["image"] for e in examples]),              # (B, 3, R, R) in [-1, 1]
+                "text": self.tokenizer.batch([e["caption"] for e in examples]),    # (B, T)
+                "label": torch.tensor([e["label"] for e in examples]),             # (B,)
+                **{key + "s": [e[key] for e in examples] for key in ("caption", "scene", "id", "epoch")},
+                "all_captions": [e["captions"] for e in examples]}
+
+
+def training_loader(pictures: Pictures, tokenizer: Tokenizer, batch_size: int, seed: int, start: int, stop: int,
+                    rank: int = 0, world: int = 1, workers: int = 0, pin_memory: bool = False) -> torch.utils.data.DataLoader:
+    order = TrainingOrder(len(pictures), batch_size, seed, start, stop, rank, world)
+    return torch.utils.data.DataLoader(pictures, batch_sampler=order, num_workers=workers, collate_fn=Collate(tokenizer), pin_memory=pin_memory)
+
+
+def evaluation_loader(pictures: Pictures, tokenizer: Tokenizer, batch_size: int, limit: int | None = None) -> torch.utils.data.DataLoader:
+    part = torch.utils.data.Subset(pictures, range(min(limit or len(pictures), len(pictures))))
+    return torch.utils.data.DataLoader(part, batch_size=batch_size, collate_fn=Collate(tokenizer))
+
+
+def picture_grid(columns: list[list[Image.Image]], captions: list[str], rows: tuple[str, ...] = (), cell: int = 128) -> Image.Image:
+    """One column per example, its pictures one under another, the caption below; `rows` names the rows at the left."""
+    margin, lines, step = (46 if rows else 4), 4, cell + 4
+    grid = Image.new("RGB", (margin + len(columns) * step, 4 + len(columns[0]) * step + 13 * lines), "white")
+    pen = ImageDraw.Draw(grid)
+    for j, name in enumerate(rows):
+        pen.text((6, 4 + j * step + cell // 2), name, fill="black")
+    for i, (pictures, caption) in enumerate(zip(columns, captions)):
+        for j, picture in enumerate(pictures):
+            grid.paste(picture.resize((cell, cell), Image.NEAREST), (margin + i * step, 4 + j * step))
+        wrapped = textwrap.wrap(caption.encode("ascii", "replace").decode(), cell // 6)[:lines]
+        pen.multiline_text((margin + i * step, len(pictures) * step + 2), "\n".join(wrapped), fill="black", spacing=1)
+    return grid
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Shows what a data set looks like to the model: a grid of cropped pictures with captions.")
+    parser.add_argument("--data", default="shapes", help="shapes, a folder or file, or a hub id")
+    parser.add_argument("--resolution", type=int, default=128, help="side in pixels")
+    parser.add_argument("--out", default="samples.png", help="where the grid goes")
+    args = parser.parse_args()
+    try:
+        opened = open_data(args.data, args.resolution)
+    except DataError as error:
+        parser.exit(1, f"error: {error}\n")
+    start = time.time()
+    examples = [opened.train[(0, i)] for i in range(min(len(opened.train), 256))]
+    rate = len(examples) / (time.time() - start)
+    tokenizer = Tokenizer.train([e["caption"] for e in examples], context_length=32)
+    print(f"{args.data}: {len(opened.train)} training and {len(opened.test)} test pictures, "
+          f"{len(opened.class_names or [])} classes, {rate:.0f} pictures/s at {args.resolution} px in one process")
+    print(f"tokens of a caption: {tokenizer.encode(examples[0]['caption'])} = {examples[0]['caption']!r}")
+    picture_grid([[to_image(e["image"])] for e in examples[:8]], [e["caption"] for e in examples[:8]]).save(args.out)
+    print(f"wrote {args.out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,276 @@
+"""
+encoder.py: stage 1, the two towers that are taught: a ViT that reads latents and a transformer that reads captions.
+
+The frozen VAE (vae.py) has already turned the picture into a map of latents; the ViT cuts this map into 2x2 patches
+and turns it into the unified tokens z_u, one per 16x16 pixels (paper sec 3.2, eq 2). These tokens are the
+representation everything else lives on: the decoders rebuild the picture and write its caption from them
+(decoders.py), and their mean is matched with the text tower's vector (losses.py). The ViT is the released OpenVision 3
+encoder to the letter: its weights load here with no renaming, and what is saved here loads there.
+
+    latents [B,16,h,w] -> 2x2 patches -> + class token, + sin-cos positions -> D blocks -> drop class token
+        -> tokens [B,N,W], N = (h/2)(w/2)                   not normalised: the raw residual stream
+        -> mean over N -> LayerNorm -> proj -> pooled [B,E]
+    caption ids [B,T] -> embed, + learned positions, + class token last -> D blocks -> LayerNorm -> head -> [B,E]
+
+Letters: B batch, h w height and width of the latent map, P patch side, N image tokens, T text length, W width,
+         H heads, D depth, E shared embedding width.
+
+Run:    python encoder.py      # prints the size table with parameter counts, and a shape trace
+Source: paper sec 3.2; the details of the released checkpoints: class token, no norm before the blocks, no patch bias,
+        LayerNorm eps 1e-6, exact GELU, mean -> norm -> bias-free projection. Text tower: OpenVision 1 (arXiv 2505.04601).
+Next:   decoders.py
+"""
+import json
+import math
+import os
+import pickle
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+# One row per size. Heads are 64 wide throughout, because a checkpoint does not store their number.
+#   width, depth, heads: the image encoder (paper: B and L). decoder: width and depth of the latent decoder, which the
+#   paper keeps at B for L, where a larger one made training unstable (sec 5.3). text, caption: width and depth of the
+#   text encoder and the caption decoder, OpenVision 1's letters (S and Ti: ours). Nano is for laptops.
+SIZES = {
+    "Nano": dict(width=192, depth=6, heads=3, embed_dim=192, decoder=(192, 4), text=(192, 3), caption=(192, 3)),
+    "Ti": dict(width=192, depth=12, heads=3, embed_dim=192, decoder=(192, 12), text=(192, 12), caption=(192, 12)),
+    "S": dict(width=384, depth=12, heads=6, embed_dim=384, decoder=(384, 12), text=(384, 12), caption=(384, 12)),
+    "B": dict(width=768, depth=12, heads=12, embed_dim=768, decoder=(768, 12), text=(512, 12), caption=(512, 12)),
+    "L": dict(width=1024, depth=24, heads=16, embed_dim=1024, decoder=(768, 12), text=(768, 12), caption=(768, 12)),
+}
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Transformer blocks, shared by every tower and decoder of the project
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention. in_proj and out_proj are named and laid out as in the released checkpoints."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
+        self.out_proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """x [B,N,W]; mask [N,N], True where a row may look, or None where everyone sees everything."""
+        B, N, W = x.shape
+        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)                   # (B, N, 3*W)
+        q, k, v = qkv.view(B, N, 3, self.heads, W // self.heads).permute(2, 0, 3, 1, 4)  # (B, H, N, W/H) each
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)                 # (B, H, N, W/H)
+        return self.out_proj(x.transpose(1, 2).reshape(B, N, W))                    # (B, N, W)
+
+
+class MLP(nn.Module):
+    """Two layers with a GELU between: exact in the image tower, the tanh approximation in OpenVision's text towers."""
+
+    def __init__(self, width: int, approximate: str):
+        super().__init__()
+        self.c_fc = nn.Linear(width, 4 * width)
+        self.c_proj = nn.Linear(4 * width, width)
+        self.approximate = approximate
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c_proj(F.gelu(self.c_fc(x), approximate=self.approximate))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block: x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, width: int, heads: int, gelu: str = "none"):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(width, eps=1e-6)
+        self.attn = Attention(width, heads)
+        self.ln_2 = nn.LayerNorm(width, eps=1e-6)
+        self.mlp = MLP(width, gelu)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        x = x + self.attn(self.ln_1(x), mask)
+        return x + self.mlp(self.ln_2(x))
+
+
+class Transformer(nn.Module):
+    """`depth` blocks in a row, at their initial weights: OpenVision 1's for images, CLIP's for text."""
+
+    def __init__(self, width: int, depth: int, heads: int, text: bool = False):
+        super().__init__()
+        self.resblocks = nn.ModuleList(Block(width, heads, "tanh" if text else "none") for _ in range(depth))
+        into, out, hidden = (width**-0.5, (2 * width * depth) ** -0.5, (2 * width) ** -0.5) if text else (0.02, 0.02, 0.02)
+        mlp_out = out if text else (0.3072 / width) ** 0.5  # 0.02 at width 768
+        for block in self.resblocks:
+            nn.init.normal_(block.attn.in_proj_weight, std=into)
+            nn.init.normal_(block.attn.out_proj.weight, std=out)
+            nn.init.normal_(block.mlp.c_fc.weight, std=hidden)
+            nn.init.trunc_normal_(block.mlp.c_proj.weight, std=mlp_out)
+            for linear in (block.attn.out_proj, block.mlp.c_fc, block.mlp.c_proj):
+                nn.init.zeros_(linear.bias)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        for block in self.resblocks:
+            x = block(x, mask)
+        return x
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The image tower
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def sincos_positions(rows: int, columns: int, width: int) -> Tensor:
+    """Fixed 2D position table [rows*columns, width], row-major: sin x, cos x, sin y, cos y, a quarter of the width
+    each, with frequencies 10000^-(k/(W/4-1)) (MoCo v3's layout; MAE's has other frequencies and another order)."""
+    y, x = torch.meshgrid(torch.arange(rows).double(), torch.arange(columns).double(), indexing="ij")
+    omega = 10000.0 ** -(torch.arange(width // 4).double() / (width // 4 - 1))         # (W/4,)
+    x, y = x.reshape(-1, 1) * omega, y.reshape(-1, 1) * omega                          # (N, W/4) each
+    return torch.cat([x.sin(), x.cos(), y.sin(), y.cos()], dim=1).float()              # (N, W)
+
+
+class VisionTransformer(nn.Module):
+    """The trunk that the image encoder and the latent decoder share: a map in, one token per patch out."""
+
+    def __init__(self, grid: int, patch_size: int, in_channels: int, width: int, depth: int, heads: int):
+        super().__init__()
+        if grid % patch_size:
+            raise ValueError(f"the latent map's side, {grid}, must be a multiple of the patch side, {patch_size}: "
+                             "choose a resolution that is a multiple of 16")
+        if width % 4 or width % heads:
+            raise ValueError(f"width {width} must be a multiple of 4 and of the number of heads, {heads}")
+        self.patch_size, self.width = patch_size, width
+        self.side = grid // patch_size
+        self.conv1 = nn.Conv2d(in_channels, width, patch_size, stride=patch_size, bias=False)
+        self.class_embedding = nn.Parameter(torch.randn(width) * 1e-6)
+        table = sincos_positions(self.side, self.side, width)
+        self.register_buffer("positional_embedding", torch.cat([torch.zeros(1, width), table]))  # the class token's is 0
+        self.transformer = Transformer(width, depth, heads)
+
+    def positions(self, rows: int, columns: int) -> Tensor:
+        if (rows, columns) == (self.side, self.side):
+            return self.positional_embedding
+        table = sincos_positions(rows, columns, self.width).to(self.positional_embedding)
+        return torch.cat([torch.zeros_like(table[:1]), table])                         # (1+N, W)
+
+    def trunk(self, x: Tensor) -> Tensor:
+        """[B,C,h,w] -> [B,N,W]; h and w multiples of the patch side."""
+        B, _, h, w = x.shape
+        if h % self.patch_size or w % self.patch_size:
+            raise ValueError(f"a {h}x{w} map cannot be cut into patches of side {self.patch_size}")
+        x = self.conv1(x)                                                              # (B, W, h/P, w/P)
+        rows, columns = x.shape[-2:]
+        x = x.flatten(2).transpose(1, 2)                                               # (B, N, W)
+        x = torch.cat([self.class_embedding.to(x).expand(B, 1, -1), x], dim=1)         # (B, 1+N, W)
+        x = self.transformer(x + self.positions(rows, columns).to(x))                  # (B, 1+N, W)
+        return x[:, 1:]                                                                # (B, N, W)
+
+
+class ImageEncoder(VisionTransformer):
+    """latents [B,16,h,w] -> (pooled [B,E], tokens [B,N,W]), both un-normalised."""
+
+    def __init__(self, grid: int = 32, patch_size: int = 2, in_channels: int = 16, width: int = 768, depth: int = 12,
+                 heads: int = 12, embed_dim: int = 768):
+        super().__init__(grid, patch_size, in_channels, width, depth, heads)
+        self.ln_post = nn.LayerNorm(width, eps=1e-6)
+        self.proj = nn.Parameter(torch.randn(width, embed_dim) * 0.02)
+
+    def forward(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        tokens = self.trunk(latents)                                                   # (B, N, W)
+        pooled = self.ln_post(tokens.mean(dim=1)) @ self.proj                          # (B, E)
+        return pooled, tokens
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The text tower
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class TextEncoder(nn.Module):
+    """caption ids [B,T] -> [B,E]. As OpenVision 1: every position sees every other, padding included, and the vector
+    is read at a class token that stands last. Feed it rows padded to `context_length`, as data.py makes them."""
+
+    def __init__(self, vocab_size: int, context_length: int, width: int, depth: int, heads: int, embed_dim: int):
+        super().__init__()
+        self.context_length = context_length
+        self.token_embedding = nn.Embedding(vocab_size, width)
+        self.class_embedding = nn.Parameter(torch.randn(width) * 0.02)
+        self.positional_embedding = nn.Parameter(torch.randn(context_length + 1, width) * 0.01)
+        self.transformer = Transformer(width, depth, heads, text=True)
+        self.ln_final = nn.LayerNorm(width, eps=1e-6)
+        self.head = nn.Linear(width, embed_dim, bias=False)
+        nn.init.normal_(self.token_embedding.weight, std=0.02)
+        nn.init.normal_(self.head.weight, std=width**-0.5)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        B, T = ids.shape
+        if T > self.context_length:
+            raise ValueError(f"{T} text tokens, but this text encoder reads at most {self.context_length}")
+        x = self.token_embedding(ids)                                                  # (B, T, W)
+        x = torch.cat([x, self.class_embedding.expand(B, 1, -1)], dim=1)               # (B, T+1, W)
+        positions = torch.cat([self.positional_embedding[:T], self.positional_embedding[-1:]])
+        x = self.transformer(x + positions)                                            # (B, T+1, W)
+        return self.head(self.ln_final(x[:, -1]))                                      # (B, E)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Weights in and out, under the official names
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def save_encoder(encoder: ImageEncoder, path: str | os.PathLike) -> None:
+    """Writes safetensors with the names of the released checkpoints; the file appears whole or not at all."""
+    temporary = Path(f"{path}.tmp")
+    save_file({name: tensor.contiguous() for name, tensor in encoder.state_dict().items()}, temporary)
+    os.replace(temporary, path)
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a .safetensors or PyTorch file. Nothing but tensors is ever unpickled."""
+    try:
+        tensors = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read as a weights file: {str(error).splitlines()[0]}") from None
+    if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
+        raise ValueError(f"{path} is not a flat table of tensors")
+    return tensors
+
+
+def load_encoder(source: str | os.PathLike) -> ImageEncoder:
+    """A run folder of train.py, or a file with the official names (prefix `visual.` allowed): open_clip_pytorch_model.bin
+    or .safetensors. Width, depth, grid and embedding width are read off the tensors; strict."""
+    path = Path(source)
+    path = path / "encoder.safetensors" if path.is_dir() else path
+    if not path.is_file():
+        raise FileNotFoundError(f"no encoder at {path}: give a run folder of train.py or a weights file")
+    tensors = read_tensors(path)
+    if any(name.startswith("visual.") for name in tensors):
+        tensors = {name.removeprefix("visual."): t for name, t in tensors.items() if name.startswith("visual.")}
+    for name in ("conv1.weight", "positional_embedding", "proj"):
+        if name not in tensors:
+            raise ValueError(f"{path} is no OpenVision 3 image encoder: it has no tensor {name!r}")
+    width, in_channels, patch_size, _ = tensors["conv1.weight"].shape
+    side = math.isqrt(len(tensors["positional_embedding"]) - 1)
+    depth = len({name.split(".")[2] for name in tensors if name.startswith("transformer.resblocks.")})
+    encoder = ImageEncoder(side * patch_size, patch_size, in_channels, width, depth, width // 64, tensors["proj"].shape[1])
+    try:
+        encoder.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise ValueError(f"{path} does not fit: " + " ".join(str(error).split("\n\t")[1:])) from None
+    return encoder
+
+
+if __name__ == "__main__":
+    for name, size in SIZES.items():
+        with torch.device("meta"):
+            model = ImageEncoder(**{key: size[key] for key in ("width", "depth", "heads", "embed_dim")})
+        parameters = sum(p.numel() for p in model.parameters())
+        print(f"{name:5} width {size['width']:4}  depth {size['depth']:2}  heads {size['heads']:2}  {parameters / 1e6:6.1f} M parameters")
+    size = SIZES["Nano"]
+    model = ImageEncoder(8, width=size["width"], depth=size["depth"], heads=size["heads"], embed_dim=size["embed_dim"])
+    latents = torch.randn(2, 16, 8, 8)  # a batch of two 64x64 pictures
+    pooled, tokens = model(latents)
+    print(f"Nano: latents {tuple(latents.shape)} -> tokens {tuple(tokens.shape)}, pooled {tuple(pooled.shape)}")

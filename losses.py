@@ -1,0 +1,152 @@
+"""
+losses.py: stage 3, what "reconstructs" and "means something" are, as numbers.
+
+The whole objective of OpenVision 3 is one weighted sum (paper sec 3.3, eqs 4-6). Half of it compares the rebuilt
+picture with the true one, in pixels, in latents and (in the finetuning stage only) in the features of a network that
+sees as people do; half of it is CLIP's game, find your caption among the batch's, plus writing the caption.
+
+    picture, picture^  -> L1 ---------------.
+    latents, latents^  -> 0.4 * L1 ---------+-> reconstruction --- * 0.5 --.
+    picture, picture^  -> lambda * LPIPS ---'                              +-> loss
+    caption logits     -> cross entropy ----.                              |
+    pooled, text       -> 1.0 * InfoNCE ----+-> understanding ---- * 1.0 --'
+
+Letters: B batch (of one process), G global batch, T text length, V vocabulary, E shared embedding width.
+
+At the first step: contrastive about ln(G), caption about ln(V); LPIPS, pixel and latent as the data has it (a grey
+answer costs the mean absolute value of the pictures).
+
+Run:    python losses.py      # the expected values at initialisation, beside measured ones
+Source: paper eqs 4-6 and Table 1; CLIP (arXiv 2103.00020); LPIPS v0.1 (arXiv 1801.03924) with its published constants.
+Next:   data.py
+"""
+import math
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.nn.functional import all_gather
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Understanding
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def contrastive_loss(image_features: Tensor, text_features: Tensor, logit_scale: Tensor | float) -> Tensor:
+    """Symmetric InfoNCE over the global batch. Features [B,E], normalised here; logit_scale = 1/temperature.
+    At initialisation about ln G: that is chance. Every process returns the global loss.
+
+    The gather carries gradients: each process sends back what it owes to the others' features. Without that, data
+    parallel averaging would leave the encoder 1/N of the gradient and quietly divide this term's weight by N."""
+    image = F.normalize(image_features.float(), dim=-1)
+    text = F.normalize(text_features.float(), dim=-1)
+    if world_size() > 1:
+        image, text = torch.cat(all_gather(image)), torch.cat(all_gather(text))   # (G, E) each
+    logits = logit_scale * image @ text.T                                         # (G, G)
+    targets = torch.arange(len(logits), device=logits.device)
+    return 0.5 * (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets))
+
+
+def caption_loss(logits: Tensor, targets: Tensor, pad_id: int) -> Tensor:
+    """Cross entropy per real token: logits [B,T,V], targets [B,T], already aligned. At initialisation about ln V.
+
+    The mean is over the real tokens of the global batch: each process divides its own sum by the tokens per process,
+    so that averaging the gradients gives one process's on the whole batch, however unevenly the words are spread."""
+    total = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=pad_id, reduction="sum")
+    count = (targets != pad_id).sum()
+    if world_size() > 1:
+        dist.all_reduce(count)
+    return total * world_size() / count.clamp(min=1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reconstruction
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class PerceptualDistance(nn.Module):
+    """LPIPS's formula on VGG16 with whatever weights it holds. Fresh from the constructor they are random: good for
+    tests of the formula and the gradient, not the published metric. With the published weights it is LPIPS, below."""
+
+    CUTS = (4, 9, 16, 23, 30)  # after relu1_2, relu2_2, relu3_3, relu4_3, relu5_3 of torchvision's vgg16.features
+    CHANNELS = (64, 128, 256, 512, 512)
+
+    def __init__(self):
+        super().__init__()
+        layers, channels = [], 3
+        for width, convolutions in zip(self.CHANNELS, (2, 2, 3, 3, 3)):
+            for _ in range(convolutions):
+                layers += [nn.Conv2d(channels, width, 3, padding=1), nn.ReLU()]
+                channels = width
+            layers.append(nn.MaxPool2d(2))
+        self.features = nn.Sequential(*layers[:-1])  # torchvision's numbering; the last pooling is never needed
+        self.lin = nn.ParameterList(torch.rand(1, width, 1, 1) / width for width in self.CHANNELS)
+        self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188]).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450]).view(1, 3, 1, 1), persistent=False)
+        self.requires_grad_(False).eval()
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """x, y [B,3,H,W] in [-1,1] -> [B], 0 for equal pictures. H and W at least 16."""
+        B = len(x)
+        h = (torch.cat([x, y]).float() - self.shift) / self.scale                 # (2B, 3, H, W)
+        distance = torch.zeros(B, device=h.device)
+        for start, end, lin in zip((0, *self.CUTS), self.CUTS, self.lin):
+            h = self.features[start:end](h)                                       # (2B, C, H', W')
+            unit = h / (h.square().sum(1, keepdim=True).clamp(min=1e-20).sqrt() + 1e-10)  # one direction per place
+            difference = (unit[:B] - unit[B:]).square()                           # (B, C, H', W')
+            distance = distance + (difference * lin).sum(1).mean((1, 2))          # (B,)
+        return distance
+
+
+class LPIPS(PerceptualDistance):
+    """LPIPS v0.1 with VGG16. `vgg`: torchvision's vgg16 state dict or its file; `lin`: LPIPS v0.1's vgg.pth, likewise."""
+
+    def __init__(self, vgg: dict | str | Path | None = None, lin: dict | str | Path | None = None):
+        super().__init__()
+        if vgg is None or lin is None:
+            raise ValueError("LPIPS needs both weight files, torchvision's vgg16 (.pth) and LPIPS v0.1's vgg.pth: "
+                             "train with --lpips-weight 0, or give --lpips-vgg FILE and --lpips-lin FILE")
+        vgg, lin = (torch.load(w, map_location="cpu", weights_only=True) if isinstance(w, (str, Path)) else w for w in (vgg, lin))
+        trunk = {name: t for name, t in vgg.items() if not name.startswith("classifier.")}
+        heads = {f"lin.{name[3]}": t for name, t in lin.items() if name.startswith("lin") and name.endswith(".model.1.weight")}
+        self.load_state_dict({**trunk, **heads})
+
+
+def openvision3_loss(images: Tensor, reconstruction: Tensor, latents: Tensor, predicted_latents: Tensor,
+                     caption_logits: Tensor, caption_targets: Tensor, pad_id: int,
+                     image_features: Tensor, text_features: Tensor, logit_scale: Tensor | float,
+                     perceptual: nn.Module | None = None, w_rec: float = 0.5, w_und: float = 1.0,
+                     beta: float = 0.4, alpha: float = 1.0, lpips_weight: float = 0.0) -> dict[str, Tensor]:
+    """The paper's objective, eqs 4-6 with Table 1's weights, in fp32. Returns each term, unweighted, and the weighted
+    sum as "loss". L1 is the mean over elements; images in [-1,1]; latents as the encoder reads them (0.3611 * mean)."""
+    terms = {
+        "pixel": F.l1_loss(reconstruction.float(), images.float()),
+        "latent": F.l1_loss(predicted_latents.float(), latents.float()),
+        "lpips": images.new_zeros(()),
+        "caption": caption_loss(caption_logits, caption_targets, pad_id),
+        "contrastive": contrastive_loss(image_features, text_features, logit_scale),
+    }
+    if lpips_weight > 0:
+        if perceptual is None:
+            raise ValueError("lpips_weight > 0 needs a perceptual network: pass LPIPS(vgg, lin)")
+        terms["lpips"] = perceptual(reconstruction, images).mean()
+    reconstruction_loss = terms["pixel"] + beta * terms["latent"] + lpips_weight * terms["lpips"]
+    understanding_loss = terms["caption"] + alpha * terms["contrastive"]
+    return {"loss": w_rec * reconstruction_loss + w_und * understanding_loss, **terms}
+
+
+if __name__ == "__main__":
+    B, T, V, E = 64, 28, 500, 192
+    image, text = torch.randn(1, E) + 0.02 * torch.randn(B, E), torch.randn(1, E) + 0.02 * torch.randn(B, E)
+    print(f"contrastive: expected ln {B} = {math.log(B):.3f}, untrained towers {contrastive_loss(image, text, 1 / 0.07):.3f}")
+    logits, targets = 0.02 * torch.randn(B, T, V), torch.randint(V, (B, T))
+    print(f"caption:     expected ln {V} = {math.log(V):.3f}, untrained decoder {caption_loss(logits, targets, pad_id=-1):.3f}")
+    x = torch.rand(2, 3, 64, 64) * 2 - 1
+    print(f"perceptual distance, random weights: {PerceptualDistance()(x, x).tolist()} for equal pictures")
