@@ -1,0 +1,803 @@
+"""
+test_all.py: the proof, in the order of the files.
+
+Parity with independent references, properties that must hold, a few samples learned by heart, a run resumed bit for
+bit, two processes against one, bad input, and the README's own commands. No test times anything.
+
+Run:    python -m pytest -q test_all.py
+"""
+import io
+import json
+import math
+import os
+import random
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import data
+import decoders
+import encoder
+import eval_probe
+import losses
+import train
+import vae
+
+HERE = Path(__file__).parent
+OFFICIAL_NAMES = {"class_embedding", "positional_embedding", "conv1.weight", "ln_post.weight", "ln_post.bias", "proj"} | {
+    f"transformer.resblocks.{i}.{name}" for i in range(12) for name in (
+        "ln_1.weight", "ln_1.bias", "ln_2.weight", "ln_2.bias", "attn.in_proj_weight", "attn.in_proj_bias", "attn.out_proj.weight",
+        "attn.out_proj.bias", "mlp.c_fc.weight", "mlp.c_fc.bias", "mlp.c_proj.weight", "mlp.c_proj.bias")}
+
+
+def shapes(count: int, resolution: int = 64, split: str = "test") -> torch.Tensor:
+    return torch.stack([data.to_tensor(data.shapes_example(split, i, resolution)["image"]) for i in range(count)])
+
+
+def command(*argv: str, timeout: int = 300) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, *map(str, argv)], cwd=HERE, capture_output=True, text=True, timeout=timeout)
+
+
+def complaint(monkeypatch, program, *argv: str) -> str:
+    """Runs a program's main() in this process; returns its one-sentence error."""
+    monkeypatch.setattr(sys, "argv", ["program", *map(str, argv)])
+    with pytest.raises(SystemExit) as stop:
+        program.main()
+    assert isinstance(stop.value.code, str) and stop.value.code.startswith("error: ") and "\n" not in stop.value.code, stop.value.code
+    return stop.value.code
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# vae.py
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_flux_has_the_published_size():
+    with torch.device("meta"):
+        flux = vae.AutoencoderKL(**vae.FLUX)
+    assert sum(p.numel() for p in flux.parameters()) == 83_819_683
+    assert sum(p.numel() for p in flux.encoder.parameters()) == 34_274_208
+    assert len(flux.state_dict()) == 244
+    assert all(m.num_groups == 32 for m in flux.modules() if isinstance(m, torch.nn.GroupNorm))
+    assert {"decoder.up.3.block.2.conv1.weight", "encoder.down.1.block.0.nin_shortcut.weight", "decoder.up.1.upsample.conv.bias",
+            "encoder.mid.attn_1.proj_out.weight", "decoder.up.0.block.0.nin_shortcut.bias"} <= set(flux.state_dict())
+
+
+def test_vae_convention_and_round_trip():
+    codec = vae.load_vae("tiny")
+    x = shapes(8)
+    mean, logvar = codec.moments(x)
+    z = codec.encode(x)
+    assert z.shape == (8, 16, 8, 8)
+    torch.testing.assert_close(z, 0.3611 * mean)  # no shift
+    torch.testing.assert_close(codec.decode(z), codec.decoder(mean))
+    assert not torch.equal(codec.encode(x, sample=True), z)
+    assert codec.decode(codec.encode(x[:, :, :40, :56])).shape == (8, 3, 40, 56)
+    assert vae.psnr(codec.decode(z), x).mean() > 27
+    assert 0.7 < z.std() < 1.4
+    shifted = vae.AutoencoderKL(**{**vae.TINY, "shift_factor": 0.1159})
+    shifted.load_state_dict(codec.state_dict())
+    torch.testing.assert_close(shifted.encode(x), 0.3611 * (mean - 0.1159))
+    torch.testing.assert_close(shifted.decode(shifted.encode(x)), codec.decode(z), atol=1e-5, rtol=1e-4)
+    with pytest.raises(ValueError, match="multiples of 8"):
+        codec.encode(torch.zeros(1, 3, 60, 64))
+
+
+def test_vae_attention_against_a_loop():
+    block = vae.AttnBlock(32)
+    x = torch.randn(2, 32, 3, 5)
+    h = block.norm(x)
+    q, k, v = (conv(h).reshape(2, 32, 15) for conv in (block.q, block.k, block.v))
+    mixed = torch.zeros_like(v)
+    for b in range(2):
+        for i in range(15):
+            weights = torch.softmax(torch.stack([q[b, :, i] @ k[b, :, j] for j in range(15)]) / 32**0.5, 0)
+            mixed[b, :, i] = sum(w * v[b, :, j] for j, w in enumerate(weights))
+    torch.testing.assert_close(block(x), x + block.proj_out(mixed.view(2, 32, 3, 5)), atol=1e-5, rtol=1e-4)
+
+
+def test_unit_latents_change_the_code_and_not_the_picture():
+    torch.manual_seed(0)
+    rough, x = vae.AutoencoderKL(**vae.TINY), shapes(8)
+    vae.start_as_linear_codec(rough)
+    even = vae.unit_latents(rough, x)
+    with torch.no_grad():
+        torch.testing.assert_close(even.encode(x).std((0, 2, 3)), torch.ones(16), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(even.decode(even.encode(x)), rough.decode(rough.encode(x)), atol=1e-4, rtol=1e-3)
+        torch.testing.assert_close(even.moments(x)[1].exp().sqrt() / even.moments(x)[0].std((0, 2, 3)).view(16, 1, 1),
+                                   rough.moments(x)[1].exp().sqrt() / rough.moments(x)[0].std((0, 2, 3)).view(16, 1, 1), atol=1e-4, rtol=1e-3)
+
+
+def test_vae_files(tmp_path):
+    assert vae.TINY_PATH.stat().st_size <= 4e6
+    codec = vae.load_vae("tiny")
+    assert not codec.training and not any(p.requires_grad for p in codec.parameters())
+    vae.save_vae(codec, tmp_path / "a.safetensors")
+    again = vae.load_vae(tmp_path / "a.safetensors")
+    assert all(torch.equal(a, b) for a, b in zip(codec.state_dict().values(), again.state_dict().values()))
+    tensors = load_file(tmp_path / "a.safetensors")
+    for change, name in ((lambda t: t.pop("decoder.conv_in.bias"), "decoder.conv_in.bias"), (lambda t: t.update(extra=torch.zeros(1)), "extra"),
+                         (lambda t: t.update({"encoder.conv_in.bias": torch.zeros(3)}), "encoder.conv_in.bias")):
+        changed = dict(tensors)
+        change(changed)
+        save_file(changed, tmp_path / "b.safetensors", metadata={"config": json.dumps(codec.config)})
+        with pytest.raises(ValueError, match=name):
+            vae.load_vae(tmp_path / "b.safetensors")
+    (tmp_path / "c.safetensors").write_bytes(b"not a file of tensors")
+    with pytest.raises(ValueError, match="c.safetensors"):
+        vae.load_vae(tmp_path / "c.safetensors")
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        vae.load_vae("nowhere")
+
+
+def test_vae_trains(tmp_path):
+    done = command("vae.py", "--data", "procedural", "--steps", 2, "--batch-size", 2, "--workers", 0, "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert vae.load_vae(tmp_path / "vae.safetensors").config["ch"] == vae.TINY["ch"]
+    a, b = vae.Procedural(64, 10)[3], vae.Procedural(64, 10)[3]
+    assert torch.equal(a, b) and a.shape == (3, 64, 64)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# encoder.py
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_base_encoder_is_the_released_one():
+    with torch.device("meta"):
+        base = encoder.ImageEncoder()
+    assert set(base.state_dict()) == OFFICIAL_NAMES and len(OFFICIAL_NAMES) == 150
+    assert sum(t.numel() for t in base.state_dict().values()) == 85_893_120
+    assert base.conv1.bias is None and base.ln_post.eps == base.transformer.resblocks[0].ln_1.eps == 1e-6
+    assert all(row["width"] == 64 * row["heads"] for row in encoder.SIZES.values())
+
+
+@pytest.mark.parametrize("gelu", ["none", "tanh"])
+def test_block_against_pytorch(gelu):
+    torch.manual_seed(0)
+    block = encoder.Block(128, 2, gelu)
+    for p in block.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    reference = torch.nn.TransformerEncoderLayer(128, 2, 512, 0.0, lambda x: F.gelu(x, approximate=gelu), 1e-6, batch_first=True, norm_first=True)
+    names = {"self_attn": "attn", "linear1": "mlp.c_fc", "linear2": "mlp.c_proj", "norm1": "ln_1", "norm2": "ln_2"}
+    ours = block.state_dict()
+    reference.load_state_dict({n: ours[n.replace(a, b)] for n in reference.state_dict() for a, b in names.items() if n.startswith(a)})
+    x = torch.randn(3, 7, 128)
+    torch.testing.assert_close(block(x), reference(x), atol=1e-5, rtol=1e-4)
+    mask = torch.ones(7, 7, dtype=torch.bool).tril()
+    torch.testing.assert_close(block(x, mask), reference(x, src_mask=~mask), atol=1e-5, rtol=1e-4)
+
+
+def test_positions_by_hand():
+    table = encoder.sincos_positions(3, 5, 16)
+    for row in range(3):
+        for column in range(5):
+            omega = [10000 ** -(k / 3) for k in range(4)]
+            expected = [f(p * w) for p in (column, row) for f in (math.sin, math.cos) for w in omega]
+            torch.testing.assert_close(table[row * 5 + column], torch.tensor(expected))
+
+
+def test_image_encoder_outputs():
+    torch.manual_seed(0)
+    model = encoder.ImageEncoder(8, width=64, depth=2, heads=1, embed_dim=32)
+    latents = torch.randn(3, 16, 8, 8)
+    pooled, tokens = model(latents)
+    assert pooled.shape == (3, 32) and tokens.shape == (3, 16, 64)
+    torch.testing.assert_close(pooled, F.layer_norm(tokens.mean(1), (64,), model.ln_post.weight, model.ln_post.bias, 1e-6) @ model.proj)
+    assert torch.equal(model.positional_embedding[0], torch.zeros(64))
+    assert model(torch.randn(1, 16, 4, 12))[1].shape == (1, 12, 64)  # another size, not square
+    swapped = latents.clone()
+    swapped[:, :, :2, :2], swapped[:, :, 2:4, 2:4] = latents[:, :, 2:4, 2:4], latents[:, :, :2, :2]
+    assert not torch.allclose(model(swapped)[0], pooled, atol=1e-5)  # positions matter
+    with pytest.raises(ValueError, match="patches"):
+        model(torch.randn(1, 16, 5, 8))
+
+
+def test_text_encoder_reads_its_last_position_and_sees_all():
+    torch.manual_seed(0)
+    model = encoder.TextEncoder(50, 9, 64, 2, 1, 32)
+    ids = torch.randint(50, (2, 9))
+    changed = ids.clone()
+    changed[:, 0] = (ids[:, 0] + 1) % 50
+    assert model(ids).shape == (2, 32) and not torch.allclose(model(ids), model(changed))
+    with pytest.raises(ValueError, match="at most 9"):
+        model(torch.zeros(1, 10, dtype=torch.long))
+
+
+def test_encoder_files(tmp_path):
+    model = encoder.ImageEncoder(8, width=128, depth=2, heads=2, embed_dim=96)
+    latents = torch.randn(2, 16, 8, 8)
+    encoder.save_encoder(model, tmp_path / "encoder.safetensors")
+    tensors = load_file(tmp_path / "encoder.safetensors")
+    torch.save({"visual." + k: v for k, v in tensors.items()} | {"logit_scale": torch.zeros(())}, tmp_path / "open_clip_pytorch_model.bin")
+    for source in (tmp_path, tmp_path / "encoder.safetensors", tmp_path / "open_clip_pytorch_model.bin"):
+        again = encoder.load_encoder(source)
+        assert all(torch.equal(a, b) for a, b in zip(model(latents), again(latents)))
+    save_file({k: v for k, v in tensors.items() if "ln_2.bias" not in k}, tmp_path / "less.safetensors")
+    with pytest.raises(ValueError, match="ln_2.bias"):
+        encoder.load_encoder(tmp_path / "less.safetensors")
+    (tmp_path / "text.bin").write_text("no weights")
+    with pytest.raises(ValueError, match="text.bin"):
+        encoder.load_encoder(tmp_path / "text.bin")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# decoders.py
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_unpatchify_is_patchify_undone():
+    decoder = decoders.LatentDecoder(64, 8, 64, 1, 1)
+    latents = torch.randn(2, 16, 6, 8)
+    rows = torch.stack([latents[:, :, i : i + 2, j : j + 2].permute(0, 2, 3, 1).flatten(1) for i in range(0, 6, 2) for j in range(0, 8, 2)], 1)
+    assert torch.equal(decoder.unpatchify(rows, 3, 4), latents)
+    assert decoder(torch.randn(2, 16, 64)).shape == (2, 16, 8, 8)
+    assert decoder(torch.randn(2, 12, 64), grid=(3, 4)).shape == (2, 16, 6, 8)
+    with pytest.raises(ValueError, match="grid"):
+        decoder(torch.randn(2, 12, 64))
+
+
+def test_noise_has_one_strength_per_image(monkeypatch):
+    torch.manual_seed(0)
+    decoder, seen = decoders.LatentDecoder(64, 32, 64, 1, 1), []
+    monkeypatch.setattr(decoder, "trunk", lambda x: seen.append(x) or torch.zeros(len(x), 256, 64))
+    tokens = torch.randn(200, 256, 64)
+    decoder(tokens)
+    decoder(tokens, tau=0.5)
+    as_tokens = [x.flatten(2).transpose(1, 2) for x in seen]
+    assert torch.equal(as_tokens[0], tokens)  # none unless asked for
+    noise = as_tokens[1] - tokens
+    strength = noise.std((1, 2))
+    assert 0 < strength.min() < 0.05 and 0.45 < strength.max() < 0.51 and abs(strength.mean() - 0.25) < 0.03  # U[0, 0.5]
+    assert torch.allclose(noise.std(2).mean(1), strength, rtol=0.05)  # the same for all tokens of an image
+
+
+def test_captions_are_causal():
+    torch.manual_seed(0)
+    decoder = decoders.CaptionDecoder(40, 10, 64, 64, 2, 1)
+    tokens, ids = torch.randn(2, 5, 64), torch.randint(40, (2, 8))
+    logits = decoder(tokens, ids)
+    later = ids.clone()
+    later[:, 5:] = (ids[:, 5:] + 1) % 40
+    torch.testing.assert_close(decoder(tokens, later)[:, :5], logits[:, :5])
+    assert not torch.allclose(decoder(tokens, later)[:, 5:], logits[:, 5:])
+    other = tokens.clone()
+    other[:, -1] += 1
+    assert ((decoder(other, ids) - logits).abs().amax(2) > 1e-6).all()  # every word sees every image token
+    mask = decoder.prefix_mask(2, 3, torch.device("cpu"))
+    assert mask.int().tolist() == [[1, 1, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]
+
+
+def test_generate_is_greedy_and_stops():
+    torch.manual_seed(0)
+    decoder = decoders.CaptionDecoder(12, 10, 64, 64, 1, 1)
+    torch.nn.init.normal_(decoder.head.weight)
+    ids = decoder.generate(torch.randn(6, 4, 64), bos=0, eos=1, max_length=9)
+    torch.manual_seed(0)
+    tokens = torch.randn(6, 4, 64)
+    ids = decoder.generate(tokens, bos=0, eos=1, max_length=9)
+    for row, image in zip(ids, tokens):
+        text = [0]
+        while len(text) < ids.shape[1]:
+            text.append(1 if 1 in text else decoder(image[None], torch.tensor([text]))[0, -1].argmax().item())
+        assert row.tolist() == text
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# losses.py
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_contrastive_by_hand_and_at_chance():
+    torch.manual_seed(0)
+    a, b = torch.randn(5, 8), torch.randn(5, 8)
+    total = 0.0
+    for x, y in ((a, b), (b, a)):
+        for i in range(5):
+            scores = [10 * float(x[i] @ y[j] / (x[i].norm() * y[j].norm())) for j in range(5)]
+            total += math.log(sum(math.exp(s) for s in scores)) - scores[i]
+    assert abs(losses.contrastive_loss(a, b, 10.0).item() - total / 10) < 1e-5
+    assert losses.contrastive_loss(torch.ones(64, 8), torch.ones(64, 8), 14.0).item() == pytest.approx(math.log(64), abs=1e-5)
+
+
+def test_caption_loss_ignores_padding():
+    torch.manual_seed(0)
+    logits, targets = torch.randn(3, 4, 7), torch.tensor([[1, 2, 6, 6], [3, 6, 6, 6], [1, 2, 3, 4]])
+    expected = [-math.log(torch.softmax(logits[b, t], 0)[targets[b, t]]) for b in range(3) for t in range(4) if targets[b, t] != 6]
+    assert losses.caption_loss(logits, targets, pad_id=6).item() == pytest.approx(sum(expected) / len(expected), rel=1e-5)
+    assert losses.caption_loss(logits, torch.full((3, 4), 6), pad_id=6).item() == 0
+    assert losses.caption_loss(torch.zeros(3, 4, 500), targets, pad_id=6).item() == pytest.approx(math.log(500), rel=1e-5)
+
+
+def test_lpips_formula_and_files(tmp_path):
+    torch.manual_seed(0)
+    random_net = losses.PerceptualDistance()
+    assert sum(p.numel() for p in random_net.features.parameters()) == 14_714_688
+    assert sum(p.numel() for p in random_net.lin) == 1472
+    vgg = {f"features.{n}": p for n, p in random_net.features.state_dict().items()}
+    lin = {f"lin{i}.model.1.weight": p.data for i, p in enumerate(random_net.lin)}
+    torch.save(vgg | {"classifier.0.weight": torch.zeros(2)}, tmp_path / "vgg16.pth")
+    torch.save(lin, tmp_path / "vgg.pth")
+    net = losses.LPIPS(tmp_path / "vgg16.pth", tmp_path / "vgg.pth")
+    x, y = shapes(4).chunk(2)
+    shift, scale = (torch.tensor(v).view(3, 1, 1) for v in ((-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)))
+    for b in range(2):  # the formula once more, for one pair, with plain functions
+        total, maps = 0.0, [((v[b] - shift) / scale)[None] for v in (x, y)]
+        layer = 0
+        for i, width, count in ((0, 64, 2), (1, 128, 2), (2, 256, 3), (3, 512, 3), (4, 512, 3)):
+            if i:
+                maps, layer = [F.max_pool2d(m, 2) for m in maps], layer + 1
+            for _ in range(count):
+                w, bias = vgg[f"features.{layer}.weight"], vgg[f"features.{layer}.bias"]
+                maps, layer = [F.conv2d(m, w, bias, padding=1).relu() for m in maps], layer + 2
+            p, q = (m / m.norm(dim=1, keepdim=True) for m in maps)
+            total += ((p - q) ** 2 * lin[f"lin{i}.model.1.weight"]).sum(1).nan_to_num().mean().item()
+        assert net(x, y)[b].item() == pytest.approx(total, rel=1e-3)
+    assert net(x, x).abs().max() < 1e-6
+    flat = torch.zeros(1, 3, 32, 32, requires_grad=True)
+    net(flat, torch.ones(1, 3, 32, 32)).sum().backward()
+    assert torch.isfinite(flat.grad).all() and not any(p.requires_grad for p in net.parameters())
+    with pytest.raises(ValueError, match="--lpips-weight 0"):
+        losses.LPIPS()
+
+
+def test_the_sum_and_its_weights():
+    torch.manual_seed(0)
+    x, y, z, w = torch.rand(4, 3, 32, 32), torch.rand(4, 3, 32, 32), torch.randn(4, 16, 4, 4), torch.randn(4, 16, 4, 4)
+    logits, ids, a, b = torch.randn(4, 5, 9), torch.randint(8, (4, 5)), torch.randn(4, 6), torch.randn(4, 6)
+    perceptual = losses.PerceptualDistance()
+    t = losses.openvision3_loss(x, y, z, w, logits, ids, 8, a, b, 14.0, perceptual, lpips_weight=0.5)
+    assert t["pixel"] == (x - y).abs().mean() and t["latent"] == (z - w).abs().mean()
+    torch.testing.assert_close(t["lpips"], perceptual(y, x).mean())
+    expected = 0.5 * (t["pixel"] + 0.4 * t["latent"] + 0.5 * t["lpips"]) + 1.0 * (t["caption"] + 1.0 * t["contrastive"])
+    torch.testing.assert_close(t["loss"], expected)
+    assert losses.openvision3_loss(x, y, z, w, logits, ids, 8, a, b, 14.0)["lpips"] == 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# data.py
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_shapes_are_well_posed():
+    classes, counts = set(), set()
+    for i in range(400):
+        example = data.shapes_example("train", i, 16)
+        scene = json.loads(example["scene"])
+        first, *others = scene["objects"]
+        classes.add(example["label"])
+        counts.add(len(scene["objects"]))
+        assert data.CLASS_NAMES[example["label"]] == f"{first['color']} {first['shape']}"
+        assert len({(o["color"], o["shape"]) for o in scene["objects"]}) == len(scene["objects"])
+        for j, other in enumerate(others, 1):
+            assert data.RADIUS[other["size"]] < data.RADIUS[first["size"]]
+            dx, dy = other["x"] - first["x"], other["y"] - first["y"]
+            true = {"left": dx < -2 * abs(dy), "right": dx > 2 * abs(dy), "above": dy < -2 * abs(dx), "below": dy > 2 * abs(dx)}
+            assert true[other["side"]]
+            for p in scene["objects"][:j]:
+                assert math.dist((p["x"], p["y"]), (other["x"], other["y"])) > data.RADIUS[p["size"]] + data.RADIUS[other["size"]]
+        for o in scene["objects"]:
+            assert data.RADIUS[o["size"]] < o["x"] < 1 - data.RADIUS[o["size"]] and data.RADIUS[o["size"]] < o["y"] < 1 - data.RADIUS[o["size"]]
+    assert counts == {1, 2, 3} and len(classes) > 60 and len(data.CLASS_NAMES) == 64
+
+
+def test_every_wording_is_true_and_complete():
+    for i in range(60):
+        example = data.shapes_example("test", i, 16)
+        scene = json.loads(example["scene"])
+        wordings = data.all_wordings(scene)
+        assert example["text"] in wordings
+        for text in wordings:
+            for o in scene["objects"]:
+                assert f"{o['color']} {o['shape']}" in text
+            for size, color, shape in re.findall(rf"(small|medium|large) (\w+) ({'|'.join(data.SHAPES)})", text):
+                assert any((o["size"], o["color"], o["shape"]) == (size, color, shape) for o in scene["objects"])
+            assert sum(text.count(shape) for shape in data.SHAPES) == len(scene["objects"])
+        if len(scene["objects"]) == 2:
+            a, b = (f"{o['color']} {o['shape']}" for o in scene["objects"])
+            for text in wordings:
+                relation = re.search(r"(left of|right of|above|below)", text)
+                if relation:  # whichever is named first, the picture must agree
+                    one, two = scene["objects"] if text.index(a) < text.index(b) else scene["objects"][::-1]
+                    assert {"left of": one["x"] < two["x"], "right of": one["x"] > two["x"], "above": one["y"] < two["y"], "below": one["y"] > two["y"]}[relation[1]]
+
+
+def test_shapes_are_the_same_for_everyone_and_splits_differ():
+    a, b = (data.shapes_example("train", 7, 64) for _ in range(2))
+    assert a["text"] == b["text"] and a["image"].tobytes() == b["image"].tobytes()
+    assert json.loads(data.shapes_example("train", 7, 128)["scene"]) == json.loads(a["scene"])
+    scenes = {split: {data.shapes_example(split, i, 16)["scene"] for i in range(500)} for split in ("train", "test")}
+    assert len(scenes["train"]) == len(scenes["test"]) == 500 and not scenes["train"] & scenes["test"]
+    red = data.draw_scene({"objects": [dict(shape="square", color="red", size="large", x=0.5, y=0.5, turn=0.0, side=None)],
+                           "background": dict(kind="plain", seed=1)}, 64)
+    assert red[32, 32, 0] > 150 > 60 > red[32, 32, 1] and (red[0, 0] == red[0, 63]).all()
+
+
+def encoded(image: Image.Image, format: str, **options) -> dict:
+    buffer = io.BytesIO()
+    image.save(buffer, format, **options)
+    return {"bytes": buffer.getvalue(), "path": None}
+
+
+def test_odd_pictures_become_rgb():
+    half = Image.fromarray(np.full((8, 6), 32768, np.uint16))
+    assert abs(np.asarray(data.decode_image(encoded(half, "PNG"))).astype(int) - 127).max() <= 1  # 16 bits scaled, not clipped
+    clear = Image.new("RGBA", (8, 8), (255, 0, 0, 0))
+    assert data.decode_image(encoded(clear, "PNG")).getpixel((0, 0)) == (255, 255, 255)
+    assert data.decode_image(encoded(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG")).getpixel((4, 4))[0] > 200
+    palette = Image.new("RGB", (8, 8), (0, 128, 0)).convert("P")
+    assert data.decode_image(encoded(palette, "PNG")).getpixel((0, 0))[1] > 100
+    frames = [Image.new("RGB", (8, 8), c) for c in ("red", "blue")]
+    assert data.decode_image(encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])).getpixel((0, 0))[0] > 200
+    turned = Image.new("RGB", (20, 10))
+    exif = turned.getexif()
+    exif[0x0112] = 6
+    assert data.decode_image(encoded(turned, "JPEG", exif=exif)).size == (10, 20)
+    for size in ((1, 1), (1, 3000), (3000, 2)):
+        image = data.decode_image(encoded(Image.new("L", size, 128), "PNG"))
+        assert data.to_tensor(data.centre_crop(image, 32)).shape == (3, 32, 32)
+        assert data.random_crop(image, 32, random.Random(0), 0.4).size == (32, 32)
+    x = torch.randint(256, (3, 5, 5)).float() / 127.5 - 1
+    torch.testing.assert_close(data.to_tensor(data.to_image(x)), x)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """130 pictures with captions and labels; one is broken, which is under 1 %."""
+    root = tmp_path_factory.mktemp("pictures")
+    rows = []
+    for i in range(130):
+        example = data.shapes_example("train", i, 40)
+        example["image"].save(root / f"{i:03}.png")
+        rows.append({"file_name": f"{i:03}.png", "text": example["text"], "label": data.CLASS_NAMES[example["label"]].split()[0]})
+    (root / "017.png").write_bytes(b"broken")
+    rows[3]["text"], rows[4]["text"] = "", "very long " * 500
+    (root / "metadata.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return root
+
+
+def test_folder_with_captions(folder, capsys):
+    opened = data.open_data(str(folder), 32)
+    assert len(opened.train) + len(opened.test) == 129 and opened.class_names == sorted(data.COLORS)
+    assert "017.png" in capsys.readouterr().out and len(opened.test) == 13
+    example = opened.train[(0, 5)]
+    assert example["image"].shape == (3, 32, 32) and example["image"].abs().max() <= 1 and example["caption"] and example["label"] >= 0
+    assert torch.equal(opened.train[(0, 5)]["image"], example["image"])  # keyed by (seed, epoch, sample)
+    assert not torch.equal(opened.train[(1, 5)]["image"], example["image"])
+    again = data.open_data(str(folder), 32)  # the held-out part is fixed
+    assert [again.test[i]["caption"] for i in range(13)] == [opened.test[i]["caption"] for i in range(13)]
+
+
+def test_class_folders_parquet_and_splits(tmp_path):
+    for split, count in (("train", 6), ("test", 3)):
+        for color in ("red", "dark_blue"):
+            (tmp_path / split / color).mkdir(parents=True)
+            for i in range(count):
+                Image.new("RGB", (20, 20), "red").save(tmp_path / split / color / f"{i}.jpg")
+    opened = data.open_data(str(tmp_path), 16)
+    assert (len(opened.train), len(opened.test), opened.class_names) == (12, 6, ["dark_blue", "red"])
+    assert "a photo of dark blue" in {opened.train[(e, i)]["caption"] for e in range(9) for i in range(12)}
+    table = datasets.Dataset.from_list([{"img": encoded(Image.new("RGB", (20, 20)), "PNG"), "captions": ["one", "two"], "cls": i % 3} for i in range(20)])
+    (tmp_path / "pq").mkdir()
+    table.to_parquet(str(tmp_path / "pq" / "part.parquet"))
+    opened = data.open_data(str(tmp_path / "pq"), 16)
+    assert {opened.train[(e, 0)]["caption"] for e in range(20)} == {"one", "two"} and opened.class_names == ["0", "1", "2"]
+    assert opened.test[0]["captions"] == ["one", "two"]
+
+
+def test_bad_folders(tmp_path):
+    with pytest.raises(data.DataError, match="no such file or folder"):
+        data.open_data(str(tmp_path / "missing"), 32)
+    with pytest.raises(data.DataError, match="no such file or folder"):
+        data.open_data("shpaes", 32)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(data.DataError, match="empty"):
+        data.open_data(str(tmp_path / "empty"), 32)
+    (tmp_path / "bare").mkdir()
+    for i in range(4):
+        Image.new("RGB", (8, 8)).save(tmp_path / "bare" / f"{i}.png")
+    with pytest.raises(data.DataError, match="neither captions nor labels"):
+        data.open_data(str(tmp_path / "bare"), 32)
+    with pytest.raises(data.DataError, match="no text column 'words'"):
+        data.open_data(str(tmp_path / "bare"), 32, text_col="words")
+    for name in "ab":
+        (tmp_path / "broken" / name).mkdir(parents=True)
+        for i in range(25):
+            Image.new("RGB", (8, 8)).save(tmp_path / "broken" / name / f"{i}.png")
+    (tmp_path / "broken" / "a" / "3.png").write_bytes(b"")
+    (tmp_path / "broken" / "b" / "4.png").write_bytes(b"\x89PNG but not for long")
+    with pytest.raises(data.DataError, match="more than 1 %.*png"):
+        data.open_data(str(tmp_path / "broken"), 32)
+
+
+def test_tokenizer():
+    texts = [data.shapes_example("train", i, 16)["text"] for i in range(300)]
+    tokenizer = data.Tokenizer.train(texts, context_length=28)
+    assert len({tokenizer.bos, tokenizer.eos, tokenizer.pad}) == 3 and tokenizer.vocab_size == tokenizer.pad + 1
+    for text in [*texts, "", "Ünïcode 漢字 🙂\n\ttabs  and   spaces", "<|endoftext|>"]:
+        wide = data.Tokenizer(tokenizer.encoding, 200)
+        ids = wide.encode(text)
+        assert wide.decode(ids) == text and ids[0] == wide.bos and ids[-1] == wide.eos
+        assert len(tokenizer.encode(text)) <= 28 and tokenizer.encode(text)[-1] == tokenizer.eos  # eos survives the cut
+    assert max(len(data.Tokenizer(tokenizer.encoding, 200).encode(t)) for t in texts) <= 28  # no caption of shapes is cut
+    batch = tokenizer.batch(["a red circle", ""])
+    assert batch.shape == (2, 28) and batch[1].tolist() == [tokenizer.bos, tokenizer.eos] + 26 * [tokenizer.pad]
+    again = data.Tokenizer.from_state(json.loads(json.dumps(tokenizer.state())), 28)
+    assert all(again.encode(t) == tokenizer.encode(t) for t in texts)
+    with pytest.raises(data.DataError, match="bpe"):
+        data.Tokenizer.named("gpt3", 28)
+
+
+def test_order_is_that_of_one_process():
+    def batches(world, start=0):
+        orders = [iter(data.TrainingOrder(50, 8, seed=3, start=start, stop=15, rank=r, world=world)) for r in range(world)]
+        return [[key for order in orders for key in next(order)] for _ in range(start, 15)]
+
+    one = batches(1)
+    assert batches(2) == one and batches(4) == one and batches(2, start=7) == one[7:]
+    first_epoch = [key for batch in one[:6] for key in batch]
+    assert len(set(first_epoch)) == 48 and {e for e, _ in first_epoch} == {0} and one[6][0][0] == 1
+    with pytest.raises(data.DataError, match="--batch-size"):
+        data.TrainingOrder(5, 8, 0, 0, 1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# train.py
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def small_model(**changes) -> tuple[train.OpenVision3, data.Tokenizer]:
+    config = train.Config(**changes)
+    tokenizer = data.Tokenizer.train([data.shapes_example("train", i, 16)["text"] for i in range(200)], config.context_length)
+    torch.manual_seed(0)
+    return train.OpenVision3(config, tokenizer, vae.load_vae("tiny")), tokenizer
+
+
+def shapes_batch(count: int, tokenizer: data.Tokenizer, resolution: int) -> dict:
+    opened = data.open_data("shapes", resolution)
+    return data.Collate(tokenizer)([opened.train[i] for i in range(count)])
+
+
+def test_losses_start_where_they_should_and_reach_the_encoder():
+    model, tokenizer = small_model()
+    batch = shapes_batch(32, tokenizer, 64)
+    terms = model(batch["image"], batch["text"])
+    assert terms["contrastive"].item() == pytest.approx(math.log(32), abs=0.35)
+    assert terms["caption"].item() == pytest.approx(math.log(tokenizer.vocab_size), abs=0.35)
+    for name in ("pixel", "latent", "caption", "contrastive"):
+        model.zero_grad()
+        terms[name].backward(retain_graph=True)
+        assert model.encoder.conv1.weight.grad.abs().sum() > 0, name
+    model.zero_grad()
+    terms["loss"].backward()
+    assert all(p.grad is not None for p in model.parameters())  # nothing is idle
+    assert all(p.grad is None and not p.requires_grad for p in model.vae.parameters())
+    assert not any("frozen" in name or "vae" in name for name in model.state_dict())
+    model.train()
+    assert not model.vae.training
+
+
+def test_sixteen_samples_are_learned_by_heart():
+    model, tokenizer = small_model(resolution=32, tau=0.0)
+    batch = shapes_batch(16, tokenizer, 32)
+    steps = 900
+    config = train.Config(steps=steps, warmup=20, lr=2e-3, weight_decay=0.0)
+    optimizer = train.make_optimizer(model, config)
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = train.learning_rate(step, config)
+        terms = model(batch["image"], batch["text"])
+        optimizer.zero_grad()
+        terms["loss"].backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    model.eval()
+    with torch.no_grad():
+        latents = model.vae.encode(batch["image"])
+        pooled, tokens = model.encoder(latents)
+        written = model.caption_decoder.generate(tokens, tokenizer.bos, tokenizer.eos, 28).tolist()
+        found = eval_probe.retrieval(pooled, model.text_encoder(batch["text"]))
+        error = F.l1_loss(model.latent_decoder(tokens), latents) / latents.std()
+    print(f"latent L1 is {error:.4f} of the latents' standard deviation")
+    assert [tokenizer.decode(ids) for ids in written] == batch["captions"]
+    assert found["i2t_r1"] == found["t2i_r1"] == 1.0
+    assert error < 0.05
+
+
+TINY_RUN = ("--steps", 4, "--batch-size", 4, "--resolution", 32, "--warmup", 1, "--log-every", 1, "--save-every", 2, "--sample-every", 4)
+
+
+def run_train(monkeypatch, *argv) -> None:
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, argv)])
+    train.main()
+
+
+def test_interrupted_and_resumed_is_bitwise_the_straight_run(monkeypatch, tmp_path, capsys):
+    run_train(monkeypatch, *TINY_RUN, "--out", tmp_path / "straight")
+    save = train.save_checkpoint
+
+    def save_then_die(out, model, optimizer, tokenizer, step, states):
+        save(out, model, optimizer, tokenizer, step, states)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "save_checkpoint", save_then_die)
+        with pytest.raises(KeyboardInterrupt):
+            run_train(monkeypatch, *TINY_RUN, "--out", tmp_path / "broken")
+    (tmp_path / "broken" / "log.jsonl").open("a").write('{"step": 3, "loss": 0}\n')  # a line past the checkpoint
+    run_train(monkeypatch, *TINY_RUN, "--out", tmp_path / "broken", "--resume")
+    a, b = (torch.load(tmp_path / name / "last.pt", weights_only=True) for name in ("straight", "broken"))
+    assert a["step"] == b["step"] == 4
+    assert all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"])
+    for k, state in a["optimizer"]["state"].items():
+        assert all(torch.equal(v, b["optimizer"]["state"][k][n]) for n, v in state.items())
+    logs = [[json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()] for name in ("straight", "broken")]
+    assert [r["step"] for r in logs[0]] == [1, 2, 3, 4] == [r["step"] for r in logs[1]]
+    assert [r["loss"] for r in logs[0]] == [r["loss"] for r in logs[1]]
+    before = (tmp_path / "broken" / "log.jsonl").read_text()
+    run_train(monkeypatch, *TINY_RUN, "--out", tmp_path / "broken", "--resume")  # a finished run
+    assert "finished" in capsys.readouterr().out and (tmp_path / "broken" / "log.jsonl").read_text() == before
+    assert "--lr 0.5" in complaint(monkeypatch, train, *TINY_RUN, "--out", tmp_path / "broken", "--resume", "--lr", "0.5")
+    assert "--resume" in complaint(monkeypatch, train, *TINY_RUN, "--out", tmp_path / "broken")  # nothing is overwritten
+    for name in ("config.json", "curves.png", "recon_000000.png", "recon_000004.png", "encoder.safetensors"):
+        assert (tmp_path / "broken" / name).is_file()
+    assert encoder.load_encoder(tmp_path / "broken")(torch.randn(1, 16, 4, 4))[1].shape == (1, 4, 192)
+
+
+def test_two_processes_train_what_one_trains(tmp_path):
+    run = [*TINY_RUN, "--tau", 0, "--log-ids"]
+    one = command("train.py", *run, "--out", tmp_path / "one")
+    assert one.returncode == 0, one.stderr
+    two = command("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, "train.py", *run, "--out", tmp_path / "two")
+    assert two.returncode == 0, two.stderr
+    logs = [[json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()] for name in ("one", "two")]
+    for a, b in zip(*logs, strict=True):
+        for term in ("loss", "pixel", "latent", "caption", "contrastive", "grad_norm"):
+            assert a[term] == pytest.approx(b[term], rel=1e-4), (a["step"], term)
+    ids = {name: [sorted(sum((json.loads(lines[step])["ids"] for lines in files), [])) for step in range(4)] for name, files in (
+        (name, [p.read_text().splitlines() for p in sorted((tmp_path / name).glob("ids-*.jsonl"))]) for name in ("one", "two"))}
+    assert ids["one"] == ids["two"]
+
+
+@pytest.mark.parametrize("argv, says", [
+    (("--data", "nowhere/at/all"), "no such file or folder"), (("--resolution", 100), "multiple of 16"), (("--batch-size", 1), "contrastive"),
+    (("--steps", 0), "--steps 0"), (("--lr", "nan"), "--lr is nan"), (("--vae", "README.md"), "README.md"), (("--vae", "none.safetensors"), "none.safetensors"),
+    (("--resume",), "no checkpoint"), (("--size", "XXL"), "Nano"), (("--tokenizer", "gpt3"), "gpt2"), (("--lpips-weight", "0.5"), "--lpips-vgg"),
+    (("--crop", 0), "--crop"), (("--device", "tpu"), "cuda, mps, cpu"), (("--tau", "-1"), "--tau"),
+    pytest.param(("--device", "cuda"), "--device cpu", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")),
+])
+def test_bad_settings_get_one_sentence(monkeypatch, tmp_path, argv, says):
+    assert says in complaint(monkeypatch, train, "--out", tmp_path / "run", *argv)
+    assert not (tmp_path / "run").exists()
+
+
+def test_unknown_flags_and_presets_fail(capsys):
+    for argv in (["--stepz", "3"], ["--preset", "huge"], ["--step", "3"]):  # the last: no abbreviations
+        with pytest.raises(SystemExit) as stop:
+            train.parse_config(argv)
+        assert stop.value.code == 2
+    for preset in train.PRESETS:
+        assert train.parse_config(["--preset", preset]).batch_size > 0
+
+
+def test_a_non_finite_term_is_named(monkeypatch, tmp_path):
+    assert "contrastive" in complaint(monkeypatch, train, *TINY_RUN, "--lr", 1e30, "--clip", 1e30, "--out", tmp_path / "run")
+
+
+def test_checkpoints_that_are_none(monkeypatch, tmp_path):
+    (tmp_path / "last.pt").write_bytes(b"half a file")
+    assert "last.pt" in complaint(monkeypatch, eval_probe, "--ckpt", tmp_path)
+    assert "last.pt" in complaint(monkeypatch, train, "--resume", "--out", tmp_path)
+    assert (tmp_path / "last.pt").read_bytes() == b"half a file"
+    assert "train.py" in complaint(monkeypatch, eval_probe, "--ckpt", tmp_path / "nowhere")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# eval_probe.py
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_reconstruction_metrics():
+    x = shapes(3, 32)
+    y = (x + 0.1 * torch.randn_like(x)).clamp(-1, 1)
+    a, b = ((v + 1) / 2 for v in (x, y))
+    assert vae.psnr(x, y)[1].item() == pytest.approx(10 * math.log10(1 / (a[1] - b[1]).square().mean().item()), rel=1e-5)
+    line = np.exp(-((np.arange(11) - 5) ** 2) / 4.5)
+    window = np.outer(line, line) / np.outer(line, line).sum()
+    scores = []
+    for c in range(3):
+        for i in range(22):
+            for j in range(22):
+                p, q = (v[0, c, i : i + 11, j : j + 11].double().numpy() for v in (a, b))
+                mp, mq = (window * p).sum(), (window * q).sum()
+                vp, vq, cov = (window * p * p).sum() - mp**2, (window * q * q).sum() - mq**2, (window * p * q).sum() - mp * mq
+                scores.append((2 * mp * mq + 1e-4) * (2 * cov + 9e-4) / ((mp**2 + mq**2 + 1e-4) * (vp + vq + 9e-4)))
+    assert eval_probe.ssim(x, y)[0].item() == pytest.approx(np.mean(scores), abs=1e-5)
+    assert eval_probe.ssim(x, x).min() > 0.9999
+
+
+def test_probes_on_known_data():
+    torch.manual_seed(0)
+    centres = torch.randn(5, 16)
+    labels = torch.arange(500) % 5
+    features = centres[labels] + 0.05 * torch.randn(500, 16)
+    x, y, tx, ty = features[:400], labels[:400], features[400:], labels[400:]
+    assert eval_probe.linear_probe(x, y, tx, ty, 5) == eval_probe.knn(x, y, tx, ty, 5) == 1.0
+    chance = torch.randn(500, 16)
+    assert eval_probe.linear_probe(chance[:400], y, chance[400:], ty, 5) < 0.4
+    found = eval_probe.retrieval(torch.eye(8), torch.eye(8)[[0, 1, 2, 3, 4, 5, 7, 6]])
+    assert found["i2t_r1"] == 0.75 and found["i2t_r5"] == 0.75 + 0.25 * 0  # the swapped pairs tie with everything else: last
+    assert eval_probe.retrieval(torch.ones(8, 4), torch.ones(8, 4))["i2t_r1"] == 0  # a collapsed encoder earns nothing
+
+
+def test_evaluation_keys_and_batch_size(monkeypatch):
+    model, tokenizer = small_model(resolution=32)
+    model.eval()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    opened = data.open_data("shapes", 32)
+    monkeypatch.setattr(eval_probe, "RETRIEVAL_PAIRS", 16)
+    a, b = (eval_probe.evaluate(model, tokenizer, opened, n_train=128, n_test=40, batch_size=size) for size in (7, 40))
+    keys = "linear_probe_top1 knn_top1 zero_shot_top1 i2t_r1 i2t_r5 t2i_r1 t2i_r5 caption_exact psnr ssim lpips rfid psnr_vae ssim_vae n_train n_test seconds"
+    assert list(a) == keys.split()
+    for key in keys.split()[:-1]:
+        assert a[key] == b[key] if a[key] is None else a[key] == pytest.approx(b[key], abs=1e-3), key
+    assert a["lpips"] is None and a["rfid"] is None and a["psnr_vae"] > a["psnr"]
+    assert all(torch.equal(v, model.state_dict()[k]) for k, v in before.items())
+
+
+def test_one_folder_from_training_to_one_picture(folder, tmp_path, monkeypatch, capsys):
+    run_train(monkeypatch, *TINY_RUN, "--data", folder, "--out", tmp_path / "run")
+    monkeypatch.setattr(sys, "argv", ["eval_probe.py", "--ckpt", str(tmp_path / "run")])
+    eval_probe.main()
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["n_test"] == 13 and 0 <= metrics["linear_probe_top1"] <= 1 and metrics["psnr_vae"] > 15
+    Image.new("RGB", (50, 30), "red").save(tmp_path / "photo.png")
+    monkeypatch.setattr(sys, "argv", ["eval_probe.py", "--ckpt", str(tmp_path / "run"), "--image", str(tmp_path / "photo.png")])
+    eval_probe.main()
+    assert "nearest labels" in capsys.readouterr().out and (tmp_path / "photo_recon.png").is_file()
+    assert "photo.txt" in complaint(monkeypatch, eval_probe, "--ckpt", tmp_path / "run", "--image", tmp_path / "photo.txt")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# README.md and the files as programs
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_readme_commands_exist():
+    text = (HERE / "README.md").read_text()
+    blocks = "\n".join(re.findall(r"```bash\n(.*?)```", text, re.S))
+    lines = re.findall(r"(?:python|torchrun[^\n]*?) (\w+\.py)([^\n#|&]*)", blocks)
+    assert len(lines) >= 6
+    helps = {}
+    for file, rest in lines:
+        assert (HERE / file).is_file(), file
+        helps.setdefault(file, command(file, "--help").stdout)
+        for flag in re.findall(r"--[a-z][a-z-]*", rest):
+            assert flag in helps[file], f"{file} has no {flag}"
+    for name in re.findall(r"\]\((assets/[^)]+)\)|src=\"(assets/[^\"]+)\"", text):
+        assert (HERE / (name[0] or name[1])).is_file(), name
+
+
+def test_every_setting_is_read_and_every_deviation_listed():
+    code = {p.name: p.read_text() for p in HERE.glob("*.py") if p.name != "test_all.py"}
+    for name in train.Config.__dataclass_fields__:
+        assert re.search(rf"\b(?:c|config|model\.config)\.{name}\b", code["train.py"]), f"{name} is read nowhere"
+    deviations = (HERE / "README.md").read_text().split("## Where we differ")[1].split("\n## ")[0]
+    for name, text in code.items():
+        for _ in re.findall("DIFFERS:", text):
+            assert f"`{name}`" in deviations, f"{name} differs from the paper; say so in the README"
+
+
+@pytest.mark.parametrize("file", ["encoder.py", "decoders.py", "losses.py", "vae.py"])
+def test_model_files_run_alone(file):
+    done = command(file)
+    assert done.returncode == 0 and done.stdout, done.stderr

@@ -1,0 +1,462 @@
+"""
+train.py: stage 5, the joint training: one encoder learns to reconstruct and to mean something, at the same time.
+
+Everything meets here. A batch of pictures and captions goes through the frozen VAE and the encoder; the tokens that
+come out are asked two things at once, "paint me back" and "say what I am", and the gradients of both answers meet in
+the encoder (paper sec 3.2-3.3). `OpenVision3.forward` below is the method, on one screen; the rest of the file is
+configuration, one straight loop, and what a run leaves behind.
+
+    images [B,3,R,R] -> VAE -> latents [B,16,R/8,R/8] -> encoder -> tokens z_u [B,N,W], pooled [B,E]
+        tokens + noise -> latent decoder -> latents^ -> VAE decoder -> images^     L1, 0.4 latent L1 (, LPIPS)   * 0.5
+        tokens, caption so far -> caption decoder -> next word                     cross entropy                 * 1.0
+        pooled, text encoder(caption)                                              InfoNCE over the batch        * 1.0
+
+Letters: B batch, R resolution, N = (R/16)^2 image tokens, W width, E shared embedding width, T text length, V vocabulary.
+
+Run:    python train.py                                   # laptop: 2 CPU cores, minutes, nothing downloaded
+        python train.py --data FOLDER --out runs/mine     # your own pictures, with captions or class folders
+        torchrun --nproc-per-node 2 train.py              # the same run on several processes, the same global batch
+Source: paper sec 3-4 and Table 1 (presets); optimizer and schedule as OpenVision 1 where the paper is silent.
+Next:   eval_probe.py
+"""
+import argparse
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from data import DataError, Tokenizer, evaluation_loader, open_data, picture_grid, to_image, training_loader
+from decoders import CaptionDecoder, LatentDecoder
+from encoder import SIZES, ImageEncoder, TextEncoder, save_encoder
+from losses import LPIPS, openvision3_loss
+from vae import FLUX, TINY_PATH, AutoencoderKL, load_vae
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Configuration: one field, one flag
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def field(default, help: str):
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
+@dataclass
+class Config:
+    """Every setting of a run. The defaults are the laptop preset."""
+    data: str = field("shapes", "shapes (drawn here), a folder, a parquet or tar file, or a Hugging Face hub id")
+    config: str | None = field(None, "configuration name of a hub data set")
+    split: str | None = field(None, "split to train on (default: train)")
+    image_col: str | None = field(None, "column with the pictures (default: found by the usual names)")
+    text_col: str | None = field(None, "column with the captions, likewise")
+    label_col: str | None = field(None, "column with the class labels, likewise; without captions, labels become captions")
+    tokenizer: str = field("bpe", "bpe (trained on the captions), or one of tiktoken's: gpt2, cl100k_base, ...")
+    context_length: int = field(28, "text tokens per caption, bos and eos included; longer captions are cut")
+    resolution: int = field(64, "picture side in pixels, a multiple of 16")
+    crop: float = field(0.4, "smallest share of the area a random crop keeps; 1 keeps nearly all (shapes are never cropped)")
+    flip: bool = field(False, "mirror half of the pictures; wrong for captions that say left or right")
+    vae: str = field("tiny", "frozen VAE: tiny, or a file: one written by vae.py, or FLUX's ae.safetensors")
+    size: str = field("Nano", f"row of encoder.SIZES: {', '.join(SIZES)}")
+    steps: int = field(500, "optimizer steps of the whole run")
+    batch_size: int = field(64, "pictures per step, over all processes; also the number of contrastive candidates")
+    lr: float = field(1e-3, "peak learning rate")
+    warmup: int = field(50, "steps of linear warm-up; cosine to zero follows")
+    weight_decay: float = field(0.1, "decoupled decay, on matrices only")
+    clip: float = field(1.0, "largest gradient norm; larger ones are scaled down to it")
+    w_rec: float = field(0.5, "weight of reconstruction (paper Table 1)")
+    w_und: float = field(1.0, "weight of understanding (paper Table 1)")
+    beta: float = field(0.4, "weight of latent L1 within reconstruction (paper Table 1)")
+    alpha: float = field(1.0, "weight of the contrastive term within understanding (paper Table 1)")
+    lpips_weight: float = field(0.0, "weight of LPIPS: 0 in pretraining, 0.5 in finetuning (paper Table 1); needs the two files below")
+    lpips_vgg: str | None = field(None, "torchvision's vgg16 weights file, for LPIPS")
+    lpips_lin: str | None = field(None, "LPIPS v0.1's vgg.pth")
+    tau: float = field(0.2, "noise on the decoder's tokens: strength drawn from U[0, tau] per image, in units of z_u")
+    out: str = field("runs/laptop", "run folder")
+    resume: bool = field(False, "continue the run in --out; takes the same flags")
+    seed: int = field(0, "fixes weights, order, crops and noise")
+    device: str = field("auto", "auto (cuda, else mps, else cpu), cuda, mps or cpu")
+    dtype: str = field("auto", "auto (bfloat16 on cuda, else float32), float32 or bfloat16; weights and losses stay float32")
+    compile: bool | None = field(None, "torch.compile the trained parts (default: on cuda only)")
+    workers: int = field(0, "loader processes; 0 loads in the training process")
+    log_every: int = field(10, "steps between log lines")
+    save_every: int = field(250, "steps between checkpoints; the last step always saves")
+    sample_every: int = field(100, "steps between picture grids; there is one before the first step")
+    log_ids: bool = field(False, "write the sample ids of every step to ids-RANK.jsonl")
+
+
+PRESETS = {
+    "laptop": {},
+    "smoke": dict(steps=4, batch_size=8, warmup=1, log_every=1, save_every=2, sample_every=4, out="runs/smoke"),
+    "gpu": dict(size="S", resolution=128, steps=20_000, batch_size=512, lr=5e-4, warmup=1000, workers=12, out="runs/gpu",
+                log_every=20, save_every=1000, sample_every=1000),
+    # Table 1, pretraining column: 4000 ImageNet-sized epochs at batch 8192; peak rate = base rate 8e-6 * 8192 / 256
+    "paper-b": dict(size="B", vae="flux/ae.safetensors", resolution=128, steps=625_569, batch_size=8192, lr=2.56e-4, warmup=6255,
+                    weight_decay=0.2, context_length=80, workers=16, out="runs/paper-b", log_every=50, save_every=1000, sample_every=5000),
+}
+PRESETS["paper-l"] = PRESETS["paper-b"] | dict(size="L", out="runs/paper-l")
+
+
+class UserError(Exception):
+    """Something the user asked for cannot be had; the message says what and what to do."""
+
+
+def parse_config(argv: list[str] | None = None) -> Config:
+    parser = argparse.ArgumentParser(
+        description="Trains the OpenVision 3 objective. Without flags: the laptop preset, on drawn shapes, on whatever this machine has.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
+    parser.add_argument("--preset", choices=PRESETS, default="laptop", help="starting values for all other flags")
+    for f in dataclasses.fields(Config):
+        kind = next(t for t in (bool, int, float, str) if t.__name__ in str(f.type).split(" | ")[0] or t is f.type)
+        how = dict(action=argparse.BooleanOptionalAction) if kind is bool else dict(type=kind, metavar=kind.__name__)
+        parser.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS, help=f"{f.metadata['help']} (laptop: {f.default})", **how)
+    given = vars(parser.parse_args(argv))
+    config = Config(**{**PRESETS[given.pop("preset")], **given})
+    check_config(config)
+    return config
+
+
+def check_config(c: Config) -> None:
+    for f in dataclasses.fields(Config):
+        value = getattr(c, f.name)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"--{f.name.replace('_', '-')} is {value}; it must be a finite number")
+    at_least = dict(steps=1, batch_size=2, resolution=16, context_length=4, log_every=1, save_every=1, sample_every=1, warmup=0, workers=0, lr=0,
+                    w_rec=0, w_und=0, beta=0, alpha=0, lpips_weight=0, tau=0, weight_decay=0, clip=0, seed=0)
+    for name, low in at_least.items():
+        if getattr(c, name) < low:
+            why = "; the contrastive loss needs another picture to compare with" if name == "batch_size" else ""
+            raise UserError(f"--{name.replace('_', '-')} {getattr(c, name)} is too small; the least is {low}{why}")
+    if c.resolution % 16:
+        raise UserError(f"--resolution {c.resolution} is not a multiple of 16: one token covers 16x16 pixels")
+    if c.size not in SIZES:
+        raise UserError(f"--size {c.size} is unknown; there are {', '.join(SIZES)}")
+    if not 0 < c.crop <= 1:
+        raise UserError(f"--crop {c.crop} must be above 0 and at most 1: it is a share of the area")
+    if c.device not in ("auto", "cuda", "mps", "cpu") or c.dtype not in ("auto", "float32", "bfloat16"):
+        raise UserError(f"--device {c.device} --dtype {c.dtype}: devices are auto, cuda, mps, cpu; dtypes auto, float32, bfloat16")
+
+
+def choose_device(name: str) -> torch.device:
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(device for device, there in available.items() if there)
+    if not available[name]:
+        raise UserError(f"--device {name}: this machine has none that PyTorch can use; take --device cpu or leave the flag out")
+    return torch.device(name, int(os.environ.get("LOCAL_RANK", 0))) if name == "cuda" else torch.device(name)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The method
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class OpenVision3(nn.Module):
+    """All parts and the objective. The VAE is frozen; everything else learns."""
+
+    def __init__(self, config: Config, tokenizer: Tokenizer, vae: AutoencoderKL):
+        super().__init__()
+        size, text = SIZES[config.size], (tokenizer.vocab_size, config.context_length)
+        grid, W, E = config.resolution // 8, size["width"], size["embed_dim"]
+        heads = {part: (*size[part], size[part][0] // 64) for part in ("decoder", "text", "caption")}  # width, depth, heads
+        self.encoder = ImageEncoder(grid, width=W, depth=size["depth"], heads=size["heads"], embed_dim=E)
+        self.latent_decoder = LatentDecoder(W, grid, *heads["decoder"])
+        self.caption_decoder = CaptionDecoder(*text, W, *heads["caption"])
+        self.text_encoder = TextEncoder(*text, *heads["text"], E)
+        self.log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))  # of the contrastive temperature, as CLIP
+        self.frozen = [vae, LPIPS(config.lpips_vgg, config.lpips_lin) if config.lpips_weight > 0 else None]  # a list hides
+        self.config, self.pad = config, tokenizer.pad                    # them from state_dict, parameters() and train()
+
+    @property
+    def vae(self) -> AutoencoderKL:
+        return self.frozen[0]
+
+    def forward(self, images: Tensor, ids: Tensor) -> dict[str, Tensor]:
+        """images [B,3,R,R] in [-1,1], ids [B,T] -> the loss, its five terms, and the tokens' standard deviation."""
+        c = self.config
+        with torch.no_grad():
+            latents = self.vae.encode(images)                          # (B, 16, R/8, R/8)
+        pooled, tokens = self.encoder(latents)                         # (B, E), (B, N, W)
+
+        predicted = self.latent_decoder(tokens, tau=c.tau)             # (B, 16, R/8, R/8)
+        reconstruction = self.vae.decode(predicted)                    # (B, 3, R, R)
+
+        logits = self.caption_decoder(tokens, ids[:, :-1])             # (B, T-1, V)
+        text = self.text_encoder(ids)                                  # (B, E)
+
+        with torch.autocast(images.device.type, enabled=False):        # losses in fp32
+            terms = openvision3_loss(images, reconstruction, latents, predicted, logits, ids[:, 1:], self.pad,
+                                     pooled, text, self.log_scale.exp(), self.frozen[1], c.w_rec, c.w_und, c.beta, c.alpha, c.lpips_weight)
+        return {**terms, "token_std": tokens.detach().float().std()}
+
+    @torch.no_grad()
+    def reconstruct(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Without noise: (what the VAE alone gives back, what we give back, tokens)."""
+        latents = self.vae.encode(images)
+        _, tokens = self.encoder(latents)
+        return self.vae.decode(latents), self.vae.decode(self.latent_decoder(tokens)), tokens
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a run leaves behind
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def vae_hash(source: str) -> str:
+    return hashlib.sha256((TINY_PATH if source == "tiny" else Path(source)).read_bytes()).hexdigest()
+
+
+def write_atomically(path: Path, write) -> None:
+    """`write(temporary path)`, flushed to the disk, then renamed: a reader finds the old file or the new, never half of one."""
+    temporary = path.with_name(path.name + ".tmp")
+    write(temporary)
+    with open(temporary, "rb+") as file:
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def save_checkpoint(out: Path, model: OpenVision3, optimizer: torch.optim.Optimizer, tokenizer: Tokenizer, step: int, noise_states: list[Tensor]) -> None:
+    state = {
+        "step": step, "config": dataclasses.asdict(model.config), "tokenizer": tokenizer.state(),
+        "vae_sha256": vae_hash(model.config.vae), "model": model.state_dict(), "optimizer": optimizer.state_dict(), "noise_states": noise_states,
+    }
+    write_atomically(out / "last.pt", lambda path: torch.save(state, path))
+    save_encoder(model.encoder, out / "encoder.safetensors")
+
+
+def read_checkpoint(folder: Path) -> dict:
+    path = folder / "last.pt"
+    if not path.is_file():
+        raise UserError(f"there is no checkpoint {path}; train one with: python train.py --out {folder}")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(state, dict) or "model" not in state or "config" not in state:
+            raise ValueError("it is not one of train.py's")
+    except Exception as error:  # truncated, no zip archive, or objects that weights_only refuses
+        raise UserError(f"{path} is no readable checkpoint: {str(error).splitlines()[0]}") from None
+    if state["vae_sha256"] != vae_hash(state["config"]["vae"]):
+        raise UserError(f"the VAE {state['config']['vae']} is not the file {path} was trained with; its tokens would mean nothing")
+    return state
+
+
+def load_run(folder: str | Path, device: torch.device) -> tuple[OpenVision3, Tokenizer, Config, int]:
+    """A trained run for evaluation: (model in eval mode, tokenizer, config, step)."""
+    state = read_checkpoint(Path(folder))
+    config = Config(**state["config"])
+    tokenizer = Tokenizer.from_state(state["tokenizer"], config.context_length)
+    model = OpenVision3(config, tokenizer, load_vae(config.vae).to(device, memory_format=torch.channels_last))
+    model.load_state_dict(state["model"])
+    return model.to(device).eval().requires_grad_(False), tokenizer, config, state["step"]
+
+
+@torch.no_grad()
+def save_grid(model: OpenVision3, tokenizer: Tokenizer, batch: dict, path: Path) -> None:
+    """Eight held-out pictures: the input, the VAE's ceiling, ours, and the caption we generate."""
+    was_training = model.training
+    model.eval()
+    images = batch["image"].to(next(model.parameters()).device)
+    ceiling, ours, tokens = model.reconstruct(images)
+    ids = model.caption_decoder.generate(tokens, tokenizer.bos, tokenizer.eos, model.config.context_length)
+    columns = [[to_image(x) for x in column] for column in zip(images, ceiling, ours)]
+    grid = picture_grid(columns, [tokenizer.decode(row) for row in ids.tolist()], rows=("input", "VAE", "ours"))
+    write_atomically(path, lambda temporary: grid.save(temporary, format="png"))
+    model.train(was_training)
+
+
+def save_curves(log: Path, path: Path, batch_size: int, vocab_size: int) -> None:
+    """One small plot per loss term over the steps, with chance level where it is known."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    chance = {"contrastive": math.log(batch_size), "caption": math.log(vocab_size)}
+    names = [n for n in ("loss", "pixel", "latent", "lpips", "caption", "contrastive") if any(row[n] for row in rows)]
+    figure, axes = plt.subplots(1, len(names), figsize=(3 * len(names), 2.6), constrained_layout=True)
+    for axis, name in zip(axes, names):
+        axis.plot([row["step"] for row in rows], [row[name] for row in rows], linewidth=1)
+        if name in chance:
+            axis.axhline(chance[name], linestyle=":", color="grey", linewidth=1)
+            axis.annotate("chance", (rows[-1]["step"], chance[name]), ha="right", va="top", fontsize=8, color="grey")
+        axis.set_title(name)
+        axis.set_xlabel("step")
+        axis.set_ylim(bottom=0)
+    write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=110, format="png"))
+    plt.close(figure)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The loop
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def learning_rate(step: int, c: Config) -> float:
+    """Linear from 0 to the peak over `warmup` steps, then a cosine to 0 at the last."""
+    if step < c.warmup:
+        return c.lr * (step + 1) / c.warmup
+    return c.lr * 0.5 * (1 + math.cos(math.pi * (step - c.warmup) / max(1, c.steps - c.warmup)))
+
+
+def make_optimizer(model: OpenVision3, c: Config) -> torch.optim.AdamW:
+    """AdamW, betas 0.9 and 0.95; decay on matrices and convolutions, not on biases, norms, embeddings or the scale."""
+    decayed = [p for name, p in model.named_parameters() if p.ndim >= 2 and "embedding" not in name]
+    others = [p for name, p in model.named_parameters() if not (p.ndim >= 2 and "embedding" not in name)]
+    groups = [dict(params=decayed, weight_decay=c.weight_decay), dict(params=others, weight_decay=0.0)]
+    return torch.optim.AdamW(groups, lr=c.lr, betas=(0.9, 0.95), fused=True)
+
+
+def train(c: Config) -> None:
+    # 1. Where are we: one process, or one of several under torchrun
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    main = rank == 0
+    device = choose_device(c.device)
+    if c.batch_size % world:
+        raise UserError(f"--batch-size {c.batch_size} is the global batch; it must be a multiple of the {world} processes")
+    if world > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dtype = {"auto": torch.bfloat16 if device.type == "cuda" else torch.float32, "float32": torch.float32, "bfloat16": torch.bfloat16}[c.dtype]
+    out = Path(c.out)
+    resumed = read_checkpoint(out) if c.resume else None
+    if resumed is None and (out / "last.pt").exists():
+        raise UserError(f"{out} already holds a run: continue it with --resume, or choose another --out")
+    if resumed and resumed["config"] != (now := dataclasses.asdict(c)):
+        free = ("resume", "out", "device", "dtype", "compile", "workers", "log_every", "save_every", "sample_every", "log_ids")
+        changed = [f"--{k.replace('_', '-')} {now[k]} (was {v})" for k, v in resumed["config"].items() if k not in free and now[k] != v]
+        if changed:
+            raise UserError(f"--resume takes the flags the run began with; changed: {', '.join(changed)}")
+    if resumed and resumed["step"] >= c.steps:
+        print(f"{out} is finished: {resumed['step']} steps")
+        return
+
+    # 2. Data, tokenizer, model
+    vae = load_vae(c.vae)
+    data = open_data(c.data, c.resolution, c.config, c.split, c.image_col, c.text_col, c.label_col, c.seed, c.crop, c.flip)
+    if resumed:
+        tokenizer = Tokenizer.from_state(resumed["tokenizer"], c.context_length)
+    elif c.tokenizer == "bpe":
+        tokenizer = Tokenizer.train(data.train.sample_captions(), c.context_length)
+    else:
+        tokenizer = Tokenizer.named(c.tokenizer, c.context_length)
+    torch.manual_seed(c.seed)
+    model = OpenVision3(c, tokenizer, vae.to(device, memory_format=torch.channels_last)).to(device)
+    for part in model.frozen[1:]:
+        part is not None and part.to(device)
+    optimizer = make_optimizer(model, c)
+    start = 0
+    torch.manual_seed(c.seed * 1000 + rank)  # from here on only the decoder's noise is random, and it differs by process
+    if resumed:
+        model.load_state_dict(resumed["model"])
+        optimizer.load_state_dict(resumed["optimizer"])
+        start = resumed["step"]
+        if world == len(resumed["noise_states"]):
+            torch.set_rng_state(resumed["noise_states"][rank])
+    model.train()
+    if c.compile or (c.compile is None and device.type == "cuda"):
+        for part in (model.encoder, model.latent_decoder, model.caption_decoder, model.text_encoder, vae.encoder, vae.decoder):
+            part.compile()
+    parallel = DistributedDataParallel(model) if world > 1 else model
+    loader = training_loader(data.train, tokenizer, c.batch_size, c.seed, start, c.steps, rank, world, c.workers, device.type == "cuda")
+    test_batch = next(iter(evaluation_loader(data.test, tokenizer, 8, limit=8)))
+
+    # 3. Say what is about to happen
+    if main:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "config.json").write_text(json.dumps(dataclasses.asdict(c) | {"torch": torch.__version__, "world_size": world}, indent=1) + "\n")
+        keep_log_until(out / "log.jsonl", start)
+        parts = {name: sum(p.numel() for p in part.parameters()) / 1e6 for name, part in
+                 (("encoder", model.encoder), ("latent decoder", model.latent_decoder), ("caption decoder", model.caption_decoder), ("text encoder", model.text_encoder))}
+        print(f"{c.data}: {len(data.train):,} training pictures, {len(data.test):,} held out; {len(loader.batch_sampler):,} steps of {c.batch_size} on {world} x {device} in {dtype}")
+        print("learning: " + ", ".join(f"{name} {n:.1f} M" for name, n in parts.items()) + f"; frozen: VAE {sum(p.numel() for p in vae.parameters()) / 1e6:.1f} M")
+        print(f"{(c.resolution // 16) ** 2} tokens a picture, {tokenizer.vocab_size} words and pieces; expected at the start: "
+              f"contrastive ln {c.batch_size} = {math.log(c.batch_size):.2f}, caption ln {tokenizer.vocab_size} = {math.log(tokenizer.vocab_size):.2f}")
+        print(f"a caption: {tokenizer.decode(tokenizer.encode(test_batch['captions'][0]))!r}")
+        if start == 0:
+            save_grid(model, tokenizer, test_batch, out / "recon_000000.png")
+
+    # 4. Train
+    progress = tqdm(total=c.steps, initial=start, desc="train", disable=not main, mininterval=1, smoothing=0.05)
+    ids_file = open(out / f"ids-{rank}.jsonl", "a") if c.log_ids else None
+    log_file = open(out / "log.jsonl", "a") if main else None
+    waited, clock = 0.0, time.time()
+    batches = iter(loader)
+    for step in range(start, c.steps):
+        began = time.time()
+        batch = next(batches)
+        images = batch["image"].to(device, non_blocking=True, memory_format=torch.channels_last)
+        ids = batch["text"].to(device, non_blocking=True)
+        waited += time.time() - began
+        if ids_file:
+            print(json.dumps({"step": step + 1, "rank": rank, "epoch": batch["epochs"][0], "ids": batch["ids"]}), file=ids_file, flush=True)
+
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, c)
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            terms = parallel(images, ids)
+        if not torch.isfinite(terms["loss"]):
+            broken = [name for name, value in terms.items() if not torch.isfinite(value)]
+            raise UserError(f"step {step + 1}: {', '.join(broken)} went non-finite; the last good checkpoint is {out / 'last.pt'} "
+                            f"(step {step // c.save_every * c.save_every}); lower --lr or --clip and --resume")
+        optimizer.zero_grad()
+        terms["loss"].backward()
+        grad_norm = nn.utils.clip_grad_norm_(model.parameters(), c.clip)
+        optimizer.step()
+
+        done = step + 1
+        progress.update()
+        if done % c.log_every == 0 or done == c.steps:
+            values = torch.stack([value.detach() for value in terms.values()])
+            if world > 1:
+                dist.all_reduce(values)
+                values /= world
+            if main:
+                elapsed, clock = time.time() - clock, time.time()
+                steps_timed = (done - start - 1) % c.log_every + 1
+                row = {"step": done, **dict(zip(terms, values.tolist())), "lr": learning_rate(step, c), "grad_norm": grad_norm.item(),
+                       "logit_scale": model.log_scale.exp().item(), "images_per_s": round(c.batch_size * steps_timed / elapsed, 1),
+                       "data_share": round(waited / elapsed, 3)}
+                print(json.dumps(row), file=log_file, flush=True)
+                progress.set_postfix_str(f"loss {row['loss']:.3f} caption {row['caption']:.2f} match {row['contrastive']:.2f} pixel {row['pixel']:.3f}")
+                tqdm.write(f"step {done:6d}  loss {row['loss']:.4f}  pixel {row['pixel']:.4f}  latent {row['latent']:.4f}  lpips {row['lpips']:.4f}  "
+                           f"caption {row['caption']:.4f}  contrastive {row['contrastive']:.4f}  |grad| {row['grad_norm']:.2f}  {row['images_per_s']:.0f} img/s")
+                waited = 0.0
+        if main and (done % c.sample_every == 0 or done == c.steps):
+            save_grid(model, tokenizer, test_batch, out / f"recon_{done:06d}.png")
+            save_curves(out / "log.jsonl", out / "curves.png", c.batch_size, tokenizer.vocab_size)
+        if done % c.save_every == 0 or done == c.steps:
+            states = [torch.get_rng_state()] * world
+            if world > 1:
+                dist.all_gather_object(states, torch.get_rng_state())
+            if main:
+                save_checkpoint(out, model, optimizer, tokenizer, done, states)
+    progress.close()
+    if main:
+        print(f"done: {out / 'encoder.safetensors'}, pictures {out / 'recon_*.png'}, curves {out / 'curves.png'}; next: python eval_probe.py --ckpt {out}")
+    if world > 1:
+        dist.destroy_process_group()
+
+
+def keep_log_until(path: Path, step: int) -> None:
+    """Drops log lines past the checkpoint: those steps are about to be taken again."""
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    path.write_text("".join(line for line in lines if json.loads(line)["step"] <= step))
+
+
+def main() -> None:
+    try:
+        train(parse_config())
+    except (UserError, DataError, FileNotFoundError, ValueError) as error:
+        raise SystemExit(f"error: {error}") from None
+
+
+if __name__ == "__main__":
+    main()
