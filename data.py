@@ -28,9 +28,9 @@ import re
 import textwrap
 import time
 import warnings
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import datasets
@@ -232,14 +232,14 @@ def shapes_example(split: str, index: int, resolution: int) -> dict:
             "label": CLASS_NAMES.index(f"{first['color']} {first['shape']}"), "scene": json.dumps(scene)}
 
 
+def draw_rows(split: str, resolution: int, batch: dict) -> dict:
+    examples = [shapes_example(split, index, resolution) for index in batch["index"]]
+    return {key: [example[key] for example in examples] for key in examples[0]}
+
+
 def shapes_dataset(split: str, length: int, resolution: int) -> datasets.Dataset:
     """Nothing is stored: each row is drawn when it is read."""
-
-    def draw(batch: dict) -> dict:
-        examples = [shapes_example(split, index, resolution) for index in batch["index"]]
-        return {key: [example[key] for example in examples] for key in examples[0]}
-
-    return datasets.Dataset.from_dict({"index": np.arange(length)}).with_transform(draw)
+    return datasets.Dataset.from_dict({"index": np.arange(length)}).with_transform(partial(draw_rows, split, resolution))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -258,7 +258,10 @@ def decode_image(source: Image.Image | dict) -> Image.Image:
     image = ImageOps.exif_transpose(source)
     if image.mode.startswith("I") or image.mode == "F":  # 16-bit or float grey, which convert() would clip to white
         values = np.asarray(image, np.float64)
-        values = values / 257 if values.max() > 255 else values * 255 if image.mode == "F" and values.max() <= 1 else values
+        if image.mode == "F":
+            values = values * 255 if values.max() <= 1 else values
+        elif image.mode.startswith("I;16") or values.max() > 255:
+            values = values / 257
         image = Image.fromarray(values.clip(0, 255).astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         image = image.convert("RGBA")
@@ -274,7 +277,10 @@ def centre_crop(image: Image.Image, resolution: int) -> Image.Image:
 
 
 def random_crop(image: Image.Image, resolution: int, rng: random.Random, smallest: float) -> Image.Image:
-    """Random resized crop: a share smallest..1 of the area, aspect ratio 3:4 to 4:3; the centre where none fits."""
+    """Random resized crop: a share smallest..1 of the area, aspect ratio 3:4 to 4:3; the centre where none fits.
+
+    DIFFERS: OpenVision 1 also jitters colours and drops them at times; here the picture is its own target and captions
+    name colours, so they stay. Bicubic, where OpenVision 1 is bilinear."""
     width, height = image.size
     for _ in range(10):
         area, aspect = width * height * rng.uniform(smallest, 1), math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
@@ -301,7 +307,6 @@ def to_image(tensor: Tensor) -> Image.Image:
 # ---------------------------------------------------------------------------------------------------------------------
 
 IMAGE_COLUMNS, TEXT_COLUMNS, LABEL_COLUMNS = ("image", "img", "jpg", "png", "webp"), ("text", "caption", "captions", "txt"), ("label", "labels", "cls")
-TEMPLATES = ("a photo of {}", "a picture of {}", "{}", "an image of {}", "a close-up of {}")  # captions from labels
 HELD_OUT = 0.1  # the test share where a data set brings none, at most 2,000 pictures
 
 
@@ -309,71 +314,73 @@ class DataError(Exception):
     """Something is wrong with the data, said in one sentence that names it and what to do."""
 
 
+def class_prompts(name: str) -> list[str]:
+    """A class name as captions: for data sets without any, and for zero-shot classification."""
+    name = name.replace("_", " ").strip() or "thing"
+    name = f"{'an' if name[0] in 'aeiouAEIOU' else 'a'} {name}"
+    return [name, f"a photo of {name}", f"a picture of {name}", f"there is {name}"]
+
+
 class Pictures(torch.utils.data.Dataset):
     """One split. Index with (epoch, i) for a training example, with i for an evaluation example (centre crop)."""
 
     def __init__(self, rows: datasets.Dataset, resolution: int, image_col: str, text_col: str | None, label_col: str | None,
-                 class_names: list[str] | None, seed: int = 0, crop: float = 0.4, flip: bool = False):
+                 class_names: list[str] | None, class_index: dict | None, seed: int = 0, crop: float = 0.4, flip: bool = False):
         self.rows, self.resolution, self.seed, self.crop, self.flip = rows, resolution, seed, crop, flip
         self.image_col, self.text_col, self.label_col, self.class_names = image_col, text_col, label_col, class_names
-        self.class_index = {name: i for i, name in enumerate(class_names or [])}
+        self.class_index = class_index or {}
         self.drawn = "index" in rows.column_names and len(rows.column_names) == 1  # shapes: cropping would make captions lie
-        self.good = np.arange(len(rows))
-        self.broken: list[str] = []
+        # a fixed shuffle, because data sets sorted by class are common and evaluations read the first so many
+        self.good = np.arange(len(rows)) if self.drawn else np.random.default_rng(0).permutation(len(rows))
+        self.broken: dict[int, str] = {}
 
     def __len__(self) -> int:
         return len(self.good)
 
-    def check(self, limit: int = 1000) -> None:
-        """Decodes the first pictures; leaves broken ones out, and gives up where more than 1 % are."""
+    def check(self, limit: int = 1000) -> int:
+        """Decodes the first pictures and leaves out the broken ones. Returns how many were looked at."""
         if self.drawn:
-            return
-        bad = []
-        for i in tqdm(range(min(limit, len(self.rows))), desc="checking pictures", leave=False, disable=not self.is_main()):
+            return 0
+        checked = min(limit, len(self.rows))
+        for i in tqdm(self.good[:checked].tolist(), desc="checking pictures", leave=False, disable=not self.is_main()):
             try:
                 decode_image(self.rows[i][self.image_col])
             except Exception as error:  # whatever a decoder trips over means: not a picture
-                bad.append(i)
                 self.report(i, error)
-        checked = min(limit, len(self.rows))
-        if len(bad) > 0.01 * checked:
-            raise DataError(f"{len(bad)} of the first {checked} pictures are broken, more than 1 %: {', '.join(self.broken[:5])}")
-        self.good = np.setdiff1d(self.good, bad)
-        if bad and self.is_main():
-            tqdm.write(f"data: {len(bad)} of the first {checked} pictures are broken and left out")
+        self.good = self.good[~np.isin(self.good, list(self.broken))]
+        return checked
 
     @staticmethod
     def is_main() -> bool:
         return os.environ.get("RANK", "0") == "0"
 
-    def name(self, i: int) -> str:
-        source = self.rows[i][self.image_col]
-        return (source.get("path") if isinstance(source, dict) else None) or f"row {i}"
-
     def report(self, i: int, error: Exception) -> None:
-        self.broken.append(self.name(i))
+        """Names a broken picture, once."""
+        if i in self.broken:
+            return
+        source = self.rows[i][self.image_col]
+        self.broken[i] = (source.get("path") if isinstance(source, dict) else None) or f"row {i}"
         if self.is_main():
-            tqdm.write(f"data: skipped {self.broken[-1]} ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}), {len(self.broken)} so far")
+            reason = (str(error).splitlines() or [""])[0]
+            tqdm.write(f"data: skipped {self.broken[i]} ({type(error).__name__}: {reason}), {len(self.broken)} so far")
 
     def captions(self, row: dict) -> list[str]:
         """The row's own captions, else one per template from its label."""
         if self.text_col is not None:
             texts = row[self.text_col]
             texts = [texts] if isinstance(texts, str) else list(texts or [])
-            return [t for t in texts if isinstance(t, str) and t.strip()] or [""]
+            return [t for t in texts if t and t.strip()] or [""]
         label = self.label(row)
-        return [t.format(self.class_names[label].replace("_", " ")) for t in TEMPLATES] if label >= 0 else [""]
+        return class_prompts(self.class_names[label]) if label >= 0 else [""]
 
     def label(self, row: dict) -> int:
-        value = row[self.label_col] if self.label_col is not None else None
-        if value is None:
-            return -1
-        return self.class_index.get(value, -1) if isinstance(value, str) else int(value)
+        """Index of the row's class, -1 where it has none."""
+        return self.class_index.get(row[self.label_col], -1) if self.label_col is not None else -1
 
     def __getitem__(self, key: int | tuple[int, int]) -> dict:
         """{"image" [3,R,R] in [-1,1], "caption" str, "captions" all of the row's, "label" int, "scene" str, "id" int}"""
         epoch, index = key if isinstance(key, tuple) else (None, key)
-        while True:
+        for _ in range(100):
             i = int(self.good[index])
             row = self.rows[i]
             try:
@@ -382,6 +389,8 @@ class Pictures(torch.utils.data.Dataset):
             except Exception as error:  # beyond the checked part: named, counted, and its neighbour takes the place
                 self.report(i, error)
                 index = (index + 1) % len(self.good)
+        else:
+            raise DataError(f"100 pictures in a row cannot be read, the last one {self.broken[i]}: is the disk still there?")
         texts = self.captions(row)
         rng = random.Random(f"{self.seed} {epoch} {i}")
         caption = texts[0] if epoch is None else rng.choice(texts)
@@ -391,14 +400,14 @@ class Pictures(torch.utils.data.Dataset):
             image = random_crop(image, self.resolution, rng, self.crop)
             if self.flip and rng.random() < 0.5:
                 image = ImageOps.mirror(image)
-        return {"image": to_tensor(image), "caption": caption, "captions": texts, "label": self.label(row), "scene": row.get("scene", ""), "id": i, "epoch": epoch}
+        return {"image": to_tensor(image), "caption": caption, "captions": texts, "label": self.label(row), "scene": row["scene"] if self.drawn else "", "id": i, "epoch": epoch}
 
     def sample_captions(self, limit: int = 20_000) -> list[str]:
         """Captions to train a tokenizer on. Pictures are not decoded; drawn scenes, which would be, give fewer."""
         if self.drawn:
-            return [shapes_example("train", i, 16)["text"] for i in range(2000)]
+            return [shapes_example("train", i, 16)["text"] for i in range(min(limit, 2000))]
         columns = [c for c in (self.text_col, self.label_col) if c is not None]
-        return [text for row in self.rows.select_columns(columns).select(range(min(limit, len(self.rows)))) for text in self.captions(row)]
+        return [text for row in self.rows.select_columns(columns).select(self.good[:limit]) for text in self.captions(row)]
 
 
 @dataclass
@@ -413,6 +422,17 @@ def find_column(columns: list[str], asked: str | None, usual: tuple[str, ...], w
     if asked is not None and asked not in columns:
         raise DataError(f"there is no {what} column {asked!r}; the columns are {', '.join(columns)}")
     return asked or next((c for c in usual if c in columns), None)
+
+
+def find_classes(rows: datasets.Dataset, column: str) -> tuple[list[str], dict] | None:
+    """Class names and {value in the column: class index}; None where the column holds neither names nor whole numbers."""
+    feature = rows.features[column]
+    if hasattr(feature, "names"):
+        return list(feature.names), {i: i for i in range(len(feature.names))}
+    if not isinstance(feature, datasets.Value) or not (feature.dtype.endswith("string") or "int" in feature.dtype):
+        return None
+    values = sorted(v for v in set(rows[column]) if v is not None)
+    return [str(v) for v in values], {v: i for i, v in enumerate(values)}
 
 
 def load_folder(folder: Path) -> datasets.DatasetDict:
@@ -457,7 +477,7 @@ def open_data(name: str, resolution: int, config: str | None = None, split: str 
     """Opens a data set by name (`shapes`, a folder or file, a hub id), both splits. Errors are DataErrors of one sentence."""
     if name == "shapes":
         parts = {"train": shapes_dataset("train", 1_000_000, resolution), "test": shapes_dataset("test", 2000, resolution)}
-        columns, class_names = ("image", "text", "label"), CLASS_NAMES
+        columns, classes = ("image", "text", "label"), (CLASS_NAMES, {i: i for i in range(len(CLASS_NAMES))})
     else:
         source = load_source(name, config)
         train_name = split or ("train" if "train" in source else next(iter(source)))
@@ -471,31 +491,43 @@ def open_data(name: str, resolution: int, config: str | None = None, split: str 
         if need_text and columns[1] is None and columns[2] is None:
             raise DataError(f"{name} has neither captions nor labels: add metadata.jsonl with file_name and text, or sort the "
                             f"pictures into class folders, or name a column with --text-col or --label-col (columns: {', '.join(names)})")
-        train = source[train_name].cast_column(columns[0], datasets.Image(decode=False))
+        try:
+            source = source.cast_column(columns[0], datasets.Image(decode=False))  # decode_image does it, and can name what is broken
+        except Exception:  # an Arrow type that no picture is stored in
+            raise DataError(f"the column {columns[0]!r} of {name} holds no pictures; name theirs with --image-col") from None
+        train = source[train_name]
         test_name = next((n for n in ("test", "validation", "val") if n in source and n != train_name), None)
         if test_name:
-            test = source[test_name].cast_column(columns[0], datasets.Image(decode=False))
+            test = source[test_name]
         elif len(train) < 2:
             raise DataError(f"{name} has {len(train)} picture(s); training and testing need at least 2")
         else:
             order = np.random.default_rng(0).permutation(len(train))  # the same part is held out in every run
             held_out = max(1, min(2000, int(HELD_OUT * len(train))))
             train, test = train.select(np.sort(order[held_out:])), train.select(np.sort(order[:held_out]))
-        parts, class_names = {"train": train, "test": test}, None
+        parts, classes = {"train": train, "test": test}, None
         if columns[2] is not None:
-            feature = train.features[columns[2]]
-            values = sorted({v for v in train[columns[2]] if v is not None}, key=str) if not hasattr(feature, "names") else None
-            if values is None:
-                class_names = list(feature.names)
-            elif values and isinstance(values[0], str):
-                class_names = values
-            elif values and isinstance(values[0], int) and min(values) >= 0:
-                class_names = [str(i) for i in range(max(values) + 1)]
-            else:
-                raise DataError(f"the label column {columns[2]!r} holds neither names nor whole numbers from 0 on; name another with --label-col")
-    pictures = {part: Pictures(rows, resolution, *columns, class_names, seed, crop, flip) for part, rows in parts.items()}
-    for part in pictures.values():
-        part.check()
+            classes = find_classes(train, columns[2])
+            if classes is None and (columns[1] is None or label_col):
+                raise DataError(f"the label column {columns[2]!r} holds neither names nor whole numbers; name another with --label-col")
+            if classes is None:
+                print(f"data: the column {columns[2]!r} holds neither names nor whole numbers and is not used as a label")
+                columns[2] = None
+        if columns[1] is not None:
+            feature = train.features[columns[1]]
+            feature = getattr(feature, "feature", feature)  # a list's elements
+            if not (isinstance(feature, datasets.Value) and feature.dtype.endswith("string")):
+                raise DataError(f"the caption column {columns[1]!r} holds no text; name another with --text-col")
+    class_names, class_index = classes or (None, None)
+    pictures = {part: Pictures(rows, resolution, *columns, class_names, class_index, seed, crop, flip) for part, rows in parts.items()}
+    checked = sum(part.check() for part in pictures.values())
+    broken = [name for part in pictures.values() for name in part.broken.values()]
+    if len(broken) > 0.01 * checked:
+        raise DataError(f"{len(broken)} of the first {checked} pictures are broken, more than 1 %: {', '.join(broken[:5])}")
+    if broken and Pictures.is_main():
+        print(f"data: {len(broken)} of the first {checked} pictures are broken and left out")
+    if need_text and not any(text.strip() for text in pictures["train"].sample_captions(1000)):
+        raise DataError(f"{name}: none of the first captions holds a word; name their column with --text-col")
     return Data(pictures["train"], pictures["test"], class_names)
 
 
@@ -508,32 +540,42 @@ WORD_PATTERN = r" ?\w+| ?[^\w\s]+|\s+"  # a word with the space before it; merge
 
 def train_merges(texts: list[str], vocab_size: int) -> dict[bytes, int]:
     """Byte-pair encoding: start from the 256 bytes, again and again join the most frequent neighbours. Returns token -> rank."""
-    words = Counter(w for text in texts for w in re.findall(WORD_PATTERN, text))
-    pieces = {w: [bytes([b]) for b in w.encode()] for w in words}
+    words = Counter(word for text in texts for word in re.findall(WORD_PATTERN, text))
+    pieces = {word: [bytes([b]) for b in word.encode()] for word in words}
+    pairs, places = Counter(), defaultdict(set)  # how often two pieces are neighbours, and in which words
+
+    def count(word: str, sign: int) -> None:
+        for pair in zip(pieces[word], pieces[word][1:]):
+            pairs[pair] += sign * words[word]
+            places[pair].add(word)
+
+    for word in words:
+        count(word, +1)
     ranks = {bytes([b]): b for b in range(256)}
-    while len(ranks) < vocab_size:
-        pairs = Counter()
-        for word, count in words.items():
-            for pair in zip(pieces[word], pieces[word][1:]):
-                pairs[pair] += count
-        if not pairs:
-            break
+    while len(ranks) < vocab_size and pairs:
         best = max(pairs, key=lambda pair: (pairs[pair], pair))
         if pairs[best] < 2:
             break
         joined = best[0] + best[1]
         ranks[joined] = len(ranks)
-        for word, parts in pieces.items():
-            i = 0
-            while i < len(parts) - 1:
-                if (parts[i], parts[i + 1]) == best:
-                    parts[i : i + 2] = [joined]
-                i += 1
+        for word in list(places[best]):
+            count(word, -1)
+            old, new = pieces[word], []
+            while old:
+                joins = tuple(old[:2]) == best
+                new.append(joined if joins else old[0])
+                old = old[2:] if joins else old[1:]
+            pieces[word] = new
+            count(word, +1)
+        del pairs[best], places[best]
     return ranks
 
 
 class Tokenizer:
-    """A tiktoken encoding with bos, eos and pad as three ids of their own, after the ordinary ones."""
+    """A tiktoken encoding with bos, eos and pad as three ids of their own, after the ordinary ones.
+
+    DIFFERS: OpenVision 1 and 2 use BERT's lower-cased word pieces, and two texts a picture (web text and a synthetic caption)
+    of 80 and 128 tokens; here one caption and one length serve both text towers."""
 
     def __init__(self, encoding: tiktoken.Encoding, context_length: int):
         self.encoding, self.context_length = encoding, context_length

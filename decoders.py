@@ -15,7 +15,7 @@ Letters: B batch, N image tokens, T text length, W width, V vocabulary, h w late
 
 Run:    python decoders.py     # parameters, shape trace, an untrained caption
 Source: paper sec 3.2, eq 3 and sec 5.3 (decoder size B). The paper says the captioner follows OpenVision; its form
-        here is OpenVision 2's (arXiv 2509.01644): teacher-forced, causal, image tokens as a prefix.
+        here is close to OpenVision 2's (arXiv 2509.01644): teacher-forced, causal, image tokens as a prefix.
 Next:   losses.py
 """
 import torch
@@ -60,8 +60,8 @@ class LatentDecoder(VisionTransformer):
 class CaptionDecoder(nn.Module):
     """Predicts each caption token from the image tokens and the caption tokens before it.
 
-    DIFFERS: OpenVision 2 drops two thirds of the image tokens and has no text positions; here all tokens are read,
-    and positions are learned (captions of drawn scenes are about places: every token matters)."""
+    DIFFERS: OpenVision 2 drops two thirds of the image tokens, masks the rest causally too and has no text positions; here
+    all tokens are read and see one another, and text positions are learned (captions are about places: every token matters)."""
 
     def __init__(self, vocab_size: int, context_length: int, token_dim: int, width: int, depth: int, heads: int):
         super().__init__()
@@ -91,7 +91,8 @@ class CaptionDecoder(nn.Module):
         words = self.token_embedding(ids) + self.positional_embedding[:T]           # (B, T, W)
         x = torch.cat([self.image_projection(tokens), words.to(tokens.dtype)], dim=1)  # (B, N+T, W)
         x = self.transformer(x, self.prefix_mask(N, T, x.device))                   # (B, N+T, W)
-        return self.head(self.ln_final(x[:, N:]))                                   # (B, T, V)
+        with torch.autocast(x.device.type, enabled=False):                          # logits in fp32
+            return self.head(self.ln_final(x[:, N:].float()))                       # (B, T, V)
 
     @torch.no_grad()
     def generate(self, tokens: Tensor, bos: int, eos: int, max_length: int) -> Tensor:

@@ -20,7 +20,6 @@ Source: paper sec 3.2; the details of the released checkpoints: class token, no 
         LayerNorm eps 1e-6, exact GELU, mean -> norm -> bias-free projection. Text tower: OpenVision 1 (arXiv 2505.04601).
 Next:   decoders.py
 """
-import json
 import math
 import os
 import pickle
@@ -35,9 +34,9 @@ from torch import Tensor, nn
 # One row per size. Heads are 64 wide throughout, because a checkpoint does not store their number.
 #   width, depth, heads: the image encoder (paper: B and L). decoder: width and depth of the latent decoder, which the
 #   paper keeps at B for L, where a larger one made training unstable (sec 5.3). text, caption: width and depth of the
-#   text encoder and the caption decoder, OpenVision 1's letters (S and Ti: ours). Nano is for laptops.
+#   text encoder and the caption decoder, as OpenVision 1 has them (Ti: ours). Nano, for laptops, is ours.
 SIZES = {
-    "Nano": dict(width=192, depth=6, heads=3, embed_dim=192, decoder=(192, 4), text=(192, 3), caption=(192, 3)),
+    "Nano": dict(width=192, depth=6, heads=3, embed_dim=192, decoder=(192, 3), text=(192, 2), caption=(192, 2)),
     "Ti": dict(width=192, depth=12, heads=3, embed_dim=192, decoder=(192, 12), text=(192, 12), caption=(192, 12)),
     "S": dict(width=384, depth=12, heads=6, embed_dim=384, decoder=(384, 12), text=(384, 12), caption=(384, 12)),
     "B": dict(width=768, depth=12, heads=12, embed_dim=768, decoder=(768, 12), text=(512, 12), caption=(512, 12)),
@@ -102,13 +101,13 @@ class Transformer(nn.Module):
     def __init__(self, width: int, depth: int, heads: int, text: bool = False):
         super().__init__()
         self.resblocks = nn.ModuleList(Block(width, heads, "tanh" if text else "none") for _ in range(depth))
-        into, out, hidden = (width**-0.5, (2 * width * depth) ** -0.5, (2 * width) ** -0.5) if text else (0.02, 0.02, 0.02)
-        mlp_out = out if text else (0.3072 / width) ** 0.5  # 0.02 at width 768
+        image = (0.3072 / width) ** 0.5  # 0.02 at the paper's width 768, and in proportion elsewhere
+        into, out, hidden = (width**-0.5, (2 * width * depth) ** -0.5, (2 * width) ** -0.5) if text else (image, image, image)
         for block in self.resblocks:
             nn.init.normal_(block.attn.in_proj_weight, std=into)
             nn.init.normal_(block.attn.out_proj.weight, std=out)
             nn.init.normal_(block.mlp.c_fc.weight, std=hidden)
-            nn.init.trunc_normal_(block.mlp.c_proj.weight, std=mlp_out)
+            nn.init.trunc_normal_(block.mlp.c_proj.weight, std=out)
             for linear in (block.attn.out_proj, block.mlp.c_fc, block.mlp.c_proj):
                 nn.init.zeros_(linear.bias)
 

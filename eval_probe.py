@@ -22,18 +22,16 @@ Next:   test_all.py
 """
 import argparse
 import json
-import math
 import os
 import time
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from data import TEMPLATES, Data, DataError, all_wordings, centre_crop, decode_image, evaluation_loader, open_data, picture_grid, to_image, to_tensor
+from data import Data, DataError, all_wordings, centre_crop, class_prompts, decode_image, evaluation_loader, open_data, picture_grid, to_image, to_tensor
 from train import OpenVision3, UserError, choose_device, load_run
 from vae import psnr
 
@@ -47,8 +45,8 @@ RETRIEVAL_PAIRS = 256
 def ssim(x: Tensor, y: Tensor) -> Tensor:
     """Structural similarity per image, [B]: x, y [B,3,H,W] in [-1,1] (clamped), a Gaussian window of 11x11 pixels and
     sigma 1.5, constants 0.01 and 0.03 of the range, mean over channels and the positions where the window fits."""
-    x, y = ((v.clamp(-1, 1) + 1) / 2 for v in (x.double(), y.double()))
-    line = torch.exp(-((torch.arange(11, device=x.device) - 5.0) ** 2) / (2 * 1.5**2)).double()
+    x, y = ((v.cpu().double().clamp(-1, 1) + 1) / 2 for v in (x, y))  # in float64, which mps has not
+    line = torch.exp(-((torch.arange(11).double() - 5) ** 2) / (2 * 1.5**2))
     window = (line[:, None] * line / line.sum() ** 2).expand(3, 1, 11, 11)                 # (3, 1, 11, 11)
 
     def blur(v: Tensor) -> Tensor:
@@ -65,7 +63,7 @@ def fit_linear(features: Tensor, labels: Tensor, classes: int, decay: float) -> 
     """Multinomial logistic regression to convergence (L-BFGS), with decay/2 * |weights|^2. Returns weight, bias."""
     weight = torch.zeros(classes, features.shape[1], requires_grad=True)
     bias = torch.zeros(classes, requires_grad=True)
-    optimizer = torch.optim.LBFGS([weight, bias], max_iter=200, line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS([weight, bias], max_iter=100, line_search_fn="strong_wolfe")
 
     def closure() -> Tensor:
         optimizer.zero_grad()
@@ -139,10 +137,10 @@ def encode_texts(model: OpenVision3, tokenizer, texts: list[str], batch_size: in
 
 
 def class_vectors(model: OpenVision3, tokenizer, names: list[str], batch_size: int) -> Tensor:
-    """One direction per class [K,E]: the mean of its name in each template, normalised before and after."""
-    texts = [t.format(("an " if n[0] in "aeiou" else "a ") + n.replace("_", " ")) for n in names for t in TEMPLATES]
-    vectors = F.normalize(encode_texts(model, tokenizer, texts, batch_size), dim=1)        # (K*templates, E)
-    return F.normalize(vectors.view(len(names), len(TEMPLATES), -1).mean(1), dim=1)
+    """One direction per class [K,E]: the mean of its name's prompts, normalised before and after."""
+    texts = [text for name in names for text in class_prompts(name)]
+    vectors = F.normalize(encode_texts(model, tokenizer, texts, batch_size), dim=1)        # (K*prompts, E)
+    return F.normalize(vectors.view(len(names), len(texts) // len(names), -1).mean(1), dim=1)
 
 
 @torch.no_grad()
@@ -157,8 +155,8 @@ def reconstruct_and_caption(model: OpenVision3, pictures, tokenizer, batch_size:
         for name, picture in (("", ours), ("_vae", ceiling)):
             rows["psnr" + name].append(psnr(picture, images))
             rows["ssim" + name].append(ssim(picture, images))
-        if model.frozen[1] is not None:
-            rows["lpips"].append(model.frozen[1](ours.clamp(-1, 1), images))
+        if model.perceptual is not None:
+            rows["lpips"].append(model.perceptual(ours.clamp(-1, 1), images))
         ids = model.caption_decoder.generate(tokens, tokenizer.bos, tokenizer.eos, tokenizer.context_length)
         for text, captions, scene in zip((tokenizer.decode(row) for row in ids.tolist()), batch["all_captions"], batch["scenes"]):
             valid = all_wordings(json.loads(scene)) if scene else captions
@@ -190,7 +188,7 @@ def evaluate(model: OpenVision3, tokenizer, data: Data, n_train: int, n_test: in
 
     metrics |= reconstruct_and_caption(model, data.test, tokenizer, batch_size, min(n_test, 512))
     if metrics["lpips"] is None:
-        print("lpips: null, the run was trained without LPIPS weights (--lpips-vgg, --lpips-lin)")
+        print("lpips: null, there are no LPIPS weights (--lpips-vgg and --lpips-lin of train.py)")
     print("rfid: null, it needs Inception's weights, which this program does not read yet")
     return metrics | {"n_train": min(n_train, len(data.train)), "n_test": len(test["labels"]), "seconds": round(time.time() - began, 1)}
 
@@ -209,9 +207,9 @@ def print_table(name: str, metrics: dict) -> None:
 @torch.no_grad()
 def show_image(model: OpenVision3, tokenizer, path: Path, class_names: list[str] | None) -> None:
     try:
-        image = centre_crop(decode_image(Image.open(path)), model.config.resolution)
-    except (OSError, Image.DecompressionBombError, ValueError) as error:
-        raise UserError(f"--image {path}: {error}") from None
+        image = centre_crop(decode_image({"path": str(path)}), model.config.resolution)
+    except Exception as error:  # whatever a decoder trips over means: not a picture
+        raise UserError(f"--image {path} is no picture that can be read: {error}") from None
     images = to_tensor(image)[None].to(next(model.parameters()).device)
     ceiling, ours, tokens = model.reconstruct(images)
     caption = tokenizer.decode(model.caption_decoder.generate(tokens, tokenizer.bos, tokenizer.eos, tokenizer.context_length)[0].tolist())
@@ -233,30 +231,31 @@ def main() -> None:
     parser.add_argument("--data", help="data set to evaluate on (default: the one it was trained on)")
     parser.add_argument("--image", type=Path, help="show one picture's caption, nearest labels and reconstruction instead")
     parser.add_argument("--random-init", action="store_true", help="the same model with fresh random weights; writes metrics_random.json")
-    parser.add_argument("--n-train", type=int, default=6000, help="pictures for the linear probe and kNN")
-    parser.add_argument("--n-test", type=int, default=2000, help="held-out pictures; captions and reconstruction use the first 512")
+    parser.add_argument("--n-train", type=int, default=4000, help="pictures for the linear probe and kNN")
+    parser.add_argument("--n-test", type=int, default=1000, help="held-out pictures; captions and reconstruction use the first 512")
     parser.add_argument("--batch-size", type=int, default=64, help="changes the speed, not the numbers")
     parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
     args = parser.parse_args()
     try:
         if min(args.n_train, args.n_test, args.batch_size) < 2:
             raise UserError("--n-train, --n-test and --batch-size must be at least 2")
-        model, tokenizer, config, step = load_run(args.ckpt, choose_device(args.device))
+        model, tokenizer, state = load_run(args.ckpt, choose_device(args.device))
+        config = model.config
+        if args.image:
+            return show_image(model, tokenizer, args.image, state["class_names"])
         if args.random_init:
             torch.manual_seed(config.seed + 1)
             model.load_state_dict(OpenVision3(config, tokenizer, model.vae).state_dict())
         own = args.data in (None, config.data)
         columns = (config.config, config.split, config.image_col, config.text_col, config.label_col) if own else ()
         data = open_data(args.data or config.data, config.resolution, *columns)
-        if args.image:
-            return show_image(model, tokenizer, args.image, data.class_names)
         metrics = evaluate(model, tokenizer, data, args.n_train, args.n_test, args.batch_size)
         name = "metrics_random.json" if args.random_init else "metrics.json"
         temporary = Path(args.ckpt) / (name + ".tmp")
         temporary.write_text(json.dumps(metrics, indent=1) + "\n")
         os.replace(temporary, Path(args.ckpt) / name)
-        print_table(f"{args.ckpt}, step {step}" + (", random weights" if args.random_init else ""), metrics)
-    except (UserError, DataError, FileNotFoundError, ValueError) as error:
+        print_table(f"{args.ckpt}, step {state['step']}" + (", random weights" if args.random_init else ""), metrics)
+    except (UserError, DataError, OSError, ValueError) as error:
         raise SystemExit(f"error: {error}") from None
 
 

@@ -21,6 +21,7 @@ Source: paper eqs 4-6 and Table 1; CLIP (arXiv 2103.00020); LPIPS v0.1 (arXiv 18
 Next:   data.py
 """
 import math
+import pickle
 from pathlib import Path
 
 import torch
@@ -113,10 +114,13 @@ class LPIPS(PerceptualDistance):
         if vgg is None or lin is None:
             raise ValueError("LPIPS needs both weight files, torchvision's vgg16 (.pth) and LPIPS v0.1's vgg.pth: "
                              "train with --lpips-weight 0, or give --lpips-vgg FILE and --lpips-lin FILE")
-        vgg, lin = (torch.load(w, map_location="cpu", weights_only=True) if isinstance(w, (str, Path)) else w for w in (vgg, lin))
-        trunk = {name: t for name, t in vgg.items() if not name.startswith("classifier.")}
-        heads = {f"lin.{name[3]}": t for name, t in lin.items() if name.startswith("lin") and name.endswith(".model.1.weight")}
-        self.load_state_dict({**trunk, **heads})
+        try:
+            vgg, lin = (torch.load(w, map_location="cpu", weights_only=True) if isinstance(w, (str, Path)) else w for w in (vgg, lin))
+            trunk = {name: t for name, t in vgg.items() if not name.startswith("classifier.")}
+            heads = {f"lin.{name[3]}": t for name, t in lin.items() if name.startswith("lin") and name.endswith(".model.1.weight")}
+            self.load_state_dict({**trunk, **heads})
+        except (RuntimeError, OSError, EOFError, pickle.UnpicklingError, AttributeError) as error:
+            raise ValueError(f"these are not LPIPS's weight files: {' '.join(str(error).split())[:300]}") from None
 
 
 def openvision3_loss(images: Tensor, reconstruction: Tensor, latents: Tensor, predicted_latents: Tensor,

@@ -39,7 +39,7 @@ from data import DataError, Tokenizer, evaluation_loader, open_data, picture_gri
 from decoders import CaptionDecoder, LatentDecoder
 from encoder import SIZES, ImageEncoder, TextEncoder, save_encoder
 from losses import LPIPS, openvision3_loss
-from vae import FLUX, TINY_PATH, AutoencoderKL, load_vae
+from vae import TINY_PATH, AutoencoderKL, load_vae
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Configuration: one field, one flag
@@ -60,16 +60,16 @@ class Config:
     text_col: str | None = field(None, "column with the captions, likewise")
     label_col: str | None = field(None, "column with the class labels, likewise; without captions, labels become captions")
     tokenizer: str = field("bpe", "bpe (trained on the captions), or one of tiktoken's: gpt2, cl100k_base, ...")
-    context_length: int = field(28, "text tokens per caption, bos and eos included; longer captions are cut")
+    context_length: int = field(26, "text tokens per caption, bos and eos included; longer captions are cut")
     resolution: int = field(64, "picture side in pixels, a multiple of 16")
     crop: float = field(0.4, "smallest share of the area a random crop keeps; 1 keeps nearly all (shapes are never cropped)")
     flip: bool = field(False, "mirror half of the pictures; wrong for captions that say left or right")
     vae: str = field("tiny", "frozen VAE: tiny, or a file: one written by vae.py, or FLUX's ae.safetensors")
     size: str = field("Nano", f"row of encoder.SIZES: {', '.join(SIZES)}")
-    steps: int = field(500, "optimizer steps of the whole run")
-    batch_size: int = field(64, "pictures per step, over all processes; also the number of contrastive candidates")
-    lr: float = field(1e-3, "peak learning rate")
-    warmup: int = field(50, "steps of linear warm-up; cosine to zero follows")
+    steps: int = field(1000, "optimizer steps of the whole run")
+    batch_size: int = field(32, "pictures per step, over all processes; also the number of contrastive candidates")
+    lr: float = field(2e-3, "peak learning rate")
+    warmup: int = field(100, "steps of linear warm-up; cosine to zero follows")
     weight_decay: float = field(0.1, "decoupled decay, on matrices only")
     clip: float = field(1.0, "largest gradient norm; larger ones are scaled down to it")
     w_rec: float = field(0.5, "weight of reconstruction (paper Table 1)")
@@ -79,6 +79,7 @@ class Config:
     lpips_weight: float = field(0.0, "weight of LPIPS: 0 in pretraining, 0.5 in finetuning (paper Table 1); needs the two files below")
     lpips_vgg: str | None = field(None, "torchvision's vgg16 weights file, for LPIPS")
     lpips_lin: str | None = field(None, "LPIPS v0.1's vgg.pth")
+    pixel_every: int = field(4, "pixel L1 and LPIPS on every n-th picture of the batch only; 1: on all, as the paper")
     tau: float = field(0.2, "noise on the decoder's tokens: strength drawn from U[0, tau] per image, in units of z_u")
     out: str = field("runs/laptop", "run folder")
     resume: bool = field(False, "continue the run in --out; takes the same flags")
@@ -96,10 +97,10 @@ class Config:
 PRESETS = {
     "laptop": {},
     "smoke": dict(steps=4, batch_size=8, warmup=1, log_every=1, save_every=2, sample_every=4, out="runs/smoke"),
-    "gpu": dict(size="S", resolution=128, steps=20_000, batch_size=512, lr=5e-4, warmup=1000, workers=12, out="runs/gpu",
+    "gpu": dict(size="S", resolution=128, pixel_every=1, steps=20_000, batch_size=512, lr=5e-4, warmup=1000, workers=12, out="runs/gpu",
                 log_every=20, save_every=1000, sample_every=1000),
     # Table 1, pretraining column: 4000 ImageNet-sized epochs at batch 8192; peak rate = base rate 8e-6 * 8192 / 256
-    "paper-b": dict(size="B", vae="flux/ae.safetensors", resolution=128, steps=625_569, batch_size=8192, lr=2.56e-4, warmup=6255,
+    "paper-b": dict(size="B", pixel_every=1, vae="flux/ae.safetensors", resolution=128, steps=625_569, batch_size=8192, lr=2.56e-4, warmup=6255,
                     weight_decay=0.2, context_length=80, workers=16, out="runs/paper-b", log_every=50, save_every=1000, sample_every=5000),
 }
 PRESETS["paper-l"] = PRESETS["paper-b"] | dict(size="L", out="runs/paper-l")
@@ -129,7 +130,7 @@ def check_config(c: Config) -> None:
         value = getattr(c, f.name)
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"--{f.name.replace('_', '-')} is {value}; it must be a finite number")
-    at_least = dict(steps=1, batch_size=2, resolution=16, context_length=4, log_every=1, save_every=1, sample_every=1, warmup=0, workers=0, lr=0,
+    at_least = dict(steps=1, pixel_every=1, batch_size=2, resolution=16, context_length=4, log_every=1, save_every=1, sample_every=1, warmup=0, workers=0, lr=0,
                     w_rec=0, w_und=0, beta=0, alpha=0, lpips_weight=0, tau=0, weight_decay=0, clip=0, seed=0)
     for name, low in at_least.items():
         if getattr(c, name) < low:
@@ -141,12 +142,18 @@ def check_config(c: Config) -> None:
         raise UserError(f"--size {c.size} is unknown; there are {', '.join(SIZES)}")
     if not 0 < c.crop <= 1:
         raise UserError(f"--crop {c.crop} must be above 0 and at most 1: it is a share of the area")
-    if c.device not in ("auto", "cuda", "mps", "cpu") or c.dtype not in ("auto", "float32", "bfloat16"):
-        raise UserError(f"--device {c.device} --dtype {c.dtype}: devices are auto, cuda, mps, cpu; dtypes auto, float32, bfloat16")
+    if c.clip == 0:
+        raise UserError("--clip 0 would scale every gradient to nothing; to switch clipping off, give a large number")
+    if c.dtype not in ("auto", "float32", "bfloat16"):
+        raise UserError(f"--dtype {c.dtype} is unknown; there are auto, float32, bfloat16")
 
 
 def choose_device(name: str) -> torch.device:
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    """cuda (this process's own, under torchrun), else mps, else cpu for "auto"; a UserError where the one asked for is missing."""
+    alone = int(os.environ.get("WORLD_SIZE", 1)) == 1  # gloo cannot serve several processes on mps
+    available = {"cuda": torch.cuda.device_count() > int(os.environ.get("LOCAL_RANK", 0)), "mps": torch.backends.mps.is_available() and alone, "cpu": True}
+    if name not in ("auto", *available):
+        raise UserError(f"--device {name} is unknown; there are auto, {', '.join(available)}")
     if name == "auto":
         name = next(device for device, there in available.items() if there)
     if not available[name]:
@@ -179,22 +186,27 @@ class OpenVision3(nn.Module):
     def vae(self) -> AutoencoderKL:
         return self.frozen[0]
 
+    @property
+    def perceptual(self) -> LPIPS | None:
+        return self.frozen[1]
+
     def forward(self, images: Tensor, ids: Tensor) -> dict[str, Tensor]:
         """images [B,3,R,R] in [-1,1], ids [B,T] -> the loss, its five terms, and the tokens' standard deviation."""
         c = self.config
-        with torch.no_grad():
-            latents = self.vae.encode(images)                          # (B, 16, R/8, R/8)
+        with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
+            latents = self.vae.encode(images)                          # (B, 16, R/8, R/8), in fp32
         pooled, tokens = self.encoder(latents)                         # (B, E), (B, N, W)
 
         predicted = self.latent_decoder(tokens, tau=c.tau)             # (B, 16, R/8, R/8)
-        reconstruction = self.vae.decode(predicted)                    # (B, 3, R, R)
+        seen = slice(None, None, c.pixel_every)                        # DIFFERS: on a laptop the VAE decoder would be half
+        reconstruction = self.vae.decode(predicted[seen])              # of each step; (B/pixel_every, 3, R, R)
 
         logits = self.caption_decoder(tokens, ids[:, :-1])             # (B, T-1, V)
         text = self.text_encoder(ids)                                  # (B, E)
 
         with torch.autocast(images.device.type, enabled=False):        # losses in fp32
-            terms = openvision3_loss(images, reconstruction, latents, predicted, logits, ids[:, 1:], self.pad,
-                                     pooled, text, self.log_scale.exp(), self.frozen[1], c.w_rec, c.w_und, c.beta, c.alpha, c.lpips_weight)
+            terms = openvision3_loss(images[seen], reconstruction, latents, predicted, logits, ids[:, 1:], self.pad,
+                                     pooled, text, self.log_scale.exp(), self.perceptual, c.w_rec, c.w_und, c.beta, c.alpha, c.lpips_weight)
         return {**terms, "token_std": tokens.detach().float().std()}
 
     @torch.no_grad()
@@ -223,11 +235,9 @@ def write_atomically(path: Path, write) -> None:
     os.replace(temporary, path)
 
 
-def save_checkpoint(out: Path, model: OpenVision3, optimizer: torch.optim.Optimizer, tokenizer: Tokenizer, step: int, noise_states: list[Tensor]) -> None:
-    state = {
-        "step": step, "config": dataclasses.asdict(model.config), "tokenizer": tokenizer.state(),
-        "vae_sha256": vae_hash(model.config.vae), "model": model.state_dict(), "optimizer": optimizer.state_dict(), "noise_states": noise_states,
-    }
+def save_checkpoint(out: Path, model: OpenVision3, optimizer: torch.optim.Optimizer, step: int, about: dict) -> None:
+    """All that a resume needs. Neither the data's position nor a random state is among it: both follow from the step."""
+    state = {"step": step, "config": dataclasses.asdict(model.config), "model": model.state_dict(), "optimizer": optimizer.state_dict(), **about}
     write_atomically(out / "last.pt", lambda path: torch.save(state, path))
     save_encoder(model.encoder, out / "encoder.safetensors")
 
@@ -238,7 +248,7 @@ def read_checkpoint(folder: Path) -> dict:
         raise UserError(f"there is no checkpoint {path}; train one with: python train.py --out {folder}")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(state, dict) or "model" not in state or "config" not in state:
+        if not isinstance(state, dict) or not {"step", "config", "model", "optimizer", "tokenizer", "class_names", "vae_sha256"} <= set(state):
             raise ValueError("it is not one of train.py's")
     except Exception as error:  # truncated, no zip archive, or objects that weights_only refuses
         raise UserError(f"{path} is no readable checkpoint: {str(error).splitlines()[0]}") from None
@@ -247,14 +257,19 @@ def read_checkpoint(folder: Path) -> dict:
     return state
 
 
-def load_run(folder: str | Path, device: torch.device) -> tuple[OpenVision3, Tokenizer, Config, int]:
-    """A trained run for evaluation: (model in eval mode, tokenizer, config, step)."""
+def load_run(folder: str | Path, device: torch.device) -> tuple[OpenVision3, Tokenizer, dict]:
+    """A trained run for evaluation: the model in eval mode, its tokenizer, and the checkpoint's step, class_names, ..."""
     state = read_checkpoint(Path(folder))
     config = Config(**state["config"])
+    if config.lpips_weight > 0 and not (Path(config.lpips_vgg).is_file() and Path(config.lpips_lin).is_file()):
+        print(f"lpips: null, its weights {config.lpips_vgg} and {config.lpips_lin} are not both there")
+        config.lpips_weight = 0.0
     tokenizer = Tokenizer.from_state(state["tokenizer"], config.context_length)
-    model = OpenVision3(config, tokenizer, load_vae(config.vae).to(device, memory_format=torch.channels_last))
-    model.load_state_dict(state["model"])
-    return model.to(device).eval().requires_grad_(False), tokenizer, config, state["step"]
+    model = OpenVision3(config, tokenizer, load_vae(config.vae).to(device, memory_format=torch.channels_last)).to(device)
+    model.load_state_dict(state.pop("model"))
+    if model.perceptual is not None:
+        model.perceptual.to(device)
+    return model.eval().requires_grad_(False), tokenizer, state
 
 
 @torch.no_grad()
@@ -278,6 +293,8 @@ def save_curves(log: Path, path: Path, batch_size: int, vocab_size: int) -> None
     import matplotlib.pyplot as plt
 
     rows = [json.loads(line) for line in log.read_text().splitlines()]
+    if not rows:
+        return  # nothing logged yet
     chance = {"contrastive": math.log(batch_size), "caption": math.log(vocab_size)}
     names = [n for n in ("loss", "pixel", "latent", "lpips", "caption", "contrastive") if any(row[n] for row in rows)]
     figure, axes = plt.subplots(1, len(names), figsize=(3 * len(names), 2.6), constrained_layout=True)
@@ -306,7 +323,10 @@ def learning_rate(step: int, c: Config) -> float:
 
 
 def make_optimizer(model: OpenVision3, c: Config) -> torch.optim.AdamW:
-    """AdamW, betas 0.9 and 0.95; decay on matrices and convolutions, not on biases, norms, embeddings or the scale."""
+    """AdamW, betas 0.9 and 0.95; decay on matrices and convolutions, not on biases, norms, embeddings or the scale.
+
+    DIFFERS: the paper names no optimizer; these are OpenVision 1's, which keeps its first moment in bfloat16 and sets no
+    gradient clipping (here: norm 1, in the loop)."""
     decayed = [p for name, p in model.named_parameters() if p.ndim >= 2 and "embedding" not in name]
     others = [p for name, p in model.named_parameters() if not (p.ndim >= 2 and "embedding" not in name)]
     groups = [dict(params=decayed, weight_decay=c.weight_decay), dict(params=others, weight_decay=0.0)]
@@ -349,17 +369,15 @@ def train(c: Config) -> None:
         tokenizer = Tokenizer.named(c.tokenizer, c.context_length)
     torch.manual_seed(c.seed)
     model = OpenVision3(c, tokenizer, vae.to(device, memory_format=torch.channels_last)).to(device)
-    for part in model.frozen[1:]:
-        part is not None and part.to(device)
+    if model.perceptual is not None:
+        model.perceptual.to(device)
     optimizer = make_optimizer(model, c)
     start = 0
-    torch.manual_seed(c.seed * 1000 + rank)  # from here on only the decoder's noise is random, and it differs by process
     if resumed:
         model.load_state_dict(resumed["model"])
         optimizer.load_state_dict(resumed["optimizer"])
         start = resumed["step"]
-        if world == len(resumed["noise_states"]):
-            torch.set_rng_state(resumed["noise_states"][rank])
+    about = {"tokenizer": tokenizer.state(), "class_names": data.class_names, "vae_sha256": vae_hash(c.vae)}
     model.train()
     if c.compile or (c.compile is None and device.type == "cuda"):
         for part in (model.encoder, model.latent_decoder, model.caption_decoder, model.text_encoder, vae.encoder, vae.decoder):
@@ -369,8 +387,8 @@ def train(c: Config) -> None:
     test_batch = next(iter(evaluation_loader(data.test, tokenizer, 8, limit=8)))
 
     # 3. Say what is about to happen
+    out.mkdir(parents=True, exist_ok=True)
     if main:
-        out.mkdir(parents=True, exist_ok=True)
         (out / "config.json").write_text(json.dumps(dataclasses.asdict(c) | {"torch": torch.__version__, "world_size": world}, indent=1) + "\n")
         keep_log_until(out / "log.jsonl", start)
         parts = {name: sum(p.numel() for p in part.parameters()) / 1e6 for name, part in
@@ -385,9 +403,11 @@ def train(c: Config) -> None:
 
     # 4. Train
     progress = tqdm(total=c.steps, initial=start, desc="train", disable=not main, mininterval=1, smoothing=0.05)
+    if c.log_ids:
+        keep_log_until(out / f"ids-{rank}.jsonl", start)
     ids_file = open(out / f"ids-{rank}.jsonl", "a") if c.log_ids else None
     log_file = open(out / "log.jsonl", "a") if main else None
-    waited, clock = 0.0, time.time()
+    logged, waited, clock = start, 0.0, time.time()
     batches = iter(loader)
     for step in range(start, c.steps):
         began = time.time()
@@ -400,15 +420,16 @@ def train(c: Config) -> None:
 
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, c)
+        torch.manual_seed((c.seed * c.steps + step) * world + rank)  # the decoder's noise, the same after a resume
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             terms = parallel(images, ids)
-        if not torch.isfinite(terms["loss"]):
-            broken = [name for name, value in terms.items() if not torch.isfinite(value)]
-            raise UserError(f"step {step + 1}: {', '.join(broken)} went non-finite; the last good checkpoint is {out / 'last.pt'} "
-                            f"(step {step // c.save_every * c.save_every}); lower --lr or --clip and --resume")
         optimizer.zero_grad()
         terms["loss"].backward()
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), c.clip)
+        if not torch.isfinite(terms["loss"] + grad_norm):
+            broken = [name for name, value in {**terms, "gradient": grad_norm}.items() if not torch.isfinite(value)]
+            last = f"the last good checkpoint is {out / 'last.pt'}" if (out / "last.pt").exists() else "there is no checkpoint yet"
+            raise UserError(f"step {step + 1}: not finite any more: {', '.join(broken)}; {last}; start again with a lower --lr in another --out")
         optimizer.step()
 
         done = step + 1
@@ -420,24 +441,21 @@ def train(c: Config) -> None:
                 values /= world
             if main:
                 elapsed, clock = time.time() - clock, time.time()
-                steps_timed = (done - start - 1) % c.log_every + 1
                 row = {"step": done, **dict(zip(terms, values.tolist())), "lr": learning_rate(step, c), "grad_norm": grad_norm.item(),
-                       "logit_scale": model.log_scale.exp().item(), "images_per_s": round(c.batch_size * steps_timed / elapsed, 1),
+                       "logit_scale": model.log_scale.exp().item(), "images_per_s": round(c.batch_size * (done - logged) / elapsed, 1),
                        "data_share": round(waited / elapsed, 3)}
                 print(json.dumps(row), file=log_file, flush=True)
                 progress.set_postfix_str(f"loss {row['loss']:.3f} caption {row['caption']:.2f} match {row['contrastive']:.2f} pixel {row['pixel']:.3f}")
                 tqdm.write(f"step {done:6d}  loss {row['loss']:.4f}  pixel {row['pixel']:.4f}  latent {row['latent']:.4f}  lpips {row['lpips']:.4f}  "
                            f"caption {row['caption']:.4f}  contrastive {row['contrastive']:.4f}  |grad| {row['grad_norm']:.2f}  {row['images_per_s']:.0f} img/s")
-                waited = 0.0
+                logged, waited = done, 0.0
+        pause = time.time()
         if main and (done % c.sample_every == 0 or done == c.steps):
             save_grid(model, tokenizer, test_batch, out / f"recon_{done:06d}.png")
             save_curves(out / "log.jsonl", out / "curves.png", c.batch_size, tokenizer.vocab_size)
-        if done % c.save_every == 0 or done == c.steps:
-            states = [torch.get_rng_state()] * world
-            if world > 1:
-                dist.all_gather_object(states, torch.get_rng_state())
-            if main:
-                save_checkpoint(out, model, optimizer, tokenizer, done, states)
+        if main and (done % c.save_every == 0 or done == c.steps):
+            save_checkpoint(out, model, optimizer, done, about)
+        clock += time.time() - pause  # images_per_s is that of training alone
     progress.close()
     if main:
         print(f"done: {out / 'encoder.safetensors'}, pictures {out / 'recon_*.png'}, curves {out / 'curves.png'}; next: python eval_probe.py --ckpt {out}")
@@ -446,15 +464,20 @@ def train(c: Config) -> None:
 
 
 def keep_log_until(path: Path, step: int) -> None:
-    """Drops log lines past the checkpoint: those steps are about to be taken again."""
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    path.write_text("".join(line for line in lines if json.loads(line)["step"] <= step))
+    """Drops log lines past the checkpoint, whose steps are about to be taken again, and a line cut off by a crash."""
+    kept = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            kept += [line] if json.loads(line)["step"] <= step else []
+        except json.JSONDecodeError:
+            continue
+    write_atomically(path, lambda temporary: temporary.write_text("".join(line + "\n" for line in kept)))
 
 
 def main() -> None:
     try:
         train(parse_config())
-    except (UserError, DataError, FileNotFoundError, ValueError) as error:
+    except (UserError, DataError, OSError, ValueError) as error:
         raise SystemExit(f"error: {error}") from None
 
 
