@@ -101,8 +101,8 @@ class Transformer(nn.Module):
     def __init__(self, width: int, depth: int, heads: int, text: bool = False):
         super().__init__()
         self.resblocks = nn.ModuleList(Block(width, heads, "tanh" if text else "none") for _ in range(depth))
-        image = (0.3072 / width) ** 0.5  # 0.02 at the paper's width 768, and in proportion elsewhere
-        into, out, hidden = (width**-0.5, (2 * width * depth) ** -0.5, (2 * width) ** -0.5) if text else (image, image, image)
+        # OpenVision 1's image tower starts at 0.02; DIFFERS: that is for width 768, narrower towers start larger
+        into, out, hidden = (width**-0.5, (2 * width * depth) ** -0.5, (2 * width) ** -0.5) if text else (15.36 / width, (0.3072 / width) ** 0.5, 15.36 / width)
         for block in self.resblocks:
             nn.init.normal_(block.attn.in_proj_weight, std=into)
             nn.init.normal_(block.attn.out_proj.weight, std=out)
@@ -144,6 +144,7 @@ class VisionTransformer(nn.Module):
         self.patch_size, self.width = patch_size, width
         self.side = grid // patch_size
         self.conv1 = nn.Conv2d(in_channels, width, patch_size, stride=patch_size, bias=False)
+        nn.init.kaiming_uniform_(self.conv1.weight, nonlinearity="relu")
         self.class_embedding = nn.Parameter(torch.randn(width) * 1e-6)
         table = sincos_positions(self.side, self.side, width)
         self.register_buffer("positional_embedding", torch.cat([torch.zeros(1, width), table]))  # the class token's is 0
