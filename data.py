@@ -49,32 +49,29 @@ Image.MAX_IMAGE_PIXELS = 64_000_000  # a bound on what a small file may unpack t
 
 COLORS = {"red": (215, 38, 38), "orange": (243, 134, 24), "yellow": (240, 217, 48), "green": (42, 158, 62),
           "cyan": (58, 205, 215), "blue": (38, 72, 208), "purple": (126, 44, 170), "pink": (247, 138, 190)}
-RADIUS = {"small": 0.12, "medium": 0.165, "large": 0.22}  # as a fraction of the picture's side
+RADIUS = {"small": 0.15, "medium": 0.2, "large": 0.27}  # as a fraction of the picture's side
 SIDES = {"left": (-1, 0), "right": (1, 0), "above": (0, -1), "below": (0, 1)}
-OPPOSITE = {"left": "right", "right": "left", "above": "below", "below": "above"}
 
 
-def star_distance(u, v):
-    angle = np.mod(np.arctan2(u, -v) + math.pi / 5, 2 * math.pi / 5) - math.pi / 5
-    radius = np.hypot(u, v)
-    x, y = radius * np.cos(angle), np.abs(radius * np.sin(angle))  # folded: one point of the star, its upper edge
-    inner = (0.48 * math.cos(math.pi / 5), 0.48 * math.sin(math.pi / 5))
-    length = math.hypot(1.1 - inner[0], inner[1])
-    return ((x - 1.1) * inner[1] + y * (1.1 - inner[0])) / length
-
-
-# Signed distance to the outline, negative inside, of a shape of radius about 1; u points right, v down.
+# Signed distance to the outline (roughly), negative inside, of a shape of radius about 1; u points right, v down. Shapes
+# that differ in where their mass lies, not only in their outlines: at 64 px the smallest have a radius of 10 pixels.
 SHAPES = {
     "circle": lambda u, v: np.hypot(u, v) - 0.95,
-    "square": lambda u, v: np.maximum(np.abs(u), np.abs(v)) - 0.84,
+    "ring": lambda u, v: np.abs(np.hypot(u, v) - 0.76) - 0.24,
+    "moon": lambda u, v: np.maximum(np.hypot(u, v) - 1.0, 0.8 - np.hypot(u - 0.6, v)),
     "triangle": lambda u, v: np.maximum(v - 0.62, 0.866 * np.abs(u) - 0.5 * v - 0.56),
-    "star": star_distance,
+    "bar": lambda u, v: np.maximum(np.abs(u) - 1.05, np.abs(v) - 0.4),
+    "pillar": lambda u, v: np.maximum(np.abs(u) - 0.4, np.abs(v) - 1.05),
+    "slash": lambda u, v: np.maximum(np.abs(u + v) / math.sqrt(2) - 0.36, np.abs(u - v) / math.sqrt(2) - 1.05),
+    "backslash": lambda u, v: np.maximum(np.abs(u - v) / math.sqrt(2) - 0.36, np.abs(u + v) / math.sqrt(2) - 1.05),
+}
+COMPANIONS = {
+    "square": lambda u, v: np.maximum(np.abs(u), np.abs(v)) - 0.84,
     "cross": lambda u, v: np.minimum(np.maximum(np.abs(u) - 1.0, np.abs(v) - 0.34),
                                      np.maximum(np.abs(u) - 0.34, np.abs(v) - 1.0)),
-    "ring": lambda u, v: np.abs(np.hypot(u, v) - 0.74) - 0.26,
+    "hourglass": lambda u, v: np.maximum(np.abs(v) - 0.95, 0.8 * np.abs(u) - 0.6 * np.abs(v) - 0.1),
     "heart": lambda u, v: np.minimum((np.abs(u) + np.abs(v - 0.12) - 0.84) / math.sqrt(2),
                                      np.hypot(np.abs(u) - 0.42, v + 0.30) - 0.59),
-    "moon": lambda u, v: np.maximum(np.hypot(u, v) - 1.0, 0.72 - np.hypot(u - 0.52, v)),
 }
 CLASS_NAMES = [f"{color} {shape}" for color in COLORS for shape in SHAPES]  # 64
 
@@ -82,38 +79,42 @@ CLASS_NAMES = [f"{color} {shape}" for color in COLORS for shape in SHAPES]  # 64
 def place_objects(rng: random.Random, sizes: list[str]) -> list[tuple] | None:
     """(x, y, side) for each size, the first object's side None; or None where the draw did not fit."""
     if len(sizes) == 1:  # alone: near one of nine anchors, so that "at the top left" is never in doubt
-        return [(*(0.5 + 0.23 * rng.randint(-1, 1) + rng.uniform(-0.03, 0.03) for _ in "xy"), None)]
-    first = RADIUS[sizes[0]]
-    places = [(*(rng.uniform(first + 0.02, 0.98 - first) for _ in "xy"), None)]
-    for size, side in zip(sizes[1:], rng.sample(list(SIDES), 4)):
-        distance = first + RADIUS[size] + rng.uniform(0.04, 0.3)
+        return [(*(0.5 + 0.2 * rng.randint(-1, 1) + rng.uniform(-0.02, 0.02) for _ in "xy"), None)]
+    offsets = [(0.0, 0.0)]  # of every object from the first
+    sides = rng.sample(list(SIDES), len(sizes) - 1)
+    for size, side in zip(sizes[1:], sides):
+        distance = RADIUS[sizes[0]] + RADIUS[size] + rng.uniform(0.04, 0.3)
         angle = rng.uniform(-0.38, 0.38)  # within 22 degrees of the axis, so that "left of" is never in doubt
         along, across = distance * math.cos(angle), distance * math.sin(angle)
         dx, dy = SIDES[side]
-        x, y = places[0][0] + along * dx - across * dy, places[0][1] + along * dy + across * dx
-        margin = RADIUS[size] + 0.02
-        if not (margin <= x <= 1 - margin and margin <= y <= 1 - margin):
+        offsets.append((along * dx - across * dy, along * dy + across * dx))
+    if len(sizes) == 3 and math.dist(*offsets[1:]) < RADIUS[sizes[1]] + RADIUS[sizes[2]] + 0.04:
+        return None
+    first = []
+    for axis in range(2):  # anywhere that leaves all of them inside the picture
+        low = max(RADIUS[size] + 0.02 - offset[axis] for size, offset in zip(sizes, offsets))
+        high = min(0.98 - RADIUS[size] - offset[axis] for size, offset in zip(sizes, offsets))
+        if low > high:
             return None
-        if any(math.dist((x, y), p[:2]) < RADIUS[size] + RADIUS[s] + 0.04 for p, s in zip(places, sizes)):
-            return None
-        places.append((x, y, side))
-    return places
+        first.append(rng.uniform(low, high))
+    return [(first[0] + dx, first[1] + dy, side) for (dx, dy), side in zip(offsets, [None, *sides])]
 
 
 def sample_scene(rng: random.Random) -> dict:
-    """One to three objects that don't touch. The first is strictly the largest and gives the class; each of the others
-    lies clearly to one side of it. Returns {"objects": [{shape, color, size, x, y, turn, side}, ...], "background":
-    {kind, seed}}: x, y the centre in [0,1] from the top left, turn in radians, side as seen from the first object."""
-    count = rng.randint(1, 3)
-    largest = rng.randint(0 if count == 1 else 1, 2)
-    kinds = [name.split() for name in rng.sample(CLASS_NAMES, count)]  # no kind twice: "the red circle" is one object
+    """One main object, which gives the class, and up to two companions: smaller, of four shapes of their own, not
+    touching it, clearly to one side of it. Returns {"objects": [{shape, color, size, x, y, turn, side}, ...],
+    "background": {kind, seed}}, the main object first: x, y the centre in [0,1] from the top left, turn in radians, side
+    as seen from the main object."""
+    count = rng.choice((1, 1, 1, 2, 3))
+    shapes = [rng.choice(list(SHAPES)), *rng.sample(list(COMPANIONS), count - 1)]
+    colors = rng.choices(list(COLORS), k=count)
+    sizes = [rng.choice(list(RADIUS) if count == 1 else ["medium", "large"])] + ["small"] * (count - 1)
     places = None
     while places is None:
-        sizes = [list(RADIUS)[largest]] + [list(RADIUS)[rng.randrange(largest)] for _ in range(count - 1)]
         places = place_objects(rng, sizes)
     objects = [dict(shape=shape, color=color, size=size, x=round(x, 4), y=round(y, 4),
                     turn=round(rng.uniform(-0.2, 0.2), 4), side=side)
-               for (color, shape), size, (x, y, side) in zip(kinds, sizes, places)]
+               for shape, color, size, (x, y, side) in zip(shapes, colors, sizes, places)]
     kind = rng.choice(("plain", "gradient", "stripes", "clouds"))
     return {"objects": objects, "background": dict(kind=kind, seed=rng.getrandbits(31))}
 
@@ -159,7 +160,7 @@ def draw_scene(scene: dict, resolution: int) -> np.ndarray:
         box = (slice(top, bottom + 1), slice(left, right + 1))                   # the pixels the object can reach
         x, y = (u[box] - item["x"]) / radius, (v[box] - item["y"]) / radius      # (h, w) each, radius 1
         cos, sin = math.cos(item["turn"]), math.sin(item["turn"])
-        distance = SHAPES[item["shape"]](cos * x + sin * y, cos * y - sin * x)   # (h, w) negative inside
+        distance = {**SHAPES, **COMPANIONS}[item["shape"]](cos * x + sin * y, cos * y - sin * x)   # (h, w) negative inside
         cover = np.minimum(np.maximum(0.5 - distance * (radius * resolution), 0), 1)
         shade = rng.uniform(0.88, 1.0) + rng.uniform(-0.06, 0.06) * x + rng.uniform(-0.06, 0.06) * y
         color = np.float32(COLORS[item["color"]]) * shade[..., None]             # (h, w, 3)
@@ -188,22 +189,16 @@ def wording(scene: dict, pick) -> str:
         column, row = (min(int(first[axis] * 3), 2) for axis in "xy")
         where = [("top", "", "bottom")[row], ("left", "", "right")[column]]
         return f"{opening}{name(first, sized=True)} {'at the ' + ' '.join(filter(None, where)) if any(where) else 'in the middle'}"
-    if len(others) == 2 and pick((False, True)):
-        others = others[::-1]
-    if len(others) == 1:
-        other = others[0]
-        phrases = {"left": "to the left of", "right": "to the right of", "above": "above", "below": "below"}
-        form = pick(("first", "second", "and"))
-        if form == "first":
-            return f"{opening}{name(first)} {phrases[OPPOSITE[other['side']]]} {name(other)}"
-        if form == "second":
-            return f"{opening}{name(other)} {phrases[other['side']]} {name(first)}"
-        return f"{opening}{name(first)} and {name(other)}"
-    if pick((True, False)):
-        phrases = {"left": "on its left", "right": "on its right", "above": "above it", "below": "below it"}
-        b, c = (f"{name(other)} {phrases[other['side']]}" for other in others)
-        return f"{opening}{name(first)} with {b} and {c}"
-    return f"{opening}{name(first)}, {name(others[0])} and {name(others[1])}"
+    with_it = {"left": "on its left", "right": "on its right", "above": "above it", "below": "below it"}
+    from_it = {"left": "to the right of", "right": "to the left of", "above": "below", "below": "above"}
+    others = sorted(others, key=lambda item: list(SIDES).index(item["side"]))
+    form = pick(("with", "and", "relation")[: 2 if len(others) == 2 else 3])
+    main = f"{opening}{name(first)}"
+    if form == "relation":
+        return f"{main} {from_it[others[0]['side']]} {name(others[0])}"
+    if form == "with":
+        return f"{main} with " + " and ".join(f"{name(other)} {with_it[other['side']]}" for other in others)
+    return ", ".join([main, *(name(other) for other in others[:-1])]) + f" and {name(others[-1])}"
 
 
 def all_wordings(scene: dict) -> set[str]:

@@ -86,7 +86,7 @@ def linear_probe(train: Tensor, train_labels: Tensor, test: Tensor, test_labels:
         weight, bias = fit_linear(x, y, classes, decay)
         return ((to @ weight.T + bias).argmax(1) == labels).float().mean().item()
 
-    decays = (1e-4, 1e-3, 1e-2, 1e-1)
+    decays = (1e-5, 1e-4, 1e-3, 1e-2)
     best = max(decays, key=lambda d: accuracy(train[~held], train_labels[~held], train[held], train_labels[held], d))
     return accuracy(train, train_labels, test, test_labels, best)
 
@@ -231,7 +231,7 @@ def main() -> None:
     parser.add_argument("--data", help="data set to evaluate on (default: the one it was trained on)")
     parser.add_argument("--image", type=Path, help="show one picture's caption, nearest labels and reconstruction instead")
     parser.add_argument("--random-init", action="store_true", help="the same model with fresh random weights; writes metrics_random.json")
-    parser.add_argument("--n-train", type=int, default=4000, help="pictures for the linear probe and kNN")
+    parser.add_argument("--n-train", type=int, default=8000, help="pictures for the linear probe and kNN")
     parser.add_argument("--n-test", type=int, default=1000, help="held-out pictures; captions and reconstruction use the first 512")
     parser.add_argument("--batch-size", type=int, default=64, help="changes the speed, not the numbers")
     parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")

@@ -404,10 +404,11 @@ def test_every_wording_is_true_and_complete():
         if len(scene["objects"]) == 2:
             a, b = (f"{o['color']} {o['shape']}" for o in scene["objects"])
             for text in wordings:
-                relation = re.search(r"(left of|right of|above|below)", text)
-                if relation:  # whichever is named first, the picture must agree
-                    one, two = scene["objects"] if text.index(a) < text.index(b) else scene["objects"][::-1]
-                    assert {"left of": one["x"] < two["x"], "right of": one["x"] > two["x"], "above": one["y"] < two["y"], "below": one["y"] > two["y"]}[relation[1]]
+                relation = re.search(r"(left of|right of|above|below) an? |(left|right|above|below)(?: it)?$", text)
+                if relation:  # "a is left of b", or "a with b on its left"
+                    one, two = scene["objects"] if relation[1] else scene["objects"][::-1]
+                    word = (relation[1] or relation[2]).removesuffix(" of")
+                    assert {"left": one["x"] < two["x"], "right": one["x"] > two["x"], "above": one["y"] < two["y"], "below": one["y"] > two["y"]}[word]
 
 
 def test_shapes_are_the_same_for_everyone_and_splits_differ():
@@ -416,7 +417,7 @@ def test_shapes_are_the_same_for_everyone_and_splits_differ():
     assert json.loads(data.shapes_example("train", 7, 128)["scene"]) == json.loads(a["scene"])
     scenes = {split: {data.shapes_example(split, i, 16)["scene"] for i in range(500)} for split in ("train", "test")}
     assert len(scenes["train"]) == len(scenes["test"]) == 500 and not scenes["train"] & scenes["test"]
-    red = data.draw_scene({"objects": [dict(shape="square", color="red", size="large", x=0.5, y=0.5, turn=0.0, side=None)],
+    red = data.draw_scene({"objects": [dict(shape="circle", color="red", size="large", x=0.5, y=0.5, turn=0.0, side=None)],
                            "background": dict(kind="plain", seed=1)}, 64)
     assert red[32, 32, 0] > 150 > 60 > red[32, 32, 1] and (red[0, 0] == red[0, 63]).all()
 

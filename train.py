@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from data import DataError, Tokenizer, evaluation_loader, open_data, picture_grid, to_image, training_loader
+from data import DataError, Pictures, Tokenizer, evaluation_loader, open_data, picture_grid, to_image, training_loader
 from decoders import CaptionDecoder, LatentDecoder
 from encoder import SIZES, ImageEncoder, TextEncoder, save_encoder
 from losses import LPIPS, openvision3_loss
@@ -66,9 +66,9 @@ class Config:
     flip: bool = field(False, "mirror half of the pictures; wrong for captions that say left or right")
     vae: str = field("tiny", "frozen VAE: tiny, or a file: one written by vae.py, or FLUX's ae.safetensors")
     size: str = field("Nano", f"row of encoder.SIZES: {', '.join(SIZES)}")
-    steps: int = field(850, "optimizer steps of the whole run")
-    batch_size: int = field(32, "pictures per step, over all processes; also the number of contrastive candidates")
-    lr: float = field(1e-3, "peak learning rate")
+    steps: int = field(950, "optimizer steps of the whole run")
+    batch_size: int = field(64, "pictures per step, over all processes; also the number of contrastive candidates")
+    lr: float = field(7e-4, "peak learning rate")
     warmup: int = field(50, "steps of linear warm-up; cosine to zero follows")
     weight_decay: float = field(0.1, "decoupled decay, on matrices only")
     clip: float = field(1.0, "largest gradient norm; larger ones are scaled down to it")
@@ -79,7 +79,7 @@ class Config:
     lpips_weight: float = field(0.0, "weight of LPIPS: 0 in pretraining, 0.5 in finetuning (paper Table 1); needs the two files below")
     lpips_vgg: str | None = field(None, "torchvision's vgg16 weights file, for LPIPS")
     lpips_lin: str | None = field(None, "LPIPS v0.1's vgg.pth")
-    pixel_every: int = field(4, "pixel L1 and LPIPS on every n-th picture of the batch only; 1: on all, as the paper")
+    pixel_every: int = field(16, "pixel L1 and LPIPS on every n-th picture of the batch only; 1: on all, as the paper")
     tau: float = field(0.2, "noise on the decoder's tokens: strength drawn from U[0, tau] per image, in units of z_u")
     out: str = field("runs/laptop", "run folder")
     resume: bool = field(False, "continue the run in --out; takes the same flags")
@@ -215,6 +215,17 @@ class OpenVision3(nn.Module):
         latents = self.vae.encode(images)
         _, tokens = self.encoder(latents)
         return self.vae.decode(latents), self.vae.decode(self.latent_decoder(tokens)), tokens
+
+
+def whiten(model: OpenVision3, pictures: Pictures, tokenizer: Tokenizer, count: int = 1024) -> None:
+    """Fits the towers' first weights to plain views of the first training pictures, the same ones in every process."""
+    device = next(model.parameters()).device
+    latents, ids = [], []
+    for batch in tqdm(evaluation_loader(pictures, tokenizer, 32, limit=count), desc="first look at the data", leave=False):
+        latents.append(model.vae.encode(batch["image"].to(device)))
+        ids.append(batch["text"].to(device))
+    model.encoder.whiten(torch.cat(latents))
+    model.text_encoder.whiten(torch.cat(ids))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -377,6 +388,8 @@ def train(c: Config) -> None:
         model.load_state_dict(resumed["model"])
         optimizer.load_state_dict(resumed["optimizer"])
         start = resumed["step"]
+    else:
+        whiten(model, data.train, tokenizer)
     about = {"tokenizer": tokenizer.state(), "class_names": data.class_names, "vae_sha256": vae_hash(c.vae)}
     model.train()
     if c.compile or (c.compile is None and device.type == "cuda"):
