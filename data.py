@@ -53,8 +53,9 @@ RADIUS = {"small": 0.15, "medium": 0.2, "large": 0.27}  # as a fraction of the p
 SIDES = {"left": (-1, 0), "right": (1, 0), "above": (0, -1), "below": (0, 1)}
 
 
-# Signed distance to the outline (roughly), negative inside, of a shape of radius about 1; u points right, v down. Shapes
-# that differ in where their mass lies, not only in their outlines: at 64 px the smallest have a radius of 10 pixels.
+# Signed distance to the outline (roughly), negative inside, of a shape of radius about 1; u points right, v down.
+# Shapes that differ in where their mass lies, not only in their outlines: at 64 px the smallest have a radius of
+# 10 pixels.
 SHAPES = {
     "circle": lambda u, v: np.hypot(u, v) - 0.95,
     "ring": lambda u, v: np.abs(np.hypot(u, v) - 0.76) - 0.24,
@@ -103,8 +104,8 @@ def place_objects(rng: random.Random, sizes: list[str]) -> list[tuple] | None:
 def sample_scene(rng: random.Random) -> dict:
     """One main object, which gives the class, and up to two companions: smaller, of four shapes of their own, not
     touching it, clearly to one side of it. Returns {"objects": [{shape, color, size, x, y, turn, side}, ...],
-    "background": {kind, seed}}, the main object first: x, y the centre in [0,1] from the top left, turn in radians, side
-    as seen from the main object."""
+    "background": {kind, seed}}, the main object first: x, y the centre in [0,1] from the top left, turn in radians,
+    side as seen from the main object."""
     count = rng.choice((1, 1, 1, 2, 3))
     shapes = [rng.choice(list(SHAPES)), *rng.sample(list(COMPANIONS), count - 1)]
     colors = rng.choices(list(COLORS), k=count)
@@ -160,7 +161,8 @@ def draw_scene(scene: dict, resolution: int) -> np.ndarray:
         box = (slice(top, bottom + 1), slice(left, right + 1))                   # the pixels the object can reach
         x, y = (u[box] - item["x"]) / radius, (v[box] - item["y"]) / radius      # (h, w) each, radius 1
         cos, sin = math.cos(item["turn"]), math.sin(item["turn"])
-        distance = {**SHAPES, **COMPANIONS}[item["shape"]](cos * x + sin * y, cos * y - sin * x)   # (h, w) negative inside
+        distance = {**SHAPES, **COMPANIONS}[item["shape"]](
+            cos * x + sin * y, cos * y - sin * x)                                # (h, w) negative inside
         cover = np.minimum(np.maximum(0.5 - distance * (radius * resolution), 0), 1)
         shade = rng.uniform(0.88, 1.0) + rng.uniform(-0.06, 0.06) * x + rng.uniform(-0.06, 0.06) * y
         color = np.float32(COLORS[item["color"]]) * shade[..., None]             # (h, w, 3)
@@ -188,7 +190,8 @@ def wording(scene: dict, pick) -> str:
     if not others:
         column, row = (min(int(first[axis] * 3), 2) for axis in "xy")
         where = [("top", "", "bottom")[row], ("left", "", "right")[column]]
-        return f"{opening}{name(first, sized=True)} {'at the ' + ' '.join(filter(None, where)) if any(where) else 'in the middle'}"
+        return (f"{opening}{name(first, sized=True)} "
+                f"{'at the ' + ' '.join(filter(None, where)) if any(where) else 'in the middle'}")
     with_it = {"left": "on its left", "right": "on its right", "above": "above it", "below": "below it"}
     from_it = {"left": "to the right of", "right": "to the left of", "above": "below", "below": "above"}
     others = sorted(others, key=lambda item: list(SIDES).index(item["side"]))
@@ -234,7 +237,8 @@ def draw_rows(split: str, resolution: int, batch: dict) -> dict:
 
 def shapes_dataset(split: str, length: int, resolution: int) -> datasets.Dataset:
     """Nothing is stored: each row is drawn when it is read."""
-    return datasets.Dataset.from_dict({"index": np.arange(length)}).with_transform(partial(draw_rows, split, resolution))
+    return datasets.Dataset.from_dict({"index": np.arange(length)}).with_transform(
+        partial(draw_rows, split, resolution))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -278,7 +282,8 @@ def random_crop(image: Image.Image, resolution: int, rng: random.Random, smalles
     name colours, so they stay. Bicubic, where OpenVision 1 is bilinear."""
     width, height = image.size
     for _ in range(10):
-        area, aspect = width * height * rng.uniform(smallest, 1), math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
+        area, aspect = (width * height * rng.uniform(smallest, 1),
+                        math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3))))
         w, h = math.sqrt(area * aspect), math.sqrt(area / aspect)
         if w <= width and h <= height:
             left, top = rng.uniform(0, width - w), rng.uniform(0, height - h)
@@ -301,7 +306,8 @@ def to_image(tensor: Tensor) -> Image.Image:
 # A data set: rows in, training examples out
 # ---------------------------------------------------------------------------------------------------------------------
 
-IMAGE_COLUMNS, TEXT_COLUMNS, LABEL_COLUMNS = ("image", "img", "jpg", "png", "webp"), ("text", "caption", "captions", "txt"), ("label", "labels", "cls")
+IMAGE_COLUMNS, TEXT_COLUMNS, LABEL_COLUMNS = (
+    ("image", "img", "jpg", "png", "webp"), ("text", "caption", "captions", "txt"), ("label", "labels", "cls"))
 HELD_OUT = 0.1  # the test share where a data set brings none, at most 2,000 pictures
 
 
@@ -319,12 +325,14 @@ def class_prompts(name: str) -> list[str]:
 class Pictures(torch.utils.data.Dataset):
     """One split. Index with (epoch, i) for a training example, with i for an evaluation example (centre crop)."""
 
-    def __init__(self, rows: datasets.Dataset, resolution: int, image_col: str, text_col: str | None, label_col: str | None,
-                 class_names: list[str] | None, class_index: dict | None, seed: int = 0, crop: float = 0.4, flip: bool = False):
+    def __init__(self, rows: datasets.Dataset, resolution: int, image_col: str, text_col: str | None,
+                 label_col: str | None, class_names: list[str] | None, class_index: dict | None, seed: int = 0,
+                 crop: float = 0.4, flip: bool = False):
         self.rows, self.resolution, self.seed, self.crop, self.flip = rows, resolution, seed, crop, flip
         self.image_col, self.text_col, self.label_col, self.class_names = image_col, text_col, label_col, class_names
         self.class_index = class_index or {}
-        self.drawn = "index" in rows.column_names and len(rows.column_names) == 1  # shapes: cropping would make captions lie
+        # shapes: cropping would make captions lie
+        self.drawn = "index" in rows.column_names and len(rows.column_names) == 1
         # a fixed shuffle, because data sets sorted by class are common and evaluations read the first so many
         self.good = np.arange(len(rows)) if self.drawn else np.random.default_rng(0).permutation(len(rows))
         self.broken: dict[int, str] = {}
@@ -337,7 +345,8 @@ class Pictures(torch.utils.data.Dataset):
         if self.drawn:
             return 0
         checked = min(limit, len(self.rows))
-        for i in tqdm(self.good[:checked].tolist(), desc="checking pictures", leave=False, disable=not self.is_main()):
+        for i in tqdm(self.good[:checked].tolist(), desc="checking pictures", leave=False,
+                      disable=None if self.is_main() else True):
             try:
                 decode_image(self.rows[i][self.image_col])
             except Exception as error:  # whatever a decoder trips over means: not a picture
@@ -373,7 +382,8 @@ class Pictures(torch.utils.data.Dataset):
         return self.class_index.get(row[self.label_col], -1) if self.label_col is not None else -1
 
     def __getitem__(self, key: int | tuple[int, int]) -> dict:
-        """{"image" [3,R,R] in [-1,1], "caption" str, "captions" all of the row's, "label" int, "scene" str, "id" int}"""
+        """{"image" [3,R,R] in [-1,1], "caption" str, "captions" all of the row's, "label" int, "scene" str,
+        "id" int}"""
         epoch, index = key if isinstance(key, tuple) else (None, key)
         for _ in range(100):
             i = int(self.good[index])
@@ -385,7 +395,8 @@ class Pictures(torch.utils.data.Dataset):
                 self.report(i, error)
                 index = (index + 1) % len(self.good)
         else:
-            raise DataError(f"100 pictures in a row cannot be read, the last one {self.broken[i]}: is the disk still there?")
+            raise DataError(f"100 pictures in a row cannot be read, the last one {self.broken[i]}: "
+                            "is the disk still there?")
         texts = self.captions(row)
         rng = random.Random(f"{self.seed} {epoch} {i}")
         caption = texts[0] if epoch is None else rng.choice(texts)
@@ -395,14 +406,16 @@ class Pictures(torch.utils.data.Dataset):
             image = random_crop(image, self.resolution, rng, self.crop)
             if self.flip and rng.random() < 0.5:
                 image = ImageOps.mirror(image)
-        return {"image": to_tensor(image), "caption": caption, "captions": texts, "label": self.label(row), "scene": row["scene"] if self.drawn else "", "id": i, "epoch": epoch}
+        return {"image": to_tensor(image), "caption": caption, "captions": texts, "label": self.label(row),
+                "scene": row["scene"] if self.drawn else "", "id": i, "epoch": epoch}
 
     def sample_captions(self, limit: int = 20_000) -> list[str]:
         """Captions to train a tokenizer on. Pictures are not decoded; drawn scenes, which would be, give fewer."""
         if self.drawn:
             return [shapes_example("train", i, 16)["text"] for i in range(min(limit, 2000))]
         columns = [c for c in (self.text_col, self.label_col) if c is not None]
-        return [text for row in self.rows.select_columns(columns).select(self.good[:limit]) for text in self.captions(row)]
+        return [text for row in self.rows.select_columns(columns).select(self.good[:limit])
+                for text in self.captions(row)]
 
 
 @dataclass
@@ -420,7 +433,8 @@ def find_column(columns: list[str], asked: str | None, usual: tuple[str, ...], w
 
 
 def find_classes(rows: datasets.Dataset, column: str) -> tuple[list[str], dict] | None:
-    """Class names and {value in the column: class index}; None where the column holds neither names nor whole numbers."""
+    """Class names and {value in the column: class index}; None where the column holds neither names nor whole
+    numbers."""
     feature = rows.features[column]
     if hasattr(feature, "names"):
         return list(feature.names), {i: i for i in range(len(feature.names))}
@@ -466,12 +480,14 @@ def load_source(name: str, config: str | None) -> datasets.DatasetDict:
         raise DataError(f"--data {name} cannot be loaded: {reason}{hint}") from None
 
 
-def open_data(name: str, resolution: int, config: str | None = None, split: str | None = None, image_col: str | None = None,
-              text_col: str | None = None, label_col: str | None = None, seed: int = 0, crop: float = 0.4, flip: bool = False,
-              need_text: bool = True) -> Data:
-    """Opens a data set by name (`shapes`, a folder or file, a hub id), both splits. Errors are DataErrors of one sentence."""
+def open_data(name: str, resolution: int, config: str | None = None, split: str | None = None,
+              image_col: str | None = None, text_col: str | None = None, label_col: str | None = None,
+              seed: int = 0, crop: float = 0.4, flip: bool = False, need_text: bool = True) -> Data:
+    """Opens a data set by name (`shapes`, a folder or file, a hub id), both splits. Errors are DataErrors of one
+    sentence."""
     if name == "shapes":
-        parts = {"train": shapes_dataset("train", 1_000_000, resolution), "test": shapes_dataset("test", 2000, resolution)}
+        parts = {"train": shapes_dataset("train", 1_000_000, resolution),
+                 "test": shapes_dataset("test", 2000, resolution)}
         columns, classes = ("image", "text", "label"), (CLASS_NAMES, {i: i for i in range(len(CLASS_NAMES))})
     else:
         source = load_source(name, config)
@@ -480,16 +496,20 @@ def open_data(name: str, resolution: int, config: str | None = None, split: str 
             raise DataError(f"--split {split}: {name} has the splits {', '.join(source)}")
         names = source[train_name].column_names
         columns = [find_column(names, asked, usual, what) for asked, usual, what in
-                   ((image_col, IMAGE_COLUMNS, "image"), (text_col, TEXT_COLUMNS, "text"), (label_col, LABEL_COLUMNS, "label"))]
+                   ((image_col, IMAGE_COLUMNS, "image"), (text_col, TEXT_COLUMNS, "text"),
+                    (label_col, LABEL_COLUMNS, "label"))]
         if columns[0] is None:
             raise DataError(f"{name} has no picture column; name it with --image-col (columns: {', '.join(names)})")
         if need_text and columns[1] is None and columns[2] is None:
-            raise DataError(f"{name} has neither captions nor labels: add metadata.jsonl with file_name and text, or sort the "
-                            f"pictures into class folders, or name a column with --text-col or --label-col (columns: {', '.join(names)})")
+            raise DataError(f"{name} has neither captions nor labels: add metadata.jsonl with file_name and text, "
+                            "or sort the pictures into class folders, or name a column with --text-col or "
+                            f"--label-col (columns: {', '.join(names)})")
         try:
-            source = source.cast_column(columns[0], datasets.Image(decode=False))  # decode_image does it, and can name what is broken
+            # decode_image does it, and can name what is broken
+            source = source.cast_column(columns[0], datasets.Image(decode=False))
         except Exception:  # an Arrow type that no picture is stored in
-            raise DataError(f"the column {columns[0]!r} of {name} holds no pictures; name theirs with --image-col") from None
+            raise DataError(f"the column {columns[0]!r} of {name} holds no pictures; "
+                            "name theirs with --image-col") from None
         train = source[train_name]
         test_name = next((n for n in ("test", "validation", "val") if n in source and n != train_name), None)
         if test_name:
@@ -504,9 +524,11 @@ def open_data(name: str, resolution: int, config: str | None = None, split: str 
         if columns[2] is not None:
             classes = find_classes(train, columns[2])
             if classes is None and (columns[1] is None or label_col):
-                raise DataError(f"the label column {columns[2]!r} holds neither names nor whole numbers; name another with --label-col")
+                raise DataError(f"the label column {columns[2]!r} holds neither names nor whole numbers; "
+                                "name another with --label-col")
             if classes is None:
-                print(f"data: the column {columns[2]!r} holds neither names nor whole numbers and is not used as a label")
+                print(f"data: the column {columns[2]!r} holds neither names nor whole numbers "
+                      "and is not used as a label")
                 columns[2] = None
         if columns[1] is not None:
             feature = train.features[columns[1]]
@@ -514,11 +536,13 @@ def open_data(name: str, resolution: int, config: str | None = None, split: str 
             if not (isinstance(feature, datasets.Value) and feature.dtype.endswith("string")):
                 raise DataError(f"the caption column {columns[1]!r} holds no text; name another with --text-col")
     class_names, class_index = classes or (None, None)
-    pictures = {part: Pictures(rows, resolution, *columns, class_names, class_index, seed, crop, flip) for part, rows in parts.items()}
+    pictures = {part: Pictures(rows, resolution, *columns, class_names, class_index, seed, crop, flip)
+                for part, rows in parts.items()}
     checked = sum(part.check() for part in pictures.values())
     broken = [name for part in pictures.values() for name in part.broken.values()]
     if len(broken) > 0.01 * checked:
-        raise DataError(f"{len(broken)} of the first {checked} pictures are broken, more than 1 %: {', '.join(broken[:5])}")
+        raise DataError(f"{len(broken)} of the first {checked} pictures are broken, more than 1 %: "
+                        f"{', '.join(broken[:5])}")
     if broken and Pictures.is_main():
         print(f"data: {len(broken)} of the first {checked} pictures are broken and left out")
     if need_text and not any(text.strip() for text in pictures["train"].sample_captions(1000)):
@@ -534,7 +558,8 @@ WORD_PATTERN = r" ?\w+| ?[^\w\s]+|\s+"  # a word with the space before it; merge
 
 
 def train_merges(texts: list[str], vocab_size: int) -> dict[bytes, int]:
-    """Byte-pair encoding: start from the 256 bytes, again and again join the most frequent neighbours. Returns token -> rank."""
+    """Byte-pair encoding: start from the 256 bytes, again and again join the most frequent neighbours.
+    Returns token -> rank."""
     words = Counter(word for text in texts for word in re.findall(WORD_PATTERN, text))
     pieces = {word: [bytes([b]) for b in word.encode()] for word in words}
     pairs, places = Counter(), defaultdict(set)  # how often two pieces are neighbours, and in which words
@@ -569,8 +594,8 @@ def train_merges(texts: list[str], vocab_size: int) -> dict[bytes, int]:
 class Tokenizer:
     """A tiktoken encoding with bos, eos and pad as three ids of their own, after the ordinary ones.
 
-    DIFFERS: OpenVision 1 and 2 use BERT's lower-cased word pieces, and two texts a picture (web text and a synthetic caption)
-    of 80 and 128 tokens; here one caption and one length serve both text towers."""
+    DIFFERS: OpenVision 1 and 2 use BERT's lower-cased word pieces, and two texts a picture (web text and a
+    synthetic caption) of 80 and 128 tokens; here one caption and one length serve both text towers."""
 
     def __init__(self, encoding: tiktoken.Encoding, context_length: int):
         self.encoding, self.context_length = encoding, context_length
@@ -579,33 +604,39 @@ class Tokenizer:
 
     @classmethod
     def train(cls, texts: list[str], context_length: int, vocab_size: int = 2048) -> "Tokenizer":
-        return cls.from_state({"ranks": [base64.b64encode(t).decode() for t in train_merges(texts, vocab_size)]}, context_length)
+        return cls.from_state({"ranks": [base64.b64encode(t).decode() for t in train_merges(texts, vocab_size)]},
+                              context_length)
 
     @classmethod
     def named(cls, name: str, context_length: int) -> "Tokenizer":
         if name not in tiktoken.list_encoding_names():
-            raise DataError(f"--tokenizer {name}: tiktoken knows {', '.join(tiktoken.list_encoding_names())}; `bpe` trains one on the captions")
+            raise DataError(f"--tokenizer {name}: tiktoken knows {', '.join(tiktoken.list_encoding_names())}; "
+                            "`bpe` trains one on the captions")
         try:
             return cls(tiktoken.get_encoding(name), context_length)
         except Exception as error:  # network errors of any kind
-            raise DataError(f"--tokenizer {name}: its file could not be fetched ({type(error).__name__}); put it into the folder that "
-                            "TIKTOKEN_CACHE_DIR names, or use --tokenizer bpe, which needs no download") from None
+            raise DataError(f"--tokenizer {name}: its file could not be fetched ({type(error).__name__}); put it "
+                            "into the folder that TIKTOKEN_CACHE_DIR names, or use --tokenizer bpe, which needs "
+                            "no download") from None
 
     @classmethod
     def from_state(cls, state: dict, context_length: int) -> "Tokenizer":
         if "name" in state:
             return cls.named(state["name"], context_length)
         ranks = {base64.b64decode(token): rank for rank, token in enumerate(state["ranks"])}
-        return cls(tiktoken.Encoding("captions", pat_str=WORD_PATTERN, mergeable_ranks=ranks, special_tokens={}), context_length)
+        return cls(tiktoken.Encoding("captions", pat_str=WORD_PATTERN, mergeable_ranks=ranks, special_tokens={}),
+                   context_length)
 
     def state(self) -> dict:
         """Plain data for the checkpoint: the name, or the tokens in order of rank."""
         if self.encoding.name != "captions":
             return {"name": self.encoding.name}
-        return {"ranks": [base64.b64encode(self.encoding.decode_single_token_bytes(i)).decode() for i in range(self.encoding.n_vocab)]}
+        return {"ranks": [base64.b64encode(self.encoding.decode_single_token_bytes(i)).decode()
+                          for i in range(self.encoding.n_vocab)]}
 
     def encode(self, text: str) -> list[int]:
-        """[bos, words, eos], at most context_length long; eos survives the cut, or the captioner would never learn to stop."""
+        """[bos, words, eos], at most context_length long; eos survives the cut, or the captioner would never learn
+        to stop."""
         return [self.bos, *self.encoding.encode_ordinary(text)[: self.context_length - 2], self.eos]
 
     def decode(self, ids: list[int]) -> str:
@@ -630,8 +661,10 @@ class TrainingOrder(torch.utils.data.Sampler):
 
     def __init__(self, length: int, batch_size: int, seed: int, start: int, stop: int, rank: int = 0, world: int = 1):
         if length < batch_size:
-            raise DataError(f"the batch of {batch_size} is larger than the data set of {length} training pictures; lower --batch-size")
-        self.length, self.batch_size, self.seed, self.start, self.stop, self.rank, self.world = length, batch_size, seed, start, stop, rank, world
+            raise DataError(f"the batch of {batch_size} is larger than the data set of {length} training pictures; "
+                            "lower --batch-size")
+        self.length, self.batch_size, self.seed, self.start, self.stop, self.rank, self.world = (
+            length, batch_size, seed, start, stop, rank, world)
         self.steps_per_epoch = length // batch_size
 
     def __len__(self) -> int:
@@ -664,17 +697,21 @@ class Collate:
 
 
 def training_loader(pictures: Pictures, tokenizer: Tokenizer, batch_size: int, seed: int, start: int, stop: int,
-                    rank: int = 0, world: int = 1, workers: int = 0, pin_memory: bool = False) -> torch.utils.data.DataLoader:
+                    rank: int = 0, world: int = 1, workers: int = 0,
+                    pin_memory: bool = False) -> torch.utils.data.DataLoader:
     order = TrainingOrder(len(pictures), batch_size, seed, start, stop, rank, world)
-    return torch.utils.data.DataLoader(pictures, batch_sampler=order, num_workers=workers, collate_fn=Collate(tokenizer), pin_memory=pin_memory)
+    return torch.utils.data.DataLoader(pictures, batch_sampler=order, num_workers=workers,
+                                       collate_fn=Collate(tokenizer), pin_memory=pin_memory)
 
 
-def evaluation_loader(pictures: Pictures, tokenizer: Tokenizer, batch_size: int, limit: int | None = None) -> torch.utils.data.DataLoader:
+def evaluation_loader(pictures: Pictures, tokenizer: Tokenizer, batch_size: int,
+                      limit: int | None = None) -> torch.utils.data.DataLoader:
     part = torch.utils.data.Subset(pictures, range(min(limit or len(pictures), len(pictures))))
     return torch.utils.data.DataLoader(part, batch_size=batch_size, collate_fn=Collate(tokenizer))
 
 
-def picture_grid(columns: list[list[Image.Image]], captions: list[str], rows: tuple[str, ...] = (), cell: int = 128) -> Image.Image:
+def picture_grid(columns: list[list[Image.Image]], captions: list[str], rows: tuple[str, ...] = (),
+                 cell: int = 128) -> Image.Image:
     """One column per example, its pictures one under another, the caption below; `rows` names the rows at the left."""
     margin, lines, step = (46 if rows else 4), 4, cell + 4
     grid = Image.new("RGB", (margin + len(columns) * step, 4 + len(columns[0]) * step + 13 * lines), "white")
@@ -690,7 +727,8 @@ def picture_grid(columns: list[list[Image.Image]], captions: list[str], rows: tu
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Shows what a data set looks like to the model: a grid of cropped pictures with captions.")
+    parser = argparse.ArgumentParser(
+        description="Shows what a data set looks like to the model: a grid of cropped pictures with captions.")
     parser.add_argument("--data", default="shapes", help="shapes, a folder or file, or a hub id")
     parser.add_argument("--resolution", type=int, default=128, help="side in pixels")
     parser.add_argument("--out", default="samples.png", help="where the grid goes")

@@ -11,7 +11,8 @@ wrong (generate.py).
         -> latents^ [B,16,h,w]
     [image tokens | caption so far]: N + T positions -> blocks, image fully visible, text causal -> next-word logits
 
-Letters: B batch, N image tokens, T text length, W width, V vocabulary, h w latent map, P patch side (2), C latent channels.
+Letters: B batch, N image tokens, T text length, W width, V vocabulary, h w latent map, P patch side (2),
+         C latent channels.
 
 Run:    python decoders.py     # parameters, shape trace, an untrained caption
 Source: paper sec 3.2, eq 3 and sec 5.3 (decoder size B). The paper says the captioner follows OpenVision; its form
@@ -25,10 +26,12 @@ from encoder import SIZES, Transformer, VisionTransformer
 
 
 class LatentDecoder(VisionTransformer):
-    """tokens [B,N,token_dim] -> latents [B,out_channels,h,w]: the encoder's trunk on 1x1 patches, then one linear layer.
-    `grid` is the side of the latent map, as in ImageEncoder; a token stands for patch_size x patch_size latents."""
+    """tokens [B,N,token_dim] -> latents [B,out_channels,h,w]: the encoder's trunk on 1x1 patches, then one linear
+    layer. `grid` is the side of the latent map, as in ImageEncoder; a token stands for patch_size x patch_size
+    latents."""
 
-    def __init__(self, token_dim: int, grid: int, width: int, depth: int, heads: int, patch_size: int = 2, out_channels: int = 16):
+    def __init__(self, token_dim: int, grid: int, width: int, depth: int, heads: int, patch_size: int = 2,
+                 out_channels: int = 16):
         super().__init__(grid // patch_size, 1, token_dim, width, depth, heads)
         self.out_patch, self.out_channels = patch_size, out_channels
         self.to_latents = nn.Linear(width, patch_size * patch_size * out_channels)
@@ -36,7 +39,8 @@ class LatentDecoder(VisionTransformer):
         nn.init.zeros_(self.to_latents.bias)
 
     def unpatchify(self, x: Tensor, rows: int, columns: int) -> Tensor:
-        """[B, rows*columns, P*P*C] -> [B, C, rows*P, columns*P]. Within a token: row, column, channel (ours; unpublished)."""
+        """[B, rows*columns, P*P*C] -> [B, C, rows*P, columns*P]. Within a token: row, column, channel (ours;
+        unpublished)."""
         B, P, C = len(x), self.out_patch, self.out_channels
         x = x.reshape(B, rows, columns, P, P, C)               # (B, h/P, w/P, P, P, C)
         x = x.permute(0, 5, 1, 3, 2, 4)                        # (B, C, h/P, P, w/P, P)
@@ -48,7 +52,8 @@ class LatentDecoder(VisionTransformer):
         B, N, D = tokens.shape
         rows, columns = grid or (int(N**0.5), int(N**0.5))
         if rows * columns != N:
-            raise ValueError(f"{N} tokens are no {rows}x{columns} grid: pass grid=(rows, columns) for a picture that is not square")
+            raise ValueError(f"{N} tokens are no {rows}x{columns} grid: "
+                             "pass grid=(rows, columns) for a picture that is not square")
         if tau > 0:
             sigma = tau * torch.rand(B, 1, 1, device=tokens.device, dtype=tokens.dtype)  # (B, 1, 1)
             tokens = tokens + sigma * torch.randn_like(tokens)
@@ -60,8 +65,9 @@ class LatentDecoder(VisionTransformer):
 class CaptionDecoder(nn.Module):
     """Predicts each caption token from the image tokens and the caption tokens before it.
 
-    DIFFERS: OpenVision 2 drops two thirds of the image tokens, masks the rest causally too and has no text positions; here
-    all tokens are read and see one another, and text positions are learned (captions are about places: every token matters)."""
+    DIFFERS: OpenVision 2 drops two thirds of the image tokens, masks the rest causally too and has no text
+    positions; here all tokens are read and see one another, and text positions are learned (captions are about
+    places: every token matters)."""
 
     def __init__(self, vocab_size: int, context_length: int, token_dim: int, width: int, depth: int, heads: int):
         super().__init__()
@@ -84,7 +90,8 @@ class CaptionDecoder(nn.Module):
         return mask
 
     def forward(self, tokens: Tensor, ids: Tensor) -> Tensor:
-        """tokens [B,N,token_dim], ids [B,T] beginning with bos -> logits [B,T,V]; row t predicts the token after ids[:, t]."""
+        """tokens [B,N,token_dim], ids [B,T] beginning with bos -> logits [B,T,V]; row t predicts the token after
+        ids[:, t]."""
         N, T = tokens.shape[1], ids.shape[1]
         if T > self.context_length:
             raise ValueError(f"{T} text tokens, but this caption decoder writes at most {self.context_length}")

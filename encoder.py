@@ -17,7 +17,7 @@ Letters: B batch, h w height and width of the latent map, P patch side, N image 
 
 Run:    python encoder.py      # prints the size table with parameter counts, and a shape trace
 Source: paper sec 3.2; the details of the released checkpoints: class token, no norm before the blocks, no patch bias,
-        LayerNorm eps 1e-6, exact GELU, mean -> norm -> bias-free projection. Text tower: OpenVision 1 (arXiv 2505.04601).
+        LayerNorm eps 1e-6, exact GELU, mean -> norm -> bias-free projection. Text tower: OpenVision 1 (2505.04601).
 Next:   decoders.py
 """
 import math
@@ -139,12 +139,12 @@ def whitening(x: Tensor, width: int) -> tuple[Tensor, Tensor]:
     """x [M,D] -> mean [D] and a matrix [D,width]: (x - mean) @ matrix has deviation 1 and, where width >= D allows it,
     uncorrelated columns up to a rotation. Directions of less than 2 % of the mean variance are raised less.
 
-    DIFFERS: OpenVision starts from noise. But what tells shapes apart in latents, edges, has a thirtieth of the deviation
-    of what tells colours apart; and the vectors that either tower makes of different inputs are 90 % the same, so that the
-    contrastive loss sees few words and few features for hundreds of steps. Whitened on a sample, all count from the start."""
+    DIFFERS: OpenVision starts from noise. But edges, which tell shapes apart, have a thirtieth of the deviation of
+    brightness in the latents; and what either tower makes of different inputs is nine tenths the same, so that the
+    contrastive loss is blind to most words and features for hundreds of steps. White, all of them count at once."""
     mean = x.double().mean(dim=0)                                                      # (D,)
     variances, directions = torch.linalg.eigh((x.double() - mean).T.cov().cpu())       # (D,), (D, D)
-    scale = (variances + 0.02 * variances.mean()).rsqrt() * max(1, width / len(mean)) ** 0.5
+    scale = (variances + 0.02 * variances.mean()).clamp(min=1e-6).rsqrt() * max(1, width / len(mean)) ** 0.5
     rotation = nn.init.orthogonal_(torch.empty(len(mean), width, dtype=torch.double))
     return mean.to(x), (directions * scale @ rotation).to(x)
 
@@ -165,7 +165,8 @@ class VisionTransformer(nn.Module):
         nn.init.kaiming_uniform_(self.conv1.weight, nonlinearity="relu")
         self.class_embedding = nn.Parameter(torch.randn(width) * 1e-6)
         table = sincos_positions(self.side, self.side, width)
-        self.register_buffer("positional_embedding", torch.cat([torch.zeros(1, width), table]))  # the class token's is 0
+        table = torch.cat([torch.zeros(1, width), table])  # the class token's row is 0
+        self.register_buffer("positional_embedding", table)                            # (1+N, W)
         self.transformer = Transformer(width, depth, heads)
 
     def positions(self, rows: int, columns: int) -> Tensor:
@@ -270,7 +271,10 @@ def save_encoder(encoder: ImageEncoder, path: str | os.PathLike) -> None:
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a .safetensors or PyTorch file. Nothing but tensors is ever unpickled."""
     try:
-        tensors = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
+        if path.suffix == ".safetensors":
+            tensors = load_file(path)
+        else:
+            tensors = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read as a weights file: {str(error).splitlines()[0]}") from None
     if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
@@ -279,8 +283,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def load_encoder(source: str | os.PathLike) -> ImageEncoder:
-    """A run folder of train.py, or a file with the official names (prefix `visual.` allowed): open_clip_pytorch_model.bin
-    or .safetensors. Width, depth, grid and embedding width are read off the tensors; strict."""
+    """A run folder of train.py, or a file with the official names (prefix `visual.` allowed), .safetensors or PyTorch's
+    (open_clip_pytorch_model.bin). Width, depth, grid and embedding width are read off the tensors; strict."""
     path = Path(source)
     path = path / "encoder.safetensors" if path.is_dir() else path
     if not path.is_file():
@@ -294,7 +298,8 @@ def load_encoder(source: str | os.PathLike) -> ImageEncoder:
     width, in_channels, patch_size, _ = tensors["conv1.weight"].shape
     side = math.isqrt(len(tensors["positional_embedding"]) - 1)
     depth = len({name.split(".")[2] for name in tensors if name.startswith("transformer.resblocks.")})
-    encoder = ImageEncoder(side * patch_size, patch_size, in_channels, width, depth, width // 64, tensors["proj"].shape[1])
+    embed_dim = tensors["proj"].shape[1]
+    encoder = ImageEncoder(side * patch_size, patch_size, in_channels, width, depth, width // 64, embed_dim)
     try:
         encoder.load_state_dict(tensors)
     except RuntimeError as error:
@@ -307,7 +312,8 @@ if __name__ == "__main__":
         with torch.device("meta"):
             model = ImageEncoder(**{key: size[key] for key in ("width", "depth", "heads", "embed_dim")})
         parameters = sum(p.numel() for p in model.parameters())
-        print(f"{name:5} width {size['width']:4}  depth {size['depth']:2}  heads {size['heads']:2}  {parameters / 1e6:6.1f} M parameters")
+        print(f"{name:5} width {size['width']:4}  depth {size['depth']:2}  heads {size['heads']:2}  "
+              f"{parameters / 1e6:6.1f} M parameters")
     size = SIZES["Nano"]
     model = ImageEncoder(8, width=size["width"], depth=size["depth"], heads=size["heads"], embed_dim=size["embed_dim"])
     latents = torch.randn(2, 16, 8, 8)  # a batch of two 64x64 pictures

@@ -13,9 +13,9 @@ Beside every reconstruction number stands the VAE's own, which no encoder behind
 
 Letters: B batch, E shared embedding width, N image tokens, W token width, K classes, M number of pictures.
 
-Run:    python eval_probe.py --ckpt runs/laptop                    # table on screen, runs/laptop/metrics.json
-        python eval_probe.py --ckpt runs/laptop --random-init      # the same towers untrained: the row to compare with
-        python eval_probe.py --ckpt runs/laptop --image FILE       # one picture: caption, nearest labels, FILE_recon.png
+Run:    python eval_probe.py --ckpt runs/laptop                # table on screen, runs/laptop/metrics.json
+        python eval_probe.py --ckpt runs/laptop --random-init  # the same towers untrained: the row to compare with
+        python eval_probe.py --ckpt runs/laptop --image FILE   # one picture: caption, nearest labels, FILE_recon.png
 Source: paper sec 4; linear probe on standardised features with the decay chosen on a tenth of the training part; kNN as
         in DINO (20 neighbours, cosine, temperature 0.07); SSIM of Wang et al. 2004.
 Next:   test_all.py
@@ -31,7 +31,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from data import Data, DataError, all_wordings, centre_crop, class_prompts, decode_image, evaluation_loader, open_data, picture_grid, to_image, to_tensor
+from data import (Data, DataError, all_wordings, centre_crop, class_prompts, decode_image, evaluation_loader,
+                  open_data, picture_grid, to_image, to_tensor)
 from train import OpenVision3, UserError, choose_device, load_run
 from vae import psnr
 
@@ -91,8 +92,10 @@ def linear_probe(train: Tensor, train_labels: Tensor, test: Tensor, test_labels:
     return accuracy(train, train_labels, test, test_labels, best)
 
 
-def knn(train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor, classes: int, k: int = 20, temperature: float = 0.07) -> float:
-    """Top-1 accuracy of the vote of the k most similar training pictures (cosine), weighted by exp(similarity/temperature)."""
+def knn(train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor, classes: int, k: int = 20,
+        temperature: float = 0.07) -> float:
+    """Top-1 accuracy of the vote of the k most similar training pictures (cosine), weighted by
+    exp(similarity/temperature)."""
     similarity, index = (F.normalize(test, dim=1) @ F.normalize(train, dim=1).T).topk(min(k, len(train)))  # (M, k)
     votes = torch.zeros(len(test), classes).scatter_add_(1, train_labels[index], (similarity / temperature).exp())
     return (votes.argmax(1) == test_labels).float().mean().item()
@@ -100,11 +103,11 @@ def knn(train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor, 
 
 def retrieval(images: Tensor, texts: Tensor) -> dict[str, float]:
     """Share of the M pairs whose partner is first, or among the first five, by cosine; ties count against us."""
-    similarity = F.normalize(images, dim=1) @ F.normalize(texts, dim=1).T                  # (M, M)
+    similarity = F.normalize(images, dim=1) @ F.normalize(texts, dim=1).T              # (M, M)
     result = {}
     for name, table in (("i2t", similarity), ("t2i", similarity.T)):
         own = table.diagonal()[:, None]
-        rank = (table >= own).sum(1) - 1                                                   # (M,) 0 where the partner wins
+        rank = (table >= own).sum(1) - 1                                               # (M,) 0 where the partner wins
         result |= {f"{name}_r{k}": (rank < k).float().mean().item() for k in (1, 5)}
     return result
 
@@ -120,7 +123,7 @@ def encode_images(model: OpenVision3, pictures, tokenizer, batch_size: int, limi
     device = next(model.parameters()).device
     loader = evaluation_loader(pictures, tokenizer, batch_size, limit)
     pooled, labels, captions, scenes = [], [], [], []
-    for batch in tqdm(loader, desc=f"encode {what}", leave=False):
+    for batch in tqdm(loader, desc=f"encode {what}", leave=False, disable=None):
         features, _ = model.encoder(model.vae.encode(batch["image"].to(device)))
         pooled.append(features.float().cpu())
         labels.append(batch["label"])
@@ -133,7 +136,8 @@ def encode_images(model: OpenVision3, pictures, tokenizer, batch_size: int, limi
 def encode_texts(model: OpenVision3, tokenizer, texts: list[str], batch_size: int) -> Tensor:
     """[M,E], in batches."""
     device = next(model.parameters()).device
-    return torch.cat([model.text_encoder(tokenizer.batch(texts[i : i + batch_size]).to(device)).float().cpu() for i in range(0, len(texts), batch_size)])
+    return torch.cat([model.text_encoder(tokenizer.batch(texts[i : i + batch_size]).to(device)).float().cpu()
+                      for i in range(0, len(texts), batch_size)])
 
 
 def class_vectors(model: OpenVision3, tokenizer, names: list[str], batch_size: int) -> Tensor:
@@ -149,7 +153,8 @@ def reconstruct_and_caption(model: OpenVision3, pictures, tokenizer, batch_size:
     device = next(model.parameters()).device
     rows = {name: [] for name in ("psnr", "ssim", "lpips", "psnr_vae", "ssim_vae")}
     exact = []
-    for batch in tqdm(evaluation_loader(pictures, tokenizer, batch_size, limit), desc="reconstruct", leave=False):
+    for batch in tqdm(evaluation_loader(pictures, tokenizer, batch_size, limit), desc="reconstruct", leave=False,
+                      disable=None):
         images = batch["image"].to(device)
         ceiling, ours, tokens = model.reconstruct(images)
         for name, picture in (("", ours), ("_vae", ceiling)):
@@ -158,18 +163,20 @@ def reconstruct_and_caption(model: OpenVision3, pictures, tokenizer, batch_size:
         if model.perceptual is not None:
             rows["lpips"].append(model.perceptual(ours.clamp(-1, 1), images))
         ids = model.caption_decoder.generate(tokens, tokenizer.bos, tokenizer.eos, tokenizer.context_length)
-        for text, captions, scene in zip((tokenizer.decode(row) for row in ids.tolist()), batch["all_captions"], batch["scenes"]):
+        for text, captions, scene in zip((tokenizer.decode(row) for row in ids.tolist()), batch["all_captions"],
+                                         batch["scenes"]):
             valid = all_wordings(json.loads(scene)) if scene else captions
             exact.append(text in valid)
-    return {name: torch.cat(values).mean().item() if values else None for name, values in rows.items()} | {"caption_exact": sum(exact) / len(exact)}
+    return {name: torch.cat(values).mean().item() if values else None for name, values in rows.items()} | {
+        "caption_exact": sum(exact) / len(exact)}
 
 
 def evaluate(model: OpenVision3, tokenizer, data: Data, n_train: int, n_test: int, batch_size: int = 64) -> dict:
     """All keys of the contract; None where one cannot be had, with the reason printed."""
     began = time.time()
     test = encode_images(model, data.test, tokenizer, batch_size, n_test, "test")
-    metrics = dict.fromkeys(("linear_probe_top1", "knn_top1", "zero_shot_top1", "i2t_r1", "i2t_r5", "t2i_r1", "t2i_r5", "caption_exact",
-                             "psnr", "ssim", "lpips", "rfid", "psnr_vae", "ssim_vae"))
+    metrics = dict.fromkeys(("linear_probe_top1", "knn_top1", "zero_shot_top1", "i2t_r1", "i2t_r5", "t2i_r1",
+                             "t2i_r5", "caption_exact", "psnr", "ssim", "lpips", "rfid", "psnr_vae", "ssim_vae"))
     if data.class_names and (test["labels"] >= 0).any():
         train = encode_images(model, data.train, tokenizer, batch_size, n_train, "train")
         x, y = ([part[key][part["labels"] >= 0] for part in (train, test)] for key in ("pooled", "labels"))
@@ -190,7 +197,8 @@ def evaluate(model: OpenVision3, tokenizer, data: Data, n_train: int, n_test: in
     if metrics["lpips"] is None:
         print("lpips: null, there are no LPIPS weights (--lpips-vgg and --lpips-lin of train.py)")
     print("rfid: null, it needs Inception's weights, which this program does not read yet")
-    return metrics | {"n_train": min(n_train, len(data.train)), "n_test": len(test["labels"]), "seconds": round(time.time() - began, 1)}
+    return metrics | {"n_train": min(n_train, len(data.train)), "n_test": len(test["labels"]),
+                      "seconds": round(time.time() - began, 1)}
 
 
 def print_table(name: str, metrics: dict) -> None:
@@ -212,27 +220,34 @@ def show_image(model: OpenVision3, tokenizer, path: Path, class_names: list[str]
         raise UserError(f"--image {path} is no picture that can be read: {error}") from None
     images = to_tensor(image)[None].to(next(model.parameters()).device)
     ceiling, ours, tokens = model.reconstruct(images)
-    caption = tokenizer.decode(model.caption_decoder.generate(tokens, tokenizer.bos, tokenizer.eos, tokenizer.context_length)[0].tolist())
+    caption = tokenizer.decode(
+        model.caption_decoder.generate(tokens, tokenizer.bos, tokenizer.eos, tokenizer.context_length)[0].tolist())
     print(f"caption: {caption}")
     if class_names:
         pooled, _ = model.encoder(model.vae.encode(images))
         scores = F.normalize(pooled.cpu(), dim=1) @ class_vectors(model, tokenizer, class_names, 64).T    # (1, K)
         best = scores[0].topk(min(5, len(class_names)))
-        print("nearest labels: " + ", ".join(f"{class_names[i]} {s:.2f}" for s, i in zip(best.values.tolist(), best.indices.tolist())))
+        print("nearest labels: " + ", ".join(
+            f"{class_names[i]} {s:.2f}" for s, i in zip(best.values.tolist(), best.indices.tolist())))
     out = path.with_name(path.stem + "_recon.png")
-    picture_grid([[to_image(images[0])], [to_image(ceiling[0])], [to_image(ours[0])]], ["input", f"VAE {psnr(ceiling, images)[0]:.1f} dB",
-                 f"ours {psnr(ours, images)[0]:.1f} dB: {caption}"], cell=256).save(out)
+    picture_grid([[to_image(images[0])], [to_image(ceiling[0])], [to_image(ours[0])]],
+                 ["input", f"VAE {psnr(ceiling, images)[0]:.1f} dB",
+                  f"ours {psnr(ours, images)[0]:.1f} dB: {caption}"], cell=256).save(out)
     print(f"wrote {out}")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Measures a frozen encoder: probes, retrieval, captions, reconstruction.")
+    parser = argparse.ArgumentParser(
+        description="Measures a frozen encoder: probes, retrieval, captions, reconstruction.")
     parser.add_argument("--ckpt", required=True, help="run folder of train.py")
     parser.add_argument("--data", help="data set to evaluate on (default: the one it was trained on)")
-    parser.add_argument("--image", type=Path, help="show one picture's caption, nearest labels and reconstruction instead")
-    parser.add_argument("--random-init", action="store_true", help="the same model with fresh random weights; writes metrics_random.json")
+    parser.add_argument("--image", type=Path,
+                        help="show one picture's caption, nearest labels and reconstruction instead")
+    parser.add_argument("--random-init", action="store_true",
+                        help="the same model with fresh random weights; writes metrics_random.json")
     parser.add_argument("--n-train", type=int, default=8000, help="pictures for the linear probe and kNN")
-    parser.add_argument("--n-test", type=int, default=1000, help="held-out pictures; captions and reconstruction use the first 512")
+    parser.add_argument("--n-test", type=int, default=1000,
+                        help="held-out pictures; captions and reconstruction use the first 512")
     parser.add_argument("--batch-size", type=int, default=64, help="changes the speed, not the numbers")
     parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
     args = parser.parse_args()

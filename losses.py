@@ -107,7 +107,8 @@ class PerceptualDistance(nn.Module):
 
 
 class LPIPS(PerceptualDistance):
-    """LPIPS v0.1 with VGG16. `vgg`: torchvision's vgg16 state dict or its file; `lin`: LPIPS v0.1's vgg.pth, likewise."""
+    """LPIPS v0.1 with VGG16. `vgg`: torchvision's vgg16 state dict or its file; `lin`: LPIPS v0.1's vgg.pth,
+    likewise."""
 
     def __init__(self, vgg: dict | str | Path | None = None, lin: dict | str | Path | None = None):
         super().__init__()
@@ -115,9 +116,11 @@ class LPIPS(PerceptualDistance):
             raise ValueError("LPIPS needs both weight files, torchvision's vgg16 (.pth) and LPIPS v0.1's vgg.pth: "
                              "train with --lpips-weight 0, or give --lpips-vgg FILE and --lpips-lin FILE")
         try:
-            vgg, lin = (torch.load(w, map_location="cpu", weights_only=True) if isinstance(w, (str, Path)) else w for w in (vgg, lin))
+            vgg, lin = (torch.load(w, map_location="cpu", weights_only=True) if isinstance(w, (str, Path)) else w
+                        for w in (vgg, lin))
             trunk = {name: t for name, t in vgg.items() if not name.startswith("classifier.")}
-            heads = {f"lin.{name[3]}": t for name, t in lin.items() if name.startswith("lin") and name.endswith(".model.1.weight")}
+            heads = {f"lin.{name[3]}": t for name, t in lin.items()
+                     if name.startswith("lin") and name.endswith(".model.1.weight")}
             self.load_state_dict({**trunk, **heads})
         except (RuntimeError, OSError, EOFError, pickle.UnpicklingError, AttributeError) as error:
             raise ValueError(f"these are not LPIPS's weight files: {' '.join(str(error).split())[:300]}") from None
@@ -149,8 +152,10 @@ def openvision3_loss(images: Tensor, reconstruction: Tensor, latents: Tensor, pr
 if __name__ == "__main__":
     B, T, V, E = 64, 28, 500, 192
     image, text = torch.randn(1, E) + 0.02 * torch.randn(B, E), torch.randn(1, E) + 0.02 * torch.randn(B, E)
-    print(f"contrastive: expected ln {B} = {math.log(B):.3f}, untrained towers {contrastive_loss(image, text, 1 / 0.07):.3f}")
+    print(f"contrastive: expected ln {B} = {math.log(B):.3f}, "
+          f"untrained towers {contrastive_loss(image, text, 1 / 0.07):.3f}")
     logits, targets = 0.02 * torch.randn(B, T, V), torch.randint(V, (B, T))
-    print(f"caption:     expected ln {V} = {math.log(V):.3f}, untrained decoder {caption_loss(logits, targets, pad_id=-1):.3f}")
+    print(f"caption:     expected ln {V} = {math.log(V):.3f}, "
+          f"untrained decoder {caption_loss(logits, targets, pad_id=-1):.3f}")
     x = torch.rand(2, 3, 64, 64) * 2 - 1
     print(f"perceptual distance, random weights: {PerceptualDistance()(x, x).tolist()} for equal pictures")

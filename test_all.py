@@ -32,10 +32,12 @@ import train
 import vae
 
 HERE = Path(__file__).parent
-OFFICIAL_NAMES = {"class_embedding", "positional_embedding", "conv1.weight", "ln_post.weight", "ln_post.bias", "proj"} | {
+OFFICIAL_NAMES = {
+    "class_embedding", "positional_embedding", "conv1.weight", "ln_post.weight", "ln_post.bias", "proj"} | {
     f"transformer.resblocks.{i}.{name}" for i in range(12) for name in (
-        "ln_1.weight", "ln_1.bias", "ln_2.weight", "ln_2.bias", "attn.in_proj_weight", "attn.in_proj_bias", "attn.out_proj.weight",
-        "attn.out_proj.bias", "mlp.c_fc.weight", "mlp.c_fc.bias", "mlp.c_proj.weight", "mlp.c_proj.bias")}
+        "ln_1.weight", "ln_1.bias", "ln_2.weight", "ln_2.bias", "attn.in_proj_weight", "attn.in_proj_bias",
+        "attn.out_proj.weight", "attn.out_proj.bias", "mlp.c_fc.weight", "mlp.c_fc.bias", "mlp.c_proj.weight",
+        "mlp.c_proj.bias")}
 
 
 def shapes(count: int, resolution: int = 64, split: str = "test") -> torch.Tensor:
@@ -51,7 +53,8 @@ def complaint(monkeypatch, program, *argv: str) -> str:
     monkeypatch.setattr(sys, "argv", ["program", *map(str, argv)])
     with pytest.raises(SystemExit) as stop:
         program.main()
-    assert isinstance(stop.value.code, str) and stop.value.code.startswith("error: ") and "\n" not in stop.value.code, stop.value.code
+    assert (isinstance(stop.value.code, str) and stop.value.code.startswith("error: ")
+            and "\n" not in stop.value.code), stop.value.code
     return stop.value.code
 
 
@@ -67,8 +70,9 @@ def test_flux_has_the_published_size():
     assert sum(p.numel() for p in flux.encoder.parameters()) == 34_274_208
     assert len(flux.state_dict()) == 244
     assert all(m.num_groups == 32 for m in flux.modules() if isinstance(m, torch.nn.GroupNorm))
-    assert {"decoder.up.3.block.2.conv1.weight", "encoder.down.1.block.0.nin_shortcut.weight", "decoder.up.1.upsample.conv.bias",
-            "encoder.mid.attn_1.proj_out.weight", "decoder.up.0.block.0.nin_shortcut.bias"} <= set(flux.state_dict())
+    assert {"decoder.up.3.block.2.conv1.weight", "encoder.down.1.block.0.nin_shortcut.weight",
+            "decoder.up.1.upsample.conv.bias", "encoder.mid.attn_1.proj_out.weight",
+            "decoder.up.0.block.0.nin_shortcut.bias"} <= set(flux.state_dict())
 
 
 def test_vae_convention_and_round_trip():
@@ -112,8 +116,10 @@ def test_unit_latents_change_the_code_and_not_the_picture():
     with torch.no_grad():
         torch.testing.assert_close(even.encode(x).std((0, 2, 3)), torch.ones(16), atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(even.decode(even.encode(x)), rough.decode(rough.encode(x)), atol=1e-4, rtol=1e-3)
-        torch.testing.assert_close(even.moments(x)[1].exp().sqrt() / even.moments(x)[0].std((0, 2, 3)).view(16, 1, 1),
-                                   rough.moments(x)[1].exp().sqrt() / rough.moments(x)[0].std((0, 2, 3)).view(16, 1, 1), atol=1e-4, rtol=1e-3)
+        torch.testing.assert_close(
+            even.moments(x)[1].exp().sqrt() / even.moments(x)[0].std((0, 2, 3)).view(16, 1, 1),
+            rough.moments(x)[1].exp().sqrt() / rough.moments(x)[0].std((0, 2, 3)).view(16, 1, 1),
+            atol=1e-4, rtol=1e-3)
 
 
 def test_vae_files(tmp_path):
@@ -124,7 +130,8 @@ def test_vae_files(tmp_path):
     again = vae.load_vae(tmp_path / "a.safetensors")
     assert all(torch.equal(a, b) for a, b in zip(codec.state_dict().values(), again.state_dict().values()))
     tensors = load_file(tmp_path / "a.safetensors")
-    for change, name in ((lambda t: t.pop("decoder.conv_in.bias"), "decoder.conv_in.bias"), (lambda t: t.update(extra=torch.zeros(1)), "extra"),
+    for change, name in ((lambda t: t.pop("decoder.conv_in.bias"), "decoder.conv_in.bias"),
+                         (lambda t: t.update(extra=torch.zeros(1)), "extra"),
                          (lambda t: t.update({"encoder.conv_in.bias": torch.zeros(3)}), "encoder.conv_in.bias")):
         changed = dict(tensors)
         change(changed)
@@ -166,10 +173,12 @@ def test_block_against_pytorch(gelu):
     block = encoder.Block(128, 2, gelu)
     for p in block.parameters():
         torch.nn.init.normal_(p, std=0.1)
-    reference = torch.nn.TransformerEncoderLayer(128, 2, 512, 0.0, lambda x: F.gelu(x, approximate=gelu), 1e-6, batch_first=True, norm_first=True)
+    reference = torch.nn.TransformerEncoderLayer(128, 2, 512, 0.0, lambda x: F.gelu(x, approximate=gelu), 1e-6,
+                                                 batch_first=True, norm_first=True)
     names = {"self_attn": "attn", "linear1": "mlp.c_fc", "linear2": "mlp.c_proj", "norm1": "ln_1", "norm2": "ln_2"}
     ours = block.state_dict()
-    reference.load_state_dict({n: ours[n.replace(a, b)] for n in reference.state_dict() for a, b in names.items() if n.startswith(a)})
+    reference.load_state_dict({n: ours[n.replace(a, b)] for n in reference.state_dict()
+                               for a, b in names.items() if n.startswith(a)})
     x = torch.randn(3, 7, 128)
     torch.testing.assert_close(block(x), reference(x), atol=1e-5, rtol=1e-4)
     mask = torch.ones(7, 7, dtype=torch.bool).tril()
@@ -191,7 +200,8 @@ def test_image_encoder_outputs():
     latents = torch.randn(3, 16, 8, 8)
     pooled, tokens = model(latents)
     assert pooled.shape == (3, 32) and tokens.shape == (3, 16, 64)
-    torch.testing.assert_close(pooled, F.layer_norm(tokens.mean(1), (64,), model.ln_post.weight, model.ln_post.bias, 1e-6) @ model.proj)
+    torch.testing.assert_close(
+        pooled, F.layer_norm(tokens.mean(1), (64,), model.ln_post.weight, model.ln_post.bias, 1e-6) @ model.proj)
     assert torch.equal(model.positional_embedding[0], torch.zeros(64))
     assert model(torch.randn(1, 16, 4, 12))[1].shape == (1, 12, 64)  # another size, not square
     swapped = latents.clone()
@@ -217,7 +227,8 @@ def test_encoder_files(tmp_path):
     latents = torch.randn(2, 16, 8, 8)
     encoder.save_encoder(model, tmp_path / "encoder.safetensors")
     tensors = load_file(tmp_path / "encoder.safetensors")
-    torch.save({"visual." + k: v for k, v in tensors.items()} | {"logit_scale": torch.zeros(())}, tmp_path / "open_clip_pytorch_model.bin")
+    torch.save({"visual." + k: v for k, v in tensors.items()} | {"logit_scale": torch.zeros(())},
+               tmp_path / "open_clip_pytorch_model.bin")
     for source in (tmp_path, tmp_path / "encoder.safetensors", tmp_path / "open_clip_pytorch_model.bin"):
         again = encoder.load_encoder(source)
         assert all(torch.equal(a, b) for a, b in zip(model(latents), again(latents)))
@@ -237,7 +248,8 @@ def test_encoder_files(tmp_path):
 def test_unpatchify_is_patchify_undone():
     decoder = decoders.LatentDecoder(64, 8, 64, 1, 1)
     latents = torch.randn(2, 16, 6, 8)
-    rows = torch.stack([latents[:, :, i : i + 2, j : j + 2].permute(0, 2, 3, 1).flatten(1) for i in range(0, 6, 2) for j in range(0, 8, 2)], 1)
+    rows = torch.stack([latents[:, :, i : i + 2, j : j + 2].permute(0, 2, 3, 1).flatten(1)
+                        for i in range(0, 6, 2) for j in range(0, 8, 2)], 1)
     assert torch.equal(decoder.unpatchify(rows, 3, 4), latents)
     assert decoder(torch.randn(2, 16, 64)).shape == (2, 16, 8, 8)
     assert decoder(torch.randn(2, 12, 64), grid=(3, 4)).shape == (2, 16, 6, 8)
@@ -256,7 +268,8 @@ def test_noise_has_one_strength_per_image(monkeypatch):
     assert torch.equal(as_tokens[0], tokens)  # none unless asked for
     noise = as_tokens[1] - tokens
     strength = noise.std((1, 2))
-    assert 0 < strength.min() < 0.05 and 0.48 < strength.max() < 0.53 and abs(strength.mean() - 0.25) < 0.03  # U[0, 0.5]
+    # U[0, 0.5]
+    assert 0 < strength.min() < 0.05 and 0.48 < strength.max() < 0.53 and abs(strength.mean() - 0.25) < 0.03
     assert torch.allclose(noise.std(2).mean(1), strength, rtol=0.05)  # the same for all tokens of an image
 
 
@@ -305,16 +318,20 @@ def test_contrastive_by_hand_and_at_chance():
             scores = [10 * float(x[i] @ y[j] / (x[i].norm() * y[j].norm())) for j in range(5)]
             total += math.log(sum(math.exp(s) for s in scores)) - scores[i]
     assert abs(losses.contrastive_loss(a, b, 10.0).item() - total / 10) < 1e-5
-    assert losses.contrastive_loss(torch.ones(64, 8), torch.ones(64, 8), 14.0).item() == pytest.approx(math.log(64), abs=1e-5)
+    assert losses.contrastive_loss(torch.ones(64, 8), torch.ones(64, 8), 14.0).item() == pytest.approx(
+        math.log(64), abs=1e-5)
 
 
 def test_caption_loss_ignores_padding():
     torch.manual_seed(0)
     logits, targets = torch.randn(3, 4, 7), torch.tensor([[1, 2, 6, 6], [3, 6, 6, 6], [1, 2, 3, 4]])
-    expected = [-math.log(torch.softmax(logits[b, t], 0)[targets[b, t]]) for b in range(3) for t in range(4) if targets[b, t] != 6]
-    assert losses.caption_loss(logits, targets, pad_id=6).item() == pytest.approx(sum(expected) / len(expected), rel=1e-5)
+    expected = [-math.log(torch.softmax(logits[b, t], 0)[targets[b, t]])
+                for b in range(3) for t in range(4) if targets[b, t] != 6]
+    assert losses.caption_loss(logits, targets, pad_id=6).item() == pytest.approx(
+        sum(expected) / len(expected), rel=1e-5)
     assert losses.caption_loss(logits, torch.full((3, 4), 6), pad_id=6).item() == 0
-    assert losses.caption_loss(torch.zeros(3, 4, 500), targets, pad_id=6).item() == pytest.approx(math.log(500), rel=1e-5)
+    assert losses.caption_loss(torch.zeros(3, 4, 500), targets, pad_id=6).item() == pytest.approx(
+        math.log(500), rel=1e-5)
 
 
 def test_lpips_formula_and_files(tmp_path):
@@ -380,12 +397,15 @@ def test_shapes_are_well_posed():
         for j, other in enumerate(others, 1):
             assert data.RADIUS[other["size"]] < data.RADIUS[first["size"]]
             dx, dy = other["x"] - first["x"], other["y"] - first["y"]
-            true = {"left": dx < -2 * abs(dy), "right": dx > 2 * abs(dy), "above": dy < -2 * abs(dx), "below": dy > 2 * abs(dx)}
+            true = {"left": dx < -2 * abs(dy), "right": dx > 2 * abs(dy),
+                    "above": dy < -2 * abs(dx), "below": dy > 2 * abs(dx)}
             assert true[other["side"]]
             for p in scene["objects"][:j]:
-                assert math.dist((p["x"], p["y"]), (other["x"], other["y"])) > data.RADIUS[p["size"]] + data.RADIUS[other["size"]]
+                assert (math.dist((p["x"], p["y"]), (other["x"], other["y"]))
+                        > data.RADIUS[p["size"]] + data.RADIUS[other["size"]])
         for o in scene["objects"]:
-            assert data.RADIUS[o["size"]] < o["x"] < 1 - data.RADIUS[o["size"]] and data.RADIUS[o["size"]] < o["y"] < 1 - data.RADIUS[o["size"]]
+            assert (data.RADIUS[o["size"]] < o["x"] < 1 - data.RADIUS[o["size"]]
+                    and data.RADIUS[o["size"]] < o["y"] < 1 - data.RADIUS[o["size"]])
     assert counts == {1, 2, 3} and len(classes) > 60 and len(data.CLASS_NAMES) == 64
 
 
@@ -408,7 +428,8 @@ def test_every_wording_is_true_and_complete():
                 if relation:  # "a is left of b", or "a with b on its left"
                     one, two = scene["objects"] if relation[1] else scene["objects"][::-1]
                     word = (relation[1] or relation[2]).removesuffix(" of")
-                    assert {"left": one["x"] < two["x"], "right": one["x"] > two["x"], "above": one["y"] < two["y"], "below": one["y"] > two["y"]}[word]
+                    assert {"left": one["x"] < two["x"], "right": one["x"] > two["x"],
+                            "above": one["y"] < two["y"], "below": one["y"] > two["y"]}[word]
 
 
 def test_shapes_are_the_same_for_everyone_and_splits_differ():
@@ -417,8 +438,9 @@ def test_shapes_are_the_same_for_everyone_and_splits_differ():
     assert json.loads(data.shapes_example("train", 7, 128)["scene"]) == json.loads(a["scene"])
     scenes = {split: {data.shapes_example(split, i, 16)["scene"] for i in range(500)} for split in ("train", "test")}
     assert len(scenes["train"]) == len(scenes["test"]) == 500 and not scenes["train"] & scenes["test"]
-    red = data.draw_scene({"objects": [dict(shape="circle", color="red", size="large", x=0.5, y=0.5, turn=0.0, side=None)],
-                           "background": dict(kind="plain", seed=1)}, 64)
+    red = data.draw_scene({
+        "objects": [dict(shape="circle", color="red", size="large", x=0.5, y=0.5, turn=0.0, side=None)],
+        "background": dict(kind="plain", seed=1)}, 64)
     assert red[32, 32, 0] > 150 > 60 > red[32, 32, 1] and (red[0, 0] == red[0, 63]).all()
 
 
@@ -430,14 +452,16 @@ def encoded(image: Image.Image, format: str, **options) -> dict:
 
 def test_odd_pictures_become_rgb():
     half = Image.fromarray(np.full((8, 6), 32768, np.uint16))
-    assert abs(np.asarray(data.decode_image(encoded(half, "PNG"))).astype(int) - 127).max() <= 1  # 16 bits scaled, not clipped
+    # 16 bits scaled, not clipped
+    assert abs(np.asarray(data.decode_image(encoded(half, "PNG"))).astype(int) - 127).max() <= 1
     clear = Image.new("RGBA", (8, 8), (255, 0, 0, 0))
     assert data.decode_image(encoded(clear, "PNG")).getpixel((0, 0)) == (255, 255, 255)
     assert data.decode_image(encoded(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG")).getpixel((4, 4))[0] > 200
     palette = Image.new("RGB", (8, 8), (0, 128, 0)).convert("P")
     assert data.decode_image(encoded(palette, "PNG")).getpixel((0, 0))[1] > 100
     frames = [Image.new("RGB", (8, 8), c) for c in ("red", "blue")]
-    assert data.decode_image(encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])).getpixel((0, 0))[0] > 200
+    assert data.decode_image(
+        encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])).getpixel((0, 0))[0] > 200
     turned = Image.new("RGB", (20, 10))
     exif = turned.getexif()
     exif[0x0112] = 6
@@ -458,7 +482,8 @@ def folder(tmp_path_factory) -> Path:
     for i in range(130):
         example = data.shapes_example("train", i, 40)
         example["image"].save(root / f"{i:03}.png")
-        rows.append({"file_name": f"{i:03}.png", "text": example["text"], "label": data.CLASS_NAMES[example["label"]].split()[0]})
+        rows.append({"file_name": f"{i:03}.png", "text": example["text"],
+                     "label": data.CLASS_NAMES[example["label"]].split()[0]})
     (root / "017.png").write_bytes(b"broken")
     rows[3]["text"], rows[4]["text"] = "", "very long " * 500
     (root / "metadata.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
@@ -470,7 +495,8 @@ def test_folder_with_captions(folder, capsys):
     assert len(opened.train) + len(opened.test) == 129 and opened.class_names == sorted(data.COLORS)
     assert "017.png" in capsys.readouterr().out and len(opened.test) == 13
     example = opened.train[(0, 5)]
-    assert example["image"].shape == (3, 32, 32) and example["image"].abs().max() <= 1 and example["caption"] and example["label"] >= 0
+    assert (example["image"].shape == (3, 32, 32) and example["image"].abs().max() <= 1
+            and example["caption"] and example["label"] >= 0)
     assert torch.equal(opened.train[(0, 5)]["image"], example["image"])  # keyed by (seed, epoch, sample)
     assert not torch.equal(opened.train[(1, 5)]["image"], example["image"])
     again = data.open_data(str(folder), 32)  # the held-out part is fixed
@@ -486,11 +512,14 @@ def test_class_folders_parquet_and_splits(tmp_path):
     opened = data.open_data(str(tmp_path), 16)
     assert (len(opened.train), len(opened.test), opened.class_names) == (12, 6, ["dark_blue", "red"])
     assert "a photo of a dark blue" in {opened.train[(e, i)]["caption"] for e in range(9) for i in range(12)}
-    table = datasets.Dataset.from_list([{"img": encoded(Image.new("RGB", (20, 20)), "PNG"), "captions": ["one", "two"], "cls": i % 3} for i in range(20)])
+    table = datasets.Dataset.from_list([
+        {"img": encoded(Image.new("RGB", (20, 20)), "PNG"), "captions": ["one", "two"], "cls": i % 3}
+        for i in range(20)])
     (tmp_path / "pq").mkdir()
     table.to_parquet(str(tmp_path / "pq" / "part.parquet"))
     opened = data.open_data(str(tmp_path / "pq"), 16)
-    assert {opened.train[(e, 0)]["caption"] for e in range(20)} == {"one", "two"} and opened.class_names == ["0", "1", "2"]
+    assert ({opened.train[(e, 0)]["caption"] for e in range(20)} == {"one", "two"}
+            and opened.class_names == ["0", "1", "2"])
     assert opened.test[0]["captions"] == ["one", "two"]
 
 
@@ -528,7 +557,8 @@ def test_tokenizer():
         ids = wide.encode(text)
         assert wide.decode(ids) == text and ids[0] == wide.bos and ids[-1] == wide.eos
         assert len(tokenizer.encode(text)) <= 26 and tokenizer.encode(text)[-1] == tokenizer.eos  # eos survives the cut
-    assert max(len(data.Tokenizer(tokenizer.encoding, 200).encode(t)) for t in texts) <= 26  # no caption of shapes is cut
+    # no caption of shapes is cut
+    assert max(len(data.Tokenizer(tokenizer.encoding, 200).encode(t)) for t in texts) <= 26
     batch = tokenizer.batch(["a red circle", ""])
     assert batch.shape == (2, 26) and batch[1].tolist() == [tokenizer.bos, tokenizer.eos] + 24 * [tokenizer.pad]
     again = data.Tokenizer.from_state(json.loads(json.dumps(tokenizer.state())), 26)
@@ -539,7 +569,8 @@ def test_tokenizer():
 
 def test_order_is_that_of_one_process():
     def batches(world, start=0):
-        orders = [iter(data.TrainingOrder(50, 8, seed=3, start=start, stop=15, rank=r, world=world)) for r in range(world)]
+        orders = [iter(data.TrainingOrder(50, 8, seed=3, start=start, stop=15, rank=r, world=world))
+                  for r in range(world)]
         return [[key for order in orders for key in next(order)] for _ in range(start, 15)]
 
     one = batches(1)
@@ -557,7 +588,8 @@ def test_order_is_that_of_one_process():
 
 def small_model(**changes) -> tuple[train.OpenVision3, data.Tokenizer]:
     config = train.Config(**changes)
-    tokenizer = data.Tokenizer.train([data.shapes_example("train", i, 16)["text"] for i in range(200)], config.context_length)
+    tokenizer = data.Tokenizer.train([data.shapes_example("train", i, 16)["text"] for i in range(200)],
+                                     config.context_length)
     torch.manual_seed(0)
     return train.OpenVision3(config, tokenizer, vae.load_vae("tiny")), tokenizer
 
@@ -586,11 +618,38 @@ def test_losses_start_where_they_should_and_reach_the_encoder():
     assert not model.vae.training
 
 
+def test_whitened_towers_see_everything_from_the_first_step():
+    model, tokenizer = small_model()
+    batch = shapes_batch(256, tokenizer, 64)
+    latents = model.vae.encode(batch["image"])
+
+    def spread(x: torch.Tensor) -> float:
+        """Largest variance in any direction over the smallest of those that 2x2x16 numbers can fill."""
+        variances = torch.linalg.eigvalsh(x.double().T.cov()).flip(0)
+        return (variances[0] / variances[63]).item()
+
+    def patches() -> torch.Tensor:
+        return model.encoder.conv1(latents).detach().flatten(2).transpose(1, 2).flatten(0, 1)
+
+    before = spread(patches())
+    model.encoder.whiten(latents)
+    model.text_encoder.whiten(batch["text"])
+    print(f"patches: largest over smallest variance {before:.0f} before, {spread(patches()):.1f} after")
+    assert before > 100 and spread(patches()) < 5
+    with torch.no_grad():
+        pooled, text = model.encoder(latents)[0], model.text_encoder(batch["text"])
+    for x in (pooled, text):  # nothing in common any more, where it was most of each vector
+        assert x.mean(0).norm() < 0.02 * x.norm(dim=1).mean()
+    scale = model.log_scale.exp()
+    expected = math.log(256) + scale.item() ** 2 / (2 * pooled.shape[1])
+    assert losses.contrastive_loss(pooled, text, scale).item() == pytest.approx(expected, abs=0.35)
+
+
 def test_sixteen_samples_are_learned_by_heart():
     model, tokenizer = small_model(resolution=32, tau=0.0)
     batch = shapes_batch(16, tokenizer, 32)
-    steps = 900
-    config = train.Config(steps=steps, warmup=20, lr=2e-3, weight_decay=0.0)
+    steps = 450
+    config = train.Config(steps=steps, warmup=20, lr=1.5e-3, weight_decay=0.0)
     optimizer = train.make_optimizer(model, config)
     for step in range(steps):
         for group in optimizer.param_groups:
@@ -613,7 +672,8 @@ def test_sixteen_samples_are_learned_by_heart():
     assert error < 0.05
 
 
-TINY_RUN = ("--steps", 4, "--batch-size", 8, "--resolution", 32, "--warmup", 1, "--log-every", 1, "--save-every", 2, "--sample-every", 4)
+TINY_RUN = ("--steps", 4, "--batch-size", 8, "--resolution", 32, "--warmup", 1,
+            "--log-every", 1, "--save-every", 2, "--sample-every", 4)
 
 
 def run_train(monkeypatch, *argv) -> None:
@@ -640,14 +700,17 @@ def test_interrupted_and_resumed_is_bitwise_the_straight_run(monkeypatch, tmp_pa
     assert all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"])
     for k, state in a["optimizer"]["state"].items():
         assert all(torch.equal(v, b["optimizer"]["state"][k][n]) for n, v in state.items())
-    logs = [[json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()] for name in ("straight", "broken")]
+    logs = [[json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+            for name in ("straight", "broken")]
     assert [r["step"] for r in logs[0]] == [1, 2, 3, 4] == [r["step"] for r in logs[1]]
     assert [r["loss"] for r in logs[0]] == [r["loss"] for r in logs[1]]
     before = (tmp_path / "broken" / "log.jsonl").read_text()
     run_train(monkeypatch, *TINY_RUN, "--out", tmp_path / "broken", "--resume")  # a finished run
     assert "finished" in capsys.readouterr().out and (tmp_path / "broken" / "log.jsonl").read_text() == before
-    assert "--lr 0.5" in complaint(monkeypatch, train, *TINY_RUN, "--out", tmp_path / "broken", "--resume", "--lr", "0.5")
-    assert "--resume" in complaint(monkeypatch, train, *TINY_RUN, "--out", tmp_path / "broken")  # nothing is overwritten
+    assert "--lr 0.5" in complaint(
+        monkeypatch, train, *TINY_RUN, "--out", tmp_path / "broken", "--resume", "--lr", "0.5")
+    # nothing is overwritten
+    assert "--resume" in complaint(monkeypatch, train, *TINY_RUN, "--out", tmp_path / "broken")
     for name in ("config.json", "curves.png", "recon_000000.png", "recon_000004.png", "encoder.safetensors"):
         assert (tmp_path / "broken" / name).is_file()
     assert encoder.load_encoder(tmp_path / "broken")(torch.randn(1, 16, 4, 4))[1].shape == (1, 4, 192)
@@ -657,23 +720,30 @@ def test_two_processes_train_what_one_trains(tmp_path):
     run = [*TINY_RUN, "--tau", 0, "--log-ids"]
     one = command("train.py", *run, "--out", tmp_path / "one")
     assert one.returncode == 0, one.stderr
-    two = command("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, "train.py", *run, "--out", tmp_path / "two")
+    two = command("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2,
+                  "train.py", *run, "--out", tmp_path / "two")
     assert two.returncode == 0, two.stderr
-    logs = [[json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()] for name in ("one", "two")]
+    logs = [[json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+            for name in ("one", "two")]
     for a, b in zip(*logs, strict=True):
         for term in ("loss", "pixel", "latent", "caption", "contrastive", "grad_norm"):
             assert a[term] == pytest.approx(b[term], rel=1e-4), (a["step"], term)
-    ids = {name: [sorted(sum((json.loads(lines[step])["ids"] for lines in files), [])) for step in range(4)] for name, files in (
-        (name, [p.read_text().splitlines() for p in sorted((tmp_path / name).glob("ids-*.jsonl"))]) for name in ("one", "two"))}
+    ids = {name: [sorted(sum((json.loads(lines[step])["ids"] for lines in files), [])) for step in range(4)]
+           for name, files in (
+               (name, [p.read_text().splitlines() for p in sorted((tmp_path / name).glob("ids-*.jsonl"))])
+               for name in ("one", "two"))}
     assert ids["one"] == ids["two"]
 
 
 @pytest.mark.parametrize("argv, says", [
-    (("--data", "nowhere/at/all"), "no such file or folder"), (("--resolution", 100), "multiple of 16"), (("--batch-size", 1), "contrastive"),
-    (("--steps", 0), "--steps 0"), (("--lr", "nan"), "--lr is nan"), (("--vae", "README.md"), "README.md"), (("--vae", "none.safetensors"), "none.safetensors"),
-    (("--resume",), "no checkpoint"), (("--size", "XXL"), "Nano"), (("--tokenizer", "gpt3"), "gpt2"), (("--lpips-weight", "0.5"), "--lpips-vgg"),
-    (("--crop", 0), "--crop"), (("--device", "tpu"), "cuda, mps, cpu"), (("--tau", "-1"), "--tau"),
-    pytest.param(("--device", "cuda"), "--device cpu", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")),
+    (("--data", "nowhere/at/all"), "no such file or folder"), (("--resolution", 100), "multiple of 16"),
+    (("--batch-size", 1), "contrastive"), (("--steps", 0), "--steps 0"), (("--lr", "nan"), "--lr is nan"),
+    (("--vae", "README.md"), "README.md"), (("--vae", "none.safetensors"), "none.safetensors"),
+    (("--resume",), "no checkpoint"), (("--size", "XXL"), "Nano"), (("--tokenizer", "gpt3"), "gpt2"),
+    (("--lpips-weight", "0.5"), "--lpips-vgg"), (("--crop", 0), "--crop"), (("--device", "tpu"), "cuda, mps, cpu"),
+    (("--tau", "-1"), "--tau"),
+    pytest.param(("--device", "cuda"), "--device cpu", marks=pytest.mark.skipif(
+        torch.cuda.is_available(), reason="this machine has a CUDA device")),
 ])
 def test_bad_settings_get_one_sentence(monkeypatch, tmp_path, argv, says):
     assert says in complaint(monkeypatch, train, "--out", tmp_path / "run", *argv)
@@ -690,7 +760,8 @@ def test_unknown_flags_and_presets_fail(capsys):
 
 
 def test_a_non_finite_term_is_named(monkeypatch, tmp_path):
-    assert "contrastive" in complaint(monkeypatch, train, *TINY_RUN, "--lr", 1e30, "--clip", 1e30, "--out", tmp_path / "run")
+    assert "contrastive" in complaint(
+        monkeypatch, train, *TINY_RUN, "--lr", 1e30, "--clip", 1e30, "--out", tmp_path / "run")
 
 
 def test_checkpoints_that_are_none(monkeypatch, tmp_path):
@@ -710,7 +781,8 @@ def test_reconstruction_metrics():
     x = shapes(3, 32)
     y = (x + 0.1 * torch.randn_like(x)).clamp(-1, 1)
     a, b = ((v + 1) / 2 for v in (x, y))
-    assert vae.psnr(x, y)[1].item() == pytest.approx(10 * math.log10(1 / (a[1] - b[1]).square().mean().item()), rel=1e-5)
+    assert vae.psnr(x, y)[1].item() == pytest.approx(
+        10 * math.log10(1 / (a[1] - b[1]).square().mean().item()), rel=1e-5)
     line = np.exp(-((np.arange(11) - 5) ** 2) / 4.5)
     window = np.outer(line, line) / np.outer(line, line).sum()
     scores = []
@@ -719,7 +791,8 @@ def test_reconstruction_metrics():
             for j in range(22):
                 p, q = (v[0, c, i : i + 11, j : j + 11].double().numpy() for v in (a, b))
                 mp, mq = (window * p).sum(), (window * q).sum()
-                vp, vq, cov = (window * p * p).sum() - mp**2, (window * q * q).sum() - mq**2, (window * p * q).sum() - mp * mq
+                vp, vq, cov = ((window * p * p).sum() - mp**2, (window * q * q).sum() - mq**2,
+                               (window * p * q).sum() - mp * mq)
                 scores.append((2 * mp * mq + 1e-4) * (2 * cov + 9e-4) / ((mp**2 + mq**2 + 1e-4) * (vp + vq + 9e-4)))
     assert eval_probe.ssim(x, y)[0].item() == pytest.approx(np.mean(scores), abs=1e-5)
     assert eval_probe.ssim(x, x).min() > 0.9999
@@ -735,7 +808,8 @@ def test_probes_on_known_data():
     chance = torch.randn(500, 16)
     assert eval_probe.linear_probe(chance[:400], y, chance[400:], ty, 5) < 0.4
     found = eval_probe.retrieval(torch.eye(8), torch.eye(8)[[0, 1, 2, 3, 4, 5, 7, 6]])
-    assert found["i2t_r1"] == 0.75 and found["i2t_r5"] == 0.75 + 0.25 * 0  # the swapped pairs tie with everything else: last
+    # the swapped pairs tie with everything else: last
+    assert found["i2t_r1"] == 0.75 and found["i2t_r5"] == 0.75 + 0.25 * 0
     assert eval_probe.retrieval(torch.ones(8, 4), torch.ones(8, 4))["i2t_r1"] == 0  # a collapsed encoder earns nothing
 
 
@@ -746,7 +820,8 @@ def test_evaluation_keys_and_batch_size(monkeypatch):
     opened = data.open_data("shapes", 32)
     monkeypatch.setattr(eval_probe, "RETRIEVAL_PAIRS", 16)
     a, b = (eval_probe.evaluate(model, tokenizer, opened, n_train=128, n_test=40, batch_size=size) for size in (7, 40))
-    keys = "linear_probe_top1 knn_top1 zero_shot_top1 i2t_r1 i2t_r5 t2i_r1 t2i_r5 caption_exact psnr ssim lpips rfid psnr_vae ssim_vae n_train n_test seconds"
+    keys = ("linear_probe_top1 knn_top1 zero_shot_top1 i2t_r1 i2t_r5 t2i_r1 t2i_r5 caption_exact "
+            "psnr ssim lpips rfid psnr_vae ssim_vae n_train n_test seconds")
     assert list(a) == keys.split()
     for key in keys.split()[:-1]:
         assert a[key] == b[key] if a[key] is None else a[key] == pytest.approx(b[key], abs=1e-3), key
@@ -761,10 +836,12 @@ def test_one_folder_from_training_to_one_picture(folder, tmp_path, monkeypatch, 
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert metrics["n_test"] == 13 and 0 <= metrics["linear_probe_top1"] <= 1 and metrics["psnr_vae"] > 15
     Image.new("RGB", (50, 30), "red").save(tmp_path / "photo.png")
-    monkeypatch.setattr(sys, "argv", ["eval_probe.py", "--ckpt", str(tmp_path / "run"), "--image", str(tmp_path / "photo.png")])
+    monkeypatch.setattr(sys, "argv", ["eval_probe.py", "--ckpt", str(tmp_path / "run"),
+                                      "--image", str(tmp_path / "photo.png")])
     eval_probe.main()
     assert "nearest labels" in capsys.readouterr().out and (tmp_path / "photo_recon.png").is_file()
-    assert "photo.txt" in complaint(monkeypatch, eval_probe, "--ckpt", tmp_path / "run", "--image", tmp_path / "photo.txt")
+    assert "photo.txt" in complaint(
+        monkeypatch, eval_probe, "--ckpt", tmp_path / "run", "--image", tmp_path / "photo.txt")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

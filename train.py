@@ -11,7 +11,8 @@ configuration, one straight loop, and what a run leaves behind.
         tokens, caption so far -> caption decoder -> next word                     cross entropy                 * 1.0
         pooled, text encoder(caption)                                              InfoNCE over the batch        * 1.0
 
-Letters: B batch, R resolution, N = (R/16)^2 image tokens, W width, E shared embedding width, T text length, V vocabulary.
+Letters: B batch, R resolution, N = (R/16)^2 image tokens, W width, E shared embedding width, T text length,
+         V vocabulary.
 
 Run:    python train.py                                   # laptop: 2 CPU cores, minutes, nothing downloaded
         python train.py --data FOLDER --out runs/mine     # your own pictures, with captions or class folders
@@ -58,15 +59,15 @@ class Config:
     split: str | None = field(None, "split to train on (default: train)")
     image_col: str | None = field(None, "column with the pictures (default: found by the usual names)")
     text_col: str | None = field(None, "column with the captions, likewise")
-    label_col: str | None = field(None, "column with the class labels, likewise; without captions, labels become captions")
+    label_col: str | None = field(None, "column with the class labels, likewise; labels alone become captions")
     tokenizer: str = field("bpe", "bpe (trained on the captions), or one of tiktoken's: gpt2, cl100k_base, ...")
     context_length: int = field(26, "text tokens per caption, bos and eos included; longer captions are cut")
     resolution: int = field(64, "picture side in pixels, a multiple of 16")
-    crop: float = field(0.4, "smallest share of the area a random crop keeps; 1 keeps nearly all (shapes are never cropped)")
+    crop: float = field(0.4, "smallest share of the area a random crop keeps (shapes are never cropped)")
     flip: bool = field(False, "mirror half of the pictures; wrong for captions that say left or right")
     vae: str = field("tiny", "frozen VAE: tiny, or a file: one written by vae.py, or FLUX's ae.safetensors")
     size: str = field("Nano", f"row of encoder.SIZES: {', '.join(SIZES)}")
-    steps: int = field(950, "optimizer steps of the whole run")
+    steps: int = field(900, "optimizer steps of the whole run")
     batch_size: int = field(64, "pictures per step, over all processes; also the number of contrastive candidates")
     lr: float = field(7e-4, "peak learning rate")
     warmup: int = field(50, "steps of linear warm-up; cosine to zero follows")
@@ -76,7 +77,7 @@ class Config:
     w_und: float = field(1.0, "weight of understanding (paper Table 1)")
     beta: float = field(0.4, "weight of latent L1 within reconstruction (paper Table 1)")
     alpha: float = field(1.0, "weight of the contrastive term within understanding (paper Table 1)")
-    lpips_weight: float = field(0.0, "weight of LPIPS: 0 in pretraining, 0.5 in finetuning (paper Table 1); needs the two files below")
+    lpips_weight: float = field(0.0, "weight of LPIPS (paper Table 1: 0, in finetuning 0.5); needs the two files below")
     lpips_vgg: str | None = field(None, "torchvision's vgg16 weights file, for LPIPS")
     lpips_lin: str | None = field(None, "LPIPS v0.1's vgg.pth")
     pixel_every: int = field(16, "pixel L1 and LPIPS on every n-th picture of the batch only; 1: on all, as the paper")
@@ -85,7 +86,7 @@ class Config:
     resume: bool = field(False, "continue the run in --out; takes the same flags")
     seed: int = field(0, "fixes weights, order, crops and noise")
     device: str = field("auto", "auto (cuda, else mps, else cpu), cuda, mps or cpu")
-    dtype: str = field("auto", "auto (bfloat16 on cuda, else float32), float32 or bfloat16; weights and losses stay float32")
+    dtype: str = field("auto", "auto (bfloat16 on cuda, else float32), float32, bfloat16; weights stay float32")
     compile: bool | None = field(None, "torch.compile the trained parts (default: on cuda only)")
     workers: int = field(0, "loader processes; 0 loads in the training process")
     log_every: int = field(10, "steps between log lines")
@@ -97,11 +98,12 @@ class Config:
 PRESETS = {
     "laptop": {},
     "smoke": dict(steps=4, batch_size=8, warmup=1, log_every=1, save_every=2, sample_every=4, out="runs/smoke"),
-    "gpu": dict(size="S", resolution=128, pixel_every=1, steps=20_000, batch_size=512, lr=5e-4, warmup=1000, workers=12, out="runs/gpu",
-                log_every=20, save_every=1000, sample_every=1000),
-    # Table 1, pretraining column: 4000 ImageNet-sized epochs at batch 8192; peak rate = base rate 8e-6 * 8192 / 256
-    "paper-b": dict(size="B", pixel_every=1, vae="flux/ae.safetensors", resolution=128, steps=625_569, batch_size=8192, lr=2.56e-4, warmup=6255,
-                    weight_decay=0.2, context_length=80, workers=16, out="runs/paper-b", log_every=50, save_every=1000, sample_every=5000),
+    "gpu": dict(size="S", resolution=128, pixel_every=1, steps=20_000, batch_size=512, lr=5e-4, warmup=1000,
+                workers=12, out="runs/gpu", log_every=20, save_every=1000, sample_every=1000),
+    # Table 1, pretraining: 4000 ImageNet-sized epochs at batch 8192; peak rate = base rate 8e-6 * 8192 / 256
+    "paper-b": dict(size="B", vae="flux/ae.safetensors", resolution=128, pixel_every=1, steps=625_569, batch_size=8192,
+                    lr=2.56e-4, warmup=6255, weight_decay=0.2, context_length=80, workers=16, out="runs/paper-b",
+                    log_every=50, save_every=1000, sample_every=5000),
 }
 PRESETS["paper-l"] = PRESETS["paper-b"] | dict(size="L", out="runs/paper-l")
 
@@ -112,13 +114,15 @@ class UserError(Exception):
 
 def parse_config(argv: list[str] | None = None) -> Config:
     parser = argparse.ArgumentParser(
-        description="Trains the OpenVision 3 objective. Without flags: the laptop preset, on drawn shapes, on whatever this machine has.",
+        description="Trains the OpenVision 3 objective. Without flags: the laptop preset, on drawn shapes, on whatever "
+                    "this machine has.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
     parser.add_argument("--preset", choices=PRESETS, default="laptop", help="starting values for all other flags")
     for f in dataclasses.fields(Config):
         kind = next(t for t in (bool, int, float, str) if t.__name__ in str(f.type).split(" | ")[0] or t is f.type)
         how = dict(action=argparse.BooleanOptionalAction) if kind is bool else dict(type=kind, metavar=kind.__name__)
-        parser.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS, help=f"{f.metadata['help']} (laptop: {f.default})", **how)
+        parser.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS,
+                            help=f"{f.metadata['help']} (laptop: {f.default})", **how)
     given = vars(parser.parse_args(argv))
     config = Config(**{**PRESETS[given.pop("preset")], **given})
     check_config(config)
@@ -130,8 +134,9 @@ def check_config(c: Config) -> None:
         value = getattr(c, f.name)
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"--{f.name.replace('_', '-')} is {value}; it must be a finite number")
-    at_least = dict(steps=1, pixel_every=1, batch_size=2, resolution=16, context_length=4, log_every=1, save_every=1, sample_every=1, warmup=0, workers=0, lr=0,
-                    w_rec=0, w_und=0, beta=0, alpha=0, lpips_weight=0, tau=0, weight_decay=0, clip=0, seed=0)
+    at_least = dict(steps=1, pixel_every=1, batch_size=2, resolution=16, context_length=4, log_every=1, save_every=1,
+                    sample_every=1, warmup=0, workers=0, lr=0, w_rec=0, w_und=0, beta=0, alpha=0, lpips_weight=0, tau=0,
+                    weight_decay=0, clip=0, seed=0)
     for name, low in at_least.items():
         if getattr(c, name) < low:
             why = "; the contrastive loss needs another picture to compare with" if name == "batch_size" else ""
@@ -149,15 +154,17 @@ def check_config(c: Config) -> None:
 
 
 def choose_device(name: str) -> torch.device:
-    """cuda (this process's own, under torchrun), else mps, else cpu for "auto"; a UserError where the one asked for is missing."""
+    """For "auto": cuda (this process's own, under torchrun), else mps, else cpu. A missing one is a UserError."""
     alone = int(os.environ.get("WORLD_SIZE", 1)) == 1  # gloo cannot serve several processes on mps
-    available = {"cuda": torch.cuda.device_count() > int(os.environ.get("LOCAL_RANK", 0)), "mps": torch.backends.mps.is_available() and alone, "cpu": True}
+    available = {"cuda": torch.cuda.device_count() > int(os.environ.get("LOCAL_RANK", 0)),
+                 "mps": torch.backends.mps.is_available() and alone, "cpu": True}
     if name not in ("auto", *available):
         raise UserError(f"--device {name} is unknown; there are auto, {', '.join(available)}")
     if name == "auto":
         name = next(device for device, there in available.items() if there)
     if not available[name]:
-        raise UserError(f"--device {name}: this machine has none that PyTorch can use; take --device cpu or leave the flag out")
+        raise UserError(f"--device {name}: this machine has none that PyTorch can use; take --device cpu or "
+                        "leave the flag out")
     return torch.device(name, int(os.environ.get("LOCAL_RANK", 0))) if name == "cuda" else torch.device(name)
 
 
@@ -173,14 +180,15 @@ class OpenVision3(nn.Module):
         super().__init__()
         size, text = SIZES[config.size], (tokenizer.vocab_size, config.context_length)
         grid, W, E = config.resolution // 8, size["width"], size["embed_dim"]
-        heads = {part: (*size[part], size[part][0] // 64) for part in ("decoder", "text", "caption")}  # width, depth, heads
+        decoder, reader, writer = ((*size[part], size[part][0] // 64) for part in ("decoder", "text", "caption"))
         self.encoder = ImageEncoder(grid, width=W, depth=size["depth"], heads=size["heads"], embed_dim=E)
-        self.latent_decoder = LatentDecoder(W, grid, *heads["decoder"])
-        self.caption_decoder = CaptionDecoder(*text, W, *heads["caption"])
-        self.text_encoder = TextEncoder(*text, *heads["text"], E)
+        self.latent_decoder = LatentDecoder(W, grid, *decoder)                # each: width, depth, heads
+        self.caption_decoder = CaptionDecoder(*text, W, *writer)
+        self.text_encoder = TextEncoder(*text, *reader, E)
         self.log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))  # of the contrastive temperature, as CLIP
-        self.frozen = [vae, LPIPS(config.lpips_vgg, config.lpips_lin) if config.lpips_weight > 0 else None]  # a list hides
-        self.config, self.pad = config, tokenizer.pad                    # them from state_dict, parameters() and train()
+        perceptual = LPIPS(config.lpips_vgg, config.lpips_lin) if config.lpips_weight > 0 else None
+        self.frozen = [vae, perceptual]  # a list hides them from state_dict(), parameters() and train()
+        self.config, self.pad = config, tokenizer.pad
 
     @property
     def vae(self) -> AutoencoderKL:
@@ -198,15 +206,16 @@ class OpenVision3(nn.Module):
         pooled, tokens = self.encoder(latents)                         # (B, E), (B, N, W)
 
         predicted = self.latent_decoder(tokens, tau=c.tau)             # (B, 16, R/8, R/8)
-        seen = slice(None, None, c.pixel_every)                        # DIFFERS: on a laptop the VAE decoder would be half
-        reconstruction = self.vae.decode(predicted[seen])              # of each step; (B/pixel_every, 3, R, R)
+        seen = slice(None, None, c.pixel_every)                        # DIFFERS: see --pixel-every in the README
+        reconstruction = self.vae.decode(predicted[seen])              # (B/pixel_every, 3, R, R)
 
         logits = self.caption_decoder(tokens, ids[:, :-1])             # (B, T-1, V)
         text = self.text_encoder(ids)                                  # (B, E)
 
         with torch.autocast(images.device.type, enabled=False):        # losses in fp32
             terms = openvision3_loss(images[seen], reconstruction, latents, predicted, logits, ids[:, 1:], self.pad,
-                                     pooled, text, self.log_scale.exp(), self.perceptual, c.w_rec, c.w_und, c.beta, c.alpha, c.lpips_weight)
+                                     pooled, text, self.log_scale.exp(), self.perceptual,
+                                     c.w_rec, c.w_und, c.beta, c.alpha, c.lpips_weight)
         return {**terms, "token_std": tokens.detach().float().std()}
 
     @torch.no_grad()
@@ -221,7 +230,8 @@ def whiten(model: OpenVision3, pictures: Pictures, tokenizer: Tokenizer, count: 
     """Fits the towers' first weights to plain views of the first training pictures, the same ones in every process."""
     device = next(model.parameters()).device
     latents, ids = [], []
-    for batch in tqdm(evaluation_loader(pictures, tokenizer, 32, limit=count), desc="first look at the data", leave=False):
+    for batch in tqdm(evaluation_loader(pictures, tokenizer, 32, limit=count), desc="first look at the data",
+                      leave=False, disable=None if pictures.is_main() else True):
         latents.append(model.vae.encode(batch["image"].to(device)))
         ids.append(batch["text"].to(device))
     model.encoder.whiten(torch.cat(latents))
@@ -238,7 +248,7 @@ def vae_hash(source: str) -> str:
 
 
 def write_atomically(path: Path, write) -> None:
-    """`write(temporary path)`, flushed to the disk, then renamed: a reader finds the old file or the new, never half of one."""
+    """`write(temporary path)`, flush to the disk, rename: a reader finds the old file or the new, never half of one."""
     temporary = path.with_name(path.name + ".tmp")
     write(temporary)
     with open(temporary, "rb+") as file:
@@ -247,8 +257,9 @@ def write_atomically(path: Path, write) -> None:
 
 
 def save_checkpoint(out: Path, model: OpenVision3, optimizer: torch.optim.Optimizer, step: int, about: dict) -> None:
-    """All that a resume needs. Neither the data's position nor a random state is among it: both follow from the step."""
-    state = {"step": step, "config": dataclasses.asdict(model.config), "model": model.state_dict(), "optimizer": optimizer.state_dict(), **about}
+    """All that a resume needs. No position in the data and no random state is among it: both follow from the step."""
+    state = {"step": step, "config": dataclasses.asdict(model.config), "model": model.state_dict(),
+             "optimizer": optimizer.state_dict(), **about}
     write_atomically(out / "last.pt", lambda path: torch.save(state, path))
     save_encoder(model.encoder, out / "encoder.safetensors")
 
@@ -259,24 +270,27 @@ def read_checkpoint(folder: Path) -> dict:
         raise UserError(f"there is no checkpoint {path}; train one with: python train.py --out {folder}")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(state, dict) or not {"step", "config", "model", "optimizer", "tokenizer", "class_names", "vae_sha256"} <= set(state):
+        needed = {"step", "config", "model", "optimizer", "tokenizer", "class_names", "vae_sha256"}
+        if not isinstance(state, dict) or not needed <= set(state):
             raise ValueError("it is not one of train.py's")
     except Exception as error:  # truncated, no zip archive, or objects that weights_only refuses
         raise UserError(f"{path} is no readable checkpoint: {str(error).splitlines()[0]}") from None
     if state["vae_sha256"] != vae_hash(state["config"]["vae"]):
-        raise UserError(f"the VAE {state['config']['vae']} is not the file {path} was trained with; its tokens would mean nothing")
+        raise UserError(f"the VAE {state['config']['vae']} is not the file {path} was trained with; its tokens "
+                        "would mean nothing")
     return state
 
 
 def load_run(folder: str | Path, device: torch.device) -> tuple[OpenVision3, Tokenizer, dict]:
-    """A trained run for evaluation: the model in eval mode, its tokenizer, and the checkpoint's step, class_names, ..."""
+    """A trained run for evaluation: the model in eval mode, its tokenizer, the checkpoint's step, class_names, ..."""
     state = read_checkpoint(Path(folder))
     config = Config(**state["config"])
     if config.lpips_weight > 0 and not (Path(config.lpips_vgg).is_file() and Path(config.lpips_lin).is_file()):
         print(f"lpips: null, its weights {config.lpips_vgg} and {config.lpips_lin} are not both there")
         config.lpips_weight = 0.0
     tokenizer = Tokenizer.from_state(state["tokenizer"], config.context_length)
-    model = OpenVision3(config, tokenizer, load_vae(config.vae).to(device, memory_format=torch.channels_last)).to(device)
+    vae = load_vae(config.vae).to(device, memory_format=torch.channels_last)
+    model = OpenVision3(config, tokenizer, vae).to(device)
     model.load_state_dict(state.pop("model"))
     if model.perceptual is not None:
         model.perceptual.to(device)
@@ -336,8 +350,8 @@ def learning_rate(step: int, c: Config) -> float:
 def make_optimizer(model: OpenVision3, c: Config) -> torch.optim.AdamW:
     """AdamW, betas 0.9 and 0.95; decay on matrices and convolutions, not on biases, norms, embeddings or the scale.
 
-    DIFFERS: the paper names no optimizer; these are OpenVision 1's, which keeps its first moment in bfloat16 and sets no
-    gradient clipping (here: norm 1, in the loop)."""
+    DIFFERS: the paper names no optimizer; these are OpenVision 1's, which keeps its first moment in bfloat16 and sets
+    no gradient clipping (here: norm 1, in the loop)."""
     decayed = [p for name, p in model.named_parameters() if p.ndim >= 2 and "embedding" not in name]
     others = [p for name, p in model.named_parameters() if not (p.ndim >= 2 and "embedding" not in name)]
     groups = [dict(params=decayed, weight_decay=c.weight_decay), dict(params=others, weight_decay=0.0)]
@@ -350,19 +364,23 @@ def train(c: Config) -> None:
     main = rank == 0
     device = choose_device(c.device)
     if c.batch_size % world:
-        raise UserError(f"--batch-size {c.batch_size} is the global batch; it must be a multiple of the {world} processes")
+        raise UserError(f"--batch-size {c.batch_size} is the global batch; it must be a multiple of the {world} "
+                        "processes")
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dtype = {"auto": torch.bfloat16 if device.type == "cuda" else torch.float32, "float32": torch.float32, "bfloat16": torch.bfloat16}[c.dtype]
+    auto = "bfloat16" if device.type == "cuda" else "float32"
+    dtype = getattr(torch, auto if c.dtype == "auto" else c.dtype)
     out = Path(c.out)
     resumed = read_checkpoint(out) if c.resume else None
     if resumed is None and (out / "last.pt").exists():
         raise UserError(f"{out} already holds a run: continue it with --resume, or choose another --out")
     if resumed and resumed["config"] != (now := dataclasses.asdict(c)):
-        free = ("resume", "out", "device", "dtype", "compile", "workers", "log_every", "save_every", "sample_every", "log_ids")
-        changed = [f"--{k.replace('_', '-')} {now[k]} (was {v})" for k, v in resumed["config"].items() if k not in free and now[k] != v]
+        free = ("resume", "out", "device", "dtype", "compile", "workers", "log_every", "save_every", "sample_every",
+                "log_ids")
+        changed = [f"--{k.replace('_', '-')} {now[k]} (was {v})" for k, v in resumed["config"].items()
+                   if k not in free and now[k] != v]
         if changed:
             raise UserError(f"--resume takes the flags the run began with; changed: {', '.join(changed)}")
     if resumed and resumed["step"] >= c.steps:
@@ -371,7 +389,8 @@ def train(c: Config) -> None:
 
     # 2. Data, tokenizer, model
     vae = load_vae(c.vae)
-    data = open_data(c.data, c.resolution, c.config, c.split, c.image_col, c.text_col, c.label_col, c.seed, c.crop, c.flip)
+    data = open_data(c.data, c.resolution, c.config, c.split, c.image_col, c.text_col, c.label_col,
+                     c.seed, c.crop, c.flip)
     if resumed:
         tokenizer = Tokenizer.from_state(resumed["tokenizer"], c.context_length)
     elif c.tokenizer == "bpe":
@@ -393,29 +412,38 @@ def train(c: Config) -> None:
     about = {"tokenizer": tokenizer.state(), "class_names": data.class_names, "vae_sha256": vae_hash(c.vae)}
     model.train()
     if c.compile or (c.compile is None and device.type == "cuda"):
-        for part in (model.encoder, model.latent_decoder, model.caption_decoder, model.text_encoder, vae.encoder, vae.decoder):
+        for part in (model.encoder, model.latent_decoder, model.caption_decoder, model.text_encoder,
+                     vae.encoder, vae.decoder):
             part.compile()
     parallel = DistributedDataParallel(model) if world > 1 else model
-    loader = training_loader(data.train, tokenizer, c.batch_size, c.seed, start, c.steps, rank, world, c.workers, device.type == "cuda")
+    loader = training_loader(data.train, tokenizer, c.batch_size, c.seed, start, c.steps, rank, world, c.workers,
+                             pin_memory=device.type == "cuda")
     test_batch = next(iter(evaluation_loader(data.test, tokenizer, 8, limit=8)))
 
     # 3. Say what is about to happen
     out.mkdir(parents=True, exist_ok=True)
     if main:
-        (out / "config.json").write_text(json.dumps(dataclasses.asdict(c) | {"torch": torch.__version__, "world_size": world}, indent=1) + "\n")
+        about_run = dataclasses.asdict(c) | {"torch": torch.__version__, "world_size": world}
+        (out / "config.json").write_text(json.dumps(about_run, indent=1) + "\n")
         keep_log_until(out / "log.jsonl", start)
-        parts = {name: sum(p.numel() for p in part.parameters()) / 1e6 for name, part in
-                 (("encoder", model.encoder), ("latent decoder", model.latent_decoder), ("caption decoder", model.caption_decoder), ("text encoder", model.text_encoder))}
-        print(f"{c.data}: {len(data.train):,} training pictures, {len(data.test):,} held out; {len(loader.batch_sampler):,} steps of {c.batch_size} on {world} x {device} in {dtype}")
-        print("learning: " + ", ".join(f"{name} {n:.1f} M" for name, n in parts.items()) + f"; frozen: VAE {sum(p.numel() for p in vae.parameters()) / 1e6:.1f} M")
-        print(f"{(c.resolution // 16) ** 2} tokens a picture, {tokenizer.vocab_size} words and pieces; expected at the start: "
-              f"contrastive ln {c.batch_size} = {math.log(c.batch_size):.2f}, caption ln {tokenizer.vocab_size} = {math.log(tokenizer.vocab_size):.2f}")
+        parts = {"encoder": model.encoder, "latent decoder": model.latent_decoder,
+                 "caption decoder": model.caption_decoder, "text encoder": model.text_encoder, "frozen VAE": vae}
+        print(f"{c.data}: {len(data.train):,} training pictures, {len(data.test):,} held out; "
+              f"{c.steps - start:,} steps of {c.batch_size} on {world} x {device} in {dtype}")
+        print("millions of parameters: " + ", ".join(f"{name} {sum(p.numel() for p in part.parameters()) / 1e6:.1f}"
+                                                     for name, part in parts.items()))
+        E, V = SIZES[c.size]["embed_dim"], tokenizer.vocab_size
+        spread = model.log_scale.exp().item() ** 2 / (2 * E)  # what the chance similarities of whitened vectors cost
+        print(f"{(c.resolution // 16) ** 2} tokens a picture, {V} words and pieces; expected at the start: contrastive "
+              f"ln {c.batch_size} + {spread:.2f} = {math.log(c.batch_size) + spread:.2f}, "
+              f"caption ln {V} = {math.log(V):.2f}")
         print(f"a caption: {tokenizer.decode(tokenizer.encode(test_batch['captions'][0]))!r}")
         if start == 0:
             save_grid(model, tokenizer, test_batch, out / "recon_000000.png")
 
     # 4. Train
-    progress = tqdm(total=c.steps, initial=start, desc="train", disable=not main, mininterval=1, smoothing=0.05)
+    bar = None if main else True  # None: tqdm draws its bar on a terminal only; the log lines go everywhere
+    progress = tqdm(total=c.steps, initial=start, desc="train", disable=bar, mininterval=1, smoothing=0.05)
     if c.log_ids:
         keep_log_until(out / f"ids-{rank}.jsonl", start)
     ids_file = open(out / f"ids-{rank}.jsonl", "a") if c.log_ids else None
@@ -429,7 +457,8 @@ def train(c: Config) -> None:
         ids = batch["text"].to(device, non_blocking=True)
         waited += time.time() - began
         if ids_file:
-            print(json.dumps({"step": step + 1, "rank": rank, "epoch": batch["epochs"][0], "ids": batch["ids"]}), file=ids_file, flush=True)
+            row = {"step": step + 1, "rank": rank, "epoch": batch["epochs"][0], "ids": batch["ids"]}
+            print(json.dumps(row), file=ids_file, flush=True)
 
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, c)
@@ -441,8 +470,10 @@ def train(c: Config) -> None:
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), c.clip)
         if not torch.isfinite(terms["loss"] + grad_norm):
             broken = [name for name, value in {**terms, "gradient": grad_norm}.items() if not torch.isfinite(value)]
-            last = f"the last good checkpoint is {out / 'last.pt'}" if (out / "last.pt").exists() else "there is no checkpoint yet"
-            raise UserError(f"step {step + 1}: not finite any more: {', '.join(broken)}; {last}; start again with a lower --lr in another --out")
+            saved = (out / "last.pt").exists()
+            last = f"the last good checkpoint is {out / 'last.pt'}" if saved else "there is no checkpoint yet"
+            raise UserError(f"step {step + 1}: not finite any more: {', '.join(broken)}; {last}; start again with a "
+                            "lower --lr in another --out")
         optimizer.step()
 
         done = step + 1
@@ -454,13 +485,18 @@ def train(c: Config) -> None:
                 values /= world
             if main:
                 elapsed, clock = time.time() - clock, time.time()
-                row = {"step": done, **dict(zip(terms, values.tolist())), "lr": learning_rate(step, c), "grad_norm": grad_norm.item(),
-                       "logit_scale": model.log_scale.exp().item(), "images_per_s": round(c.batch_size * (done - logged) / elapsed, 1),
+                row = {"step": done, **dict(zip(terms, values.tolist())), "lr": learning_rate(step, c),
+                       "grad_norm": grad_norm.item(), "logit_scale": model.log_scale.exp().item(),
+                       "images_per_s": round(c.batch_size * (done - logged) / elapsed, 1),
                        "data_share": round(waited / elapsed, 3)}
                 print(json.dumps(row), file=log_file, flush=True)
-                progress.set_postfix_str(f"loss {row['loss']:.3f} caption {row['caption']:.2f} match {row['contrastive']:.2f} pixel {row['pixel']:.3f}")
-                tqdm.write(f"step {done:6d}  loss {row['loss']:.4f}  pixel {row['pixel']:.4f}  latent {row['latent']:.4f}  lpips {row['lpips']:.4f}  "
-                           f"caption {row['caption']:.4f}  contrastive {row['contrastive']:.4f}  |grad| {row['grad_norm']:.2f}  {row['images_per_s']:.0f} img/s")
+                progress.set_postfix_str(f"loss {row['loss']:.3f} caption {row['caption']:.2f} "
+                                         f"match {row['contrastive']:.2f} pixel {row['pixel']:.3f}")
+                remaining = tqdm.format_interval((c.steps - done) * elapsed / (done - logged))
+                tqdm.write(f"step {done:6d}  loss {row['loss']:.4f}  pixel {row['pixel']:.4f}  "
+                           f"latent {row['latent']:.4f}  lpips {row['lpips']:.4f}  caption {row['caption']:.4f}  "
+                           f"contrastive {row['contrastive']:.4f}  |grad| {row['grad_norm']:.2f}  "
+                           f"{row['images_per_s']:.0f} img/s  {remaining} left")
                 logged, waited = done, 0.0
         pause = time.time()
         if main and (done % c.sample_every == 0 or done == c.steps):
@@ -471,7 +507,8 @@ def train(c: Config) -> None:
         clock += time.time() - pause  # images_per_s is that of training alone
     progress.close()
     if main:
-        print(f"done: {out / 'encoder.safetensors'}, pictures {out / 'recon_*.png'}, curves {out / 'curves.png'}; next: python eval_probe.py --ckpt {out}")
+        print(f"done: {out / 'encoder.safetensors'}, pictures {out / 'recon_*.png'}, curves {out / 'curves.png'}; "
+              f"next: python eval_probe.py --ckpt {out}")
     if world > 1:
         dist.destroy_process_group()
 

@@ -5,7 +5,8 @@ OpenVision 3 never shows its ViT a pixel. A convolutional VAE, trained beforehan
 picture into a small map of latents (paper sec 3.2, eq 1); the ViT reads that map (encoder.py), and on the way back
 the same VAE's decoder paints what the latent decoder predicts (decoders.py). The paper takes FLUX.1's VAE; the class
 below has exactly that architecture at any width. Two sizes are named: FLUX (84 M parameters) and TINY, the same
-network at an eighth of the width with fewer blocks, trained by this file on drawn pictures and committed in assets/tiny_vae.safetensors.
+network at an eighth of the width with fewer blocks, trained by this file on drawn pictures and committed in
+assets/tiny_vae.safetensors.
 
     image [B,3,H,W] in [-1,1] -> Encoder -> mean, log-variance [B,16,H/8,W/8] each -> 0.3611 * mean = latents
     latents [B,16,H/8,W/8]    -> 1/0.3611 -> Decoder -> image [B,3,H,W]
@@ -84,9 +85,10 @@ class AttnBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         B, C, H, W = x.shape
         h = self.norm(x)
-        q, k, v = (conv(h).flatten(2).transpose(1, 2).unsqueeze(1) for conv in (self.q, self.k, self.v))  # (B, 1, H*W, C)
-        h = F.scaled_dot_product_attention(q, k, v)                                                       # (B, 1, H*W, C)
-        h = h.squeeze(1).transpose(1, 2).reshape(B, C, H, W)                                              # (B, C, H, W)
+        q, k, v = (conv(h).flatten(2).transpose(1, 2).unsqueeze(1)
+                   for conv in (self.q, self.k, self.v))         # (B, 1, H*W, C)
+        h = F.scaled_dot_product_attention(q, k, v)              # (B, 1, H*W, C)
+        h = h.squeeze(1).transpose(1, 2).reshape(B, C, H, W)     # (B, C, H, W)
         return x + self.proj_out(h)
 
 
@@ -192,7 +194,8 @@ class Decoder(nn.Module):
 class AutoencoderKL(nn.Module):
     """FLUX.1's VAE at any width. Images in [-1,1] in and out; latents as OpenVision 3 feeds them to its ViT."""
 
-    def __init__(self, ch: int, ch_mult: tuple, num_res_blocks: int, z_channels: int, scale_factor: float, shift_factor: float = 0.0):
+    def __init__(self, ch: int, ch_mult: tuple, num_res_blocks: int, z_channels: int, scale_factor: float,
+                 shift_factor: float = 0.0):
         super().__init__()
         self.config = dict(ch=ch, ch_mult=list(ch_mult), num_res_blocks=num_res_blocks, z_channels=z_channels,
                            scale_factor=scale_factor, shift_factor=shift_factor)
@@ -230,9 +233,9 @@ class AutoencoderKL(nn.Module):
 def smooth_noise(rng: np.random.Generator, size: int, channels: int, power: float) -> np.ndarray:
     """Noise whose amplitude falls as 1/frequency^power (photographs: about 1), [size,size,channels], mean 0, std 1."""
     fy, fx = np.fft.fftfreq(size)[:, None], np.fft.rfftfreq(size)[None]
-    falloff = 1 / np.maximum(np.hypot(fx, fy), 1 / size) ** power                                # (size, size/2+1)
+    falloff = 1 / np.maximum(np.hypot(fx, fy), 1 / size) ** power            # (size, size/2+1)
     spectrum = np.fft.rfft2(rng.standard_normal((channels, size, size))) * falloff
-    noise = np.fft.irfft2(spectrum, s=(size, size)).transpose(1, 2, 0)                           # (size, size, channels)
+    noise = np.fft.irfft2(spectrum, s=(size, size)).transpose(1, 2, 0)       # (size, size, channels)
     return (noise - noise.mean((0, 1))) / (noise.std((0, 1)) + 1e-6)
 
 
@@ -274,7 +277,8 @@ def draw_leaves(rng: np.random.Generator, size: int) -> np.ndarray:
         angles = rng.uniform(0, 2 * math.pi) + np.arange(count) * 2 * math.pi / count + rng.uniform(-0.3, 0.3, count)
         stretch, turn = rng.uniform(0.3, 1), rng.uniform(0, math.pi)
         x, y = radius * np.cos(angles), radius * stretch * np.sin(angles)
-        points = np.stack([cx + x * math.cos(turn) - y * math.sin(turn), cy + x * math.sin(turn) + y * math.cos(turn)], 1)
+        points = np.stack([cx + x * math.cos(turn) - y * math.sin(turn),
+                           cy + x * math.sin(turn) + y * math.cos(turn)], 1)
         points = [tuple(p) for p in points]
         pen.polygon(points, fill=tuple(palette[rng.integers(len(palette))]))
         amount_pen.polygon(points, fill=int(rng.integers(256)) if rng.random() < 0.6 else 0)
@@ -384,7 +388,8 @@ class Muon(torch.optim.Optimizer):
                     square = x @ x.T
                     x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
                 x = x.T if tall else x
-                p.add_(x.reshape(p.shape), alpha=-0.2 * group["lr"] * max(x.shape) ** 0.5)        # AdamW's usual step length
+                # AdamW's usual step length
+                p.add_(x.reshape(p.shape), alpha=-0.2 * group["lr"] * max(x.shape) ** 0.5)
 
 
 def differences(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -402,7 +407,8 @@ def vae_loss(vae: AutoencoderKL, images: Tensor, w_gradient: float = 0.5, w_kl: 
 
 
 def psnr(x: Tensor, y: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio in dB per image; x, y [B,3,H,W] in [-1,1] (clamped), so the peak-to-peak range is 2."""
+    """Peak signal-to-noise ratio in dB per image; x, y [B,3,H,W] in [-1,1] (clamped), so the peak-to-peak range
+    is 2."""
     return 10 * torch.log10(4 / (x.clamp(-1, 1) - y.clamp(-1, 1)).square().mean((1, 2, 3)).clamp(min=1e-10))
 
 
@@ -413,11 +419,11 @@ def unit_latents(vae: AutoencoderKL, images: Tensor) -> AutoencoderKL:
     copy = AutoencoderKL(**vae.config).to(images.device)
     copy.load_state_dict(vae.state_dict())
     mean, _ = vae.moments(images)
-    factor = 1 / (vae.scale_factor * mean.std((0, 2, 3)))                                         # (Z,)
+    factor = 1 / (vae.scale_factor * mean.std((0, 2, 3)))                                 # (Z,)
     last, first = copy.encoder.conv_out, copy.decoder.conv_in
     last.weight[: len(factor)] *= factor.view(-1, 1, 1, 1)
     last.bias[: len(factor)] *= factor
-    last.bias[len(factor) :] += 2 * factor.log()                                                  # the log-variances follow
+    last.bias[len(factor) :] += 2 * factor.log()                                          # the log-variances follow
     first.weight /= factor.view(1, -1, 1, 1)
     return copy
 
@@ -446,7 +452,8 @@ def load_vae(source: str | os.PathLike = "tiny") -> AutoencoderKL:
         vae = AutoencoderKL(**config)
         vae.load_state_dict(tensors)
     except (RuntimeError, TypeError) as error:
-        raise ValueError(f"{path} is no VAE of this architecture: " + "; ".join((str(error).split("\n\t")[1:] or [str(error)])[:3])) from None
+        raise ValueError(f"{path} is no VAE of this architecture: " + "; ".join(
+            (str(error).split("\n\t")[1:] or [str(error)])[:3])) from None
     return vae.requires_grad_(False).eval()  # important! it stays as it is through every stage
 
 
@@ -474,20 +481,24 @@ def train(args: argparse.Namespace) -> None:
     vae = vae.to(device, memory_format=torch.channels_last)
     convolutions = [p for p in vae.parameters() if p.ndim == 4]
     others = [p for p in vae.parameters() if p.ndim < 4]
-    optimizers = [Muon(convolutions, args.lr), torch.optim.AdamW(others, args.lr / 2, betas=(0.9, 0.99), weight_decay=0)]
-    dataset = Procedural(128, args.steps * args.batch_size, args.seed) if args.data == "procedural" else Images(args.data, 128, args.steps * args.batch_size)
+    optimizers = [Muon(convolutions, args.lr),
+                  torch.optim.AdamW(others, args.lr / 2, betas=(0.9, 0.99), weight_decay=0)]
+    dataset = (Procedural(128, args.steps * args.batch_size, args.seed) if args.data == "procedural"
+               else Images(args.data, 128, args.steps * args.batch_size))
     loader = torch.utils.data.DataLoader(dataset, args.batch_size, num_workers=args.workers)
     held_out = Procedural(128, 64, args.seed + 1)
     test = torch.stack([held_out[i] for i in range(64)]).to(device) / 127.5 - 1
     log, began = open(out / "log.jsonl", "w"), time.time()
-    progress = tqdm(loader, total=args.steps, desc="vae", smoothing=0.05, mininterval=1)
+    progress = tqdm(loader, total=args.steps, desc="vae", smoothing=0.05, mininterval=1, disable=None)
     for step, images in enumerate(progress, 1):
         images = images.to(device) / 127.5 - 1                                                    # (B, 3, 128, 128)
         if step % 3:  # most steps see four times as many pictures of half the side, cut from the same drawings
-            images = images.unfold(2, 64, 64).unfold(3, 64, 64).permute(0, 2, 3, 1, 4, 5).flatten(0, 2)  # (4B, 3, 64, 64)
+            images = (images.unfold(2, 64, 64).unfold(3, 64, 64)
+                      .permute(0, 2, 3, 1, 4, 5).flatten(0, 2))                                   # (4B, 3, 64, 64)
         losses = vae_loss(vae, images.contiguous(memory_format=torch.channels_last))
         if not torch.isfinite(losses["loss"]):
-            raise SystemExit(f"step {step}: the loss is not finite ({', '.join(f'{k} {v.item():.3g}' for k, v in losses.items())}); lower --lr")
+            raise SystemExit(f"step {step}: the loss is not finite "
+                             f"({', '.join(f'{k} {v.item():.3g}' for k, v in losses.items())}); lower --lr")
         vae.zero_grad()
         losses["loss"].backward()
         factor = min(1.0, step / 50) * 0.5 * (1 + math.cos(math.pi * step / args.steps))          # warm-up, cosine to 0
@@ -495,10 +506,12 @@ def train(args: argparse.Namespace) -> None:
             optimizer.param_groups[0]["lr"] = lr * factor
             optimizer.step()
         if step % 100 == 0 or step == args.steps:
-            row = {"step": step, **{k: round(v.item(), 5) for k, v in losses.items()}, "seconds": round(time.time() - began)}
+            row = {"step": step, **{k: round(v.item(), 5) for k, v in losses.items()},
+                   "seconds": round(time.time() - began)}
             if step % 500 == 0 or step == args.steps:
                 with torch.no_grad():
-                    row["psnr"] = round(torch.cat([psnr(vae.decode(vae.encode(x[None])), x[None]) for x in test]).mean().item(), 2)
+                    row["psnr"] = round(torch.cat(
+                        [psnr(vae.decode(vae.encode(x[None])), x[None]) for x in test]).mean().item(), 2)
                     save_vae(unit_latents(vae, test), out / "vae.safetensors")
             log.write(json.dumps(row) + "\n")
             log.flush()
@@ -507,12 +520,17 @@ def train(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Without --data: sizes and a round trip. With it: trains the tiny VAE again.")
-    parser.add_argument("--data", help="procedural (drawn here), or any data set of data.py: shapes, a folder, a hub id")
+    parser = argparse.ArgumentParser(
+        description="Without --data: sizes and a round trip. With it: trains the tiny VAE again.")
+    parser.add_argument("--data",
+                        help="procedural (drawn here), or any data set of data.py: shapes, a folder, a hub id")
     parser.add_argument("--out", default="runs/vae", help="folder for vae.safetensors and log.jsonl")
     parser.add_argument("--steps", type=int, default=2000, help="training steps")
-    parser.add_argument("--batch-size", type=int, default=4, help="pictures of 128x128 a step, or four times as many of 64x64")
-    parser.add_argument("--lr", type=float, default=1e-3, help="Muon's learning rate for convolutions, half of it for the rest; ten times more blows up the features")
+    parser.add_argument("--batch-size", type=int, default=4,
+                        help="pictures of 128x128 a step, or four times as many of 64x64")
+    parser.add_argument("--lr", type=float, default=1e-3,
+                        help="Muon's learning rate for convolutions, half of it for the rest; "
+                             "ten times more blows up the features")
     parser.add_argument("--workers", type=int, default=1, help="processes that draw or load")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
