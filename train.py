@@ -97,7 +97,8 @@ class Config:
 
 PRESETS = {
     "laptop": {},
-    "smoke": dict(steps=4, batch_size=8, warmup=1, log_every=1, save_every=2, sample_every=4, out="runs/smoke"),
+    "smoke": dict(steps=4, batch_size=8, pixel_every=4, warmup=1, log_every=1, save_every=2, sample_every=4,
+                  out="runs/smoke"),
     "gpu": dict(size="S", resolution=128, pixel_every=1, steps=20_000, batch_size=512, lr=5e-4, warmup=1000,
                 workers=12, out="runs/gpu", log_every=20, save_every=1000, sample_every=1000),
     # Table 1, pretraining: 4000 ImageNet-sized epochs at batch 8192; peak rate = base rate 8e-6 * 8192 / 256
@@ -366,6 +367,9 @@ def train(c: Config) -> None:
     if c.batch_size % world:
         raise UserError(f"--batch-size {c.batch_size} is the global batch; it must be a multiple of the {world} "
                         "processes")
+    if c.batch_size // world % c.pixel_every:  # or N processes would decode other pictures than one does
+        raise UserError(f"{c.batch_size // world} pictures per process are no multiple of --pixel-every "
+                        f"{c.pixel_every}; give --pixel-every 1, as in the paper, or another divisor")
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     if device.type == "cuda":
