@@ -146,7 +146,7 @@ def whitening(x: Tensor, width: int) -> tuple[Tensor, Tensor]:
     variances, directions = torch.linalg.eigh((x.double() - mean).T.cov().cpu())       # (D,), (D, D)
     scale = (variances + 0.02 * variances.mean()).clamp(min=1e-6).rsqrt() * max(1, width / len(mean)) ** 0.5
     rotation = nn.init.orthogonal_(torch.empty(len(mean), width, dtype=torch.double))
-    return mean.to(x), (directions * scale @ rotation).to(x)
+    return mean.to(x), (directions * scale @ directions.T @ rotation).to(x)  # symmetric: no matter which directions
 
 
 class VisionTransformer(nn.Module):
