@@ -640,9 +640,15 @@ class Tokenizer:
         return [self.bos, *self.encoding.encode_ordinary(text)[: self.context_length - 2], self.eos]
 
     def decode(self, ids: list[int]) -> str:
-        """Text up to the first eos; the special ids are left out."""
-        ids = ids[: ids.index(self.eos)] if self.eos in ids else ids
-        return self.encoding.decode([i for i in ids if i < self.encoding.n_vocab])
+        """Text up to the first eos; ids that stand for no text are left out: the special ones, and those that tiktoken
+        skips in its numbering (cl100k_base has some), which an untrained captioner writes too."""
+        pieces = []
+        for i in ids[: ids.index(self.eos)] if self.eos in ids else ids:
+            try:
+                pieces.append(self.encoding.decode_single_token_bytes(i))
+            except KeyError:
+                continue
+        return b"".join(pieces).decode("utf-8", errors="replace")
 
     def batch(self, texts: list[str]) -> Tensor:
         """int64 [B, context_length], padded."""

@@ -22,12 +22,13 @@ Next:   decoders.py
 """
 import math
 import os
-import pickle
+import re
+import zipfile
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
+from huggingface_hub import hf_hub_download
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -172,6 +173,10 @@ class VisionTransformer(nn.Module):
     def positions(self, rows: int, columns: int) -> Tensor:
         if (rows, columns) == (self.side, self.side):
             return self.positional_embedding
+        own = sincos_positions(self.side, self.side, self.width).to(self.positional_embedding)
+        if not torch.allclose(own, self.positional_embedding[1:], atol=1e-3):
+            raise ValueError(f"these weights bring a position table that is not the sin-cos one; it cannot be computed "
+                             f"for {rows}x{columns} tokens: keep to their own {self.side}x{self.side}")
         table = sincos_positions(rows, columns, self.width).to(self.positional_embedding)
         return torch.cat([torch.zeros_like(table[:1]), table])                         # (1+N, W)
 
@@ -268,40 +273,67 @@ def save_encoder(encoder: ImageEncoder, path: str | os.PathLike) -> None:
     os.replace(temporary, path)
 
 
+def find_encoder(source: str | os.PathLike) -> Path:
+    """The weights file behind a run folder, a folder as the hub has it, a file, or a hub id, which is fetched."""
+    path = Path(source).expanduser()
+    names = ("encoder.safetensors", "open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+    if path.is_file():
+        return path
+    if path.is_dir():
+        found = [path / name for name in names if (path / name).is_file()]
+        if found:
+            return found[0]
+        raise FileNotFoundError(f"the folder {path} holds none of {', '.join(names)}")
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(source)):
+        raise FileNotFoundError(f"no encoder at {path}: give a run folder of train.py, a weights file, or a hub id "
+                                "such as UCSC-VLAA/openvision3-vit-base-patch2-32")
+    try:
+        return Path(hf_hub_download(str(source), names[-1]))
+    except Exception as error:  # huggingface_hub raises dozens of kinds; all mean that there is no file
+        raise FileNotFoundError(f"{source} is no path here, and {names[-1]} could not be fetched from the Hugging Face "
+                                f"hub under that name ({type(error).__name__}: {str(error).strip().splitlines()[0]}); "
+                                "offline, download that file elsewhere and give its path") from None
+
+
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a .safetensors or PyTorch file. Nothing but tensors is ever unpickled."""
+    """The tensors of a .safetensors or PyTorch file, mapped from the disk: what is not used is not read. Nothing but
+    tensors is ever unpickled."""
     try:
         if path.suffix == ".safetensors":
             tensors = load_file(path)
         else:
-            tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read as a weights file: {str(error).splitlines()[0]}") from None
+            tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as error:  # truncated, no archive at all, or objects that weights_only refuses
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{path} cannot be read as a weights file: {reason}") from None
     if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
         raise ValueError(f"{path} is not a flat table of tensors")
     return tensors
 
 
 def load_encoder(source: str | os.PathLike) -> ImageEncoder:
-    """A run folder of train.py, or a file with the official names (prefix `visual.` allowed), .safetensors or PyTorch's
-    (open_clip_pytorch_model.bin). Width, depth, grid and embedding width are read off the tensors; strict."""
-    path = Path(source)
-    path = path / "encoder.safetensors" if path.is_dir() else path
-    if not path.is_file():
-        raise FileNotFoundError(f"no encoder at {path}: give a run folder of train.py or a weights file")
+    """A run folder of train.py; a file with the official names, .safetensors or PyTorch's, alone or as the `visual.`
+    part of a whole CLIP model; or a hub id. Width, heads (64 wide), depth, grid and embedding width are read off the
+    tensors. Strict: a missing, extra or misshapen tensor is a ValueError that names it. The weights are the file's
+    pages themselves, in fp32, not a copy."""
+    path = find_encoder(source)
     tensors = read_tensors(path)
     if any(name.startswith("visual.") for name in tensors):
         tensors = {name.removeprefix("visual."): t for name, t in tensors.items() if name.startswith("visual.")}
-    for name in ("conv1.weight", "positional_embedding", "proj"):
-        if name not in tensors:
-            raise ValueError(f"{path} is no OpenVision 3 image encoder: it has no tensor {name!r}")
+    for name, dimensions in (("conv1.weight", 4), ("positional_embedding", 2), ("proj", 2)):
+        if name not in tensors or tensors[name].ndim != dimensions:
+            raise ValueError(f"{path} is no OpenVision 3 image encoder: it has no tensor {name!r} of {dimensions} "
+                             "dimensions")
     width, in_channels, patch_size, _ = tensors["conv1.weight"].shape
     side = math.isqrt(len(tensors["positional_embedding"]) - 1)
     depth = len({name.split(".")[2] for name in tensors if name.startswith("transformer.resblocks.")})
-    embed_dim = tensors["proj"].shape[1]
-    encoder = ImageEncoder(side * patch_size, patch_size, in_channels, width, depth, width // 64, embed_dim)
+    if width % 64:
+        raise ValueError(f"{path} has width {width}; the number of heads can only be read off multiples of 64")
+    with torch.device("meta"):
+        encoder = ImageEncoder(side * patch_size, patch_size, in_channels, width, depth, width // 64,
+                               tensors["proj"].shape[1])
     try:
-        encoder.load_state_dict(tensors)
+        encoder.load_state_dict({name: t.float() for name, t in tensors.items()}, assign=True)
     except RuntimeError as error:
         raise ValueError(f"{path} does not fit: " + " ".join(str(error).split("\n\t")[1:])) from None
     return encoder

@@ -16,25 +16,27 @@ Letters: B batch, E shared embedding width, N image tokens, W token width, K cla
 Run:    python eval_probe.py --ckpt runs/laptop                # table on screen, runs/laptop/metrics.json
         python eval_probe.py --ckpt runs/laptop --random-init  # the same towers untrained: the row to compare with
         python eval_probe.py --ckpt runs/laptop --image FILE   # one picture: caption, nearest labels, FILE_recon.png
+        python eval_probe.py --ckpt UCSC-VLAA/openvision3-vit-base-patch2-32 --vae flux --data FOLDER   # published
 Source: paper sec 4; linear probe on standardised features with the decay chosen on a tenth of the training part; kNN as
         in DINO (20 neighbours, cosine, temperature 0.07); SSIM of Wang et al. 2004.
 Next:   test_all.py
 """
 import argparse
 import json
-import os
 import time
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
-from data import (Data, DataError, all_wordings, centre_crop, class_prompts, decode_image, evaluation_loader,
+from data import (Data, DataError, Tokenizer, all_wordings, centre_crop, class_prompts, decode_image, evaluation_loader,
                   open_data, picture_grid, to_image, to_tensor)
-from train import OpenVision3, UserError, choose_device, load_run
-from vae import psnr
+from encoder import find_encoder, load_encoder
+from losses import LPIPS
+from train import OpenVision3, UserError, choose_device, load_run, write_atomically
+from vae import AutoencoderKL, load_vae, psnr
 
 RETRIEVAL_PAIRS = 256
 
@@ -117,8 +119,21 @@ def retrieval(images: Tensor, texts: Tensor) -> dict[str, float]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+class EncoderAlone(nn.Module):
+    """A published encoder and the VAE it reads: no decoder, no captioner, no text tower."""
+
+    def __init__(self, source: str, vae: AutoencoderKL):
+        super().__init__()
+        self.encoder, self.vae = load_encoder(source), vae
+        channels, expected = vae.config["z_channels"], self.encoder.conv1.in_channels
+        if channels != expected:
+            raise UserError(f"{source} reads latents of {expected} channels, the VAE gives {channels}")
+        self.resolution = self.encoder.side * self.encoder.patch_size * vae.downsampling  # its own: 256 or 224 px
+
+
 @torch.no_grad()
-def encode_images(model: OpenVision3, pictures, tokenizer, batch_size: int, limit: int, what: str) -> dict:
+def encode_images(model: OpenVision3 | EncoderAlone, pictures, tokenizer, batch_size: int, limit: int,
+                  what: str) -> dict:
     """Pooled vectors [M,E], labels [M], captions and scenes of the first `limit` pictures."""
     device = next(model.parameters()).device
     loader = evaluation_loader(pictures, tokenizer, batch_size, limit)
@@ -148,32 +163,38 @@ def class_vectors(model: OpenVision3, tokenizer, names: list[str], batch_size: i
 
 
 @torch.no_grad()
-def reconstruct_and_caption(model: OpenVision3, pictures, tokenizer, batch_size: int, limit: int) -> dict:
-    """PSNR, SSIM (and LPIPS) of ours and of the VAE alone, and the share of captions written exactly."""
+def reconstruct_and_caption(model: OpenVision3 | EncoderAlone, pictures, tokenizer, batch_size: int, limit: int,
+                            perceptual: nn.Module | None) -> dict:
+    """PSNR, SSIM (and LPIPS) of ours and of the VAE alone, and the share of captions written exactly; of an encoder
+    alone the VAE's."""
     device = next(model.parameters()).device
-    rows = {name: [] for name in ("psnr", "ssim", "lpips", "psnr_vae", "ssim_vae")}
-    exact = []
+    rows = {name: [] for name in ("psnr", "ssim", "lpips", "psnr_vae", "ssim_vae", "caption_exact")}
     for batch in tqdm(evaluation_loader(pictures, tokenizer, batch_size, limit), desc="reconstruct", leave=False,
                       disable=None):
         images = batch["image"].to(device)
-        ceiling, ours, tokens = model.reconstruct(images)
-        for name, picture in (("", ours), ("_vae", ceiling)):
-            rows["psnr" + name].append(psnr(picture, images))
-            rows["ssim" + name].append(ssim(picture, images))
-        if model.perceptual is not None:
-            rows["lpips"].append(model.perceptual(ours.clamp(-1, 1), images))
-        ids = model.caption_decoder.generate(tokens, tokenizer.bos, tokenizer.eos, tokenizer.context_length)
-        for text, captions, scene in zip((tokenizer.decode(row) for row in ids.tolist()), batch["all_captions"],
-                                         batch["scenes"]):
-            valid = all_wordings(json.loads(scene)) if scene else captions
-            exact.append(text in valid)
-    return {name: torch.cat(values).mean().item() if values else None for name, values in rows.items()} | {
-        "caption_exact": sum(exact) / len(exact)}
+        if isinstance(model, EncoderAlone):
+            ceiling = model.vae.decode(model.vae.encode(images))
+        else:
+            ceiling, ours, tokens = model.reconstruct(images)
+            rows["psnr"].append(psnr(ours, images))
+            rows["ssim"].append(ssim(ours, images))
+            if perceptual is not None:
+                rows["lpips"].append(perceptual(ours.clamp(-1, 1), images))
+            ids = model.caption_decoder.generate(tokens, tokenizer.bos, tokenizer.eos, tokenizer.context_length)
+            texts = [tokenizer.decode(row) for row in ids.tolist()]
+            valid = [all_wordings(json.loads(scene)) if scene else captions
+                     for captions, scene in zip(batch["all_captions"], batch["scenes"])]
+            rows["caption_exact"].append(torch.tensor([float(t in v) for t, v in zip(texts, valid)]))
+        rows["psnr_vae"].append(psnr(ceiling, images))
+        rows["ssim_vae"].append(ssim(ceiling, images))
+    return {name: torch.cat(values).mean().item() if values else None for name, values in rows.items()}
 
 
-def evaluate(model: OpenVision3, tokenizer, data: Data, n_train: int, n_test: int, batch_size: int = 64) -> dict:
+def evaluate(model: OpenVision3 | EncoderAlone, tokenizer, data: Data, n_train: int, n_test: int, batch_size: int = 64,
+             perceptual: nn.Module | None = None) -> dict:
     """All keys of the contract; None where one cannot be had, with the reason printed."""
     began = time.time()
+    alone = isinstance(model, EncoderAlone)
     test = encode_images(model, data.test, tokenizer, batch_size, n_test, "test")
     metrics = dict.fromkeys(("linear_probe_top1", "knn_top1", "zero_shot_top1", "i2t_r1", "i2t_r5", "t2i_r1",
                              "t2i_r5", "caption_exact", "psnr", "ssim", "lpips", "rfid", "psnr_vae", "ssim_vae"))
@@ -182,20 +203,25 @@ def evaluate(model: OpenVision3, tokenizer, data: Data, n_train: int, n_test: in
         x, y = ([part[key][part["labels"] >= 0] for part in (train, test)] for key in ("pooled", "labels"))
         metrics["linear_probe_top1"] = linear_probe(x[0], y[0], x[1], y[1], len(data.class_names))
         metrics["knn_top1"] = knn(x[0], y[0], x[1], y[1], len(data.class_names))
-        directions = class_vectors(model, tokenizer, data.class_names, batch_size)
-        metrics["zero_shot_top1"] = ((F.normalize(x[1], dim=1) @ directions.T).argmax(1) == y[1]).float().mean().item()
+        if not alone:
+            directions = class_vectors(model, tokenizer, data.class_names, batch_size)
+            nearest = (F.normalize(x[1], dim=1) @ directions.T).argmax(1)
+            metrics["zero_shot_top1"] = (nearest == y[1]).float().mean().item()
     else:
         print("linear_probe_top1, knn_top1, zero_shot_top1: null, the data set has no labels")
 
-    pairs = {captions[0]: i for i, captions in reversed(list(enumerate(test["captions"]))) if captions[0]}
-    chosen = sorted(pairs.values())[:RETRIEVAL_PAIRS]  # the first pictures whose captions all differ
-    texts = encode_texts(model, tokenizer, [test["captions"][i][0] for i in chosen], batch_size)
-    metrics |= retrieval(test["pooled"][chosen], texts)
-    print(f"retrieval is among {len(chosen)} held-out pairs with distinct captions")
-
-    metrics |= reconstruct_and_caption(model, data.test, tokenizer, batch_size, min(n_test, 512))
-    if metrics["lpips"] is None:
-        print("lpips: null, there are no LPIPS weights (--lpips-vgg and --lpips-lin of train.py)")
+    if alone:
+        print("zero_shot_top1, i2t_*, t2i_*, caption_exact, psnr, ssim, lpips: null, this is an encoder alone, "
+              "without a text tower or a decoder")
+    else:
+        pairs = {captions[0]: i for i, captions in reversed(list(enumerate(test["captions"]))) if captions[0]}
+        chosen = sorted(pairs.values())[:RETRIEVAL_PAIRS]  # the first pictures whose captions all differ
+        texts = encode_texts(model, tokenizer, [test["captions"][i][0] for i in chosen], batch_size)
+        metrics |= retrieval(test["pooled"][chosen], texts)
+        print(f"retrieval is among {len(chosen)} held-out pairs with distinct captions")
+        if perceptual is None:
+            print("lpips: null, without its weights; give --lpips-vgg and --lpips-lin, each a FILE or fetch")
+    metrics |= reconstruct_and_caption(model, data.test, tokenizer, batch_size, min(n_test, 512), perceptual)
     print("rfid: null, it needs Inception's weights, which this program does not read yet")
     return metrics | {"n_train": min(n_train, len(data.train)), "n_test": len(test["labels"]),
                       "seconds": round(time.time() - began, 1)}
@@ -239,8 +265,14 @@ def show_image(model: OpenVision3, tokenizer, path: Path, class_names: list[str]
 def main() -> None:
     parser = argparse.ArgumentParser(
         description="Measures a frozen encoder: probes, retrieval, captions, reconstruction.")
-    parser.add_argument("--ckpt", required=True, help="run folder of train.py")
+    parser.add_argument("--ckpt", required=True,
+                        help="run folder of train.py; or an encoder alone, as published: a file, a folder or a hub id")
     parser.add_argument("--data", help="data set to evaluate on (default: the one it was trained on)")
+    parser.add_argument("--vae", help="the VAE of an encoder alone: flux, or a file (a run folder knows its own)")
+    parser.add_argument("--resolution", type=int,
+                        help="picture side for an encoder alone (default: its own, 256 or 224)")
+    parser.add_argument("--lpips-vgg", metavar="FILE", help="torchvision's vgg16 weights, to measure LPIPS; or fetch")
+    parser.add_argument("--lpips-lin", metavar="FILE", help="LPIPS v0.1's vgg.pth, likewise")
     parser.add_argument("--image", type=Path,
                         help="show one picture's caption, nearest labels and reconstruction instead")
     parser.add_argument("--random-init", action="store_true",
@@ -252,26 +284,57 @@ def main() -> None:
     parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
     args = parser.parse_args()
     try:
-        if min(args.n_train, args.n_test, args.batch_size) < 2:
-            raise UserError("--n-train, --n-test and --batch-size must be at least 2")
-        model, tokenizer, state = load_run(args.ckpt, choose_device(args.device))
-        config = model.config
-        if args.image:
-            return show_image(model, tokenizer, args.image, state["class_names"])
-        if args.random_init:
-            torch.manual_seed(config.seed + 1)
-            model.load_state_dict(OpenVision3(config, tokenizer, model.vae).state_dict())
-        own = args.data in (None, config.data)
-        columns = (config.config, config.split, config.image_col, config.text_col, config.label_col) if own else ()
-        data = open_data(args.data or config.data, config.resolution, *columns)
-        metrics = evaluate(model, tokenizer, data, args.n_train, args.n_test, args.batch_size)
-        name = "metrics_random.json" if args.random_init else "metrics.json"
-        temporary = Path(args.ckpt) / (name + ".tmp")
-        temporary.write_text(json.dumps(metrics, indent=1) + "\n")
-        os.replace(temporary, Path(args.ckpt) / name)
-        print_table(f"{args.ckpt}, step {state['step']}" + (", random weights" if args.random_init else ""), metrics)
+        run(args)
     except (UserError, DataError, OSError, ValueError) as error:
         raise SystemExit(f"error: {error}") from None
+
+
+def run(args: argparse.Namespace) -> None:
+    if min(args.n_train, args.n_test, args.batch_size) < 2:
+        raise UserError("--n-train, --n-test and --batch-size must be at least 2")
+    device, alone = choose_device(args.device), not (Path(args.ckpt) / "last.pt").is_file()
+    perceptual = LPIPS(args.lpips_vgg, args.lpips_lin).to(device) if args.lpips_vgg or args.lpips_lin else None
+    if alone:
+        return probe_alone(args, device)
+    if args.vae or args.resolution:
+        raise UserError(f"{args.ckpt} is a run of train.py, which has its own VAE and resolution: leave --vae and "
+                        "--resolution out")
+    model, tokenizer, state = load_run(args.ckpt, device)
+    config = model.config
+    if args.image:
+        return show_image(model, tokenizer, args.image, state["class_names"])
+    if args.random_init:
+        torch.manual_seed(config.seed + 1)
+        model.load_state_dict(OpenVision3(config, tokenizer, model.vae).state_dict())
+    own = args.data in (None, config.data)
+    columns = (config.config, config.split, config.image_col, config.text_col, config.label_col) if own else ()
+    data = open_data(args.data or config.data, config.resolution, *columns)
+    metrics = evaluate(model, tokenizer, data, args.n_train, args.n_test, args.batch_size, perceptual)
+    save_metrics(metrics, Path(args.ckpt) / ("metrics_random.json" if args.random_init else "metrics.json"))
+    print_table(f"{args.ckpt}, step {state['step']}" + (", random weights" if args.random_init else ""), metrics)
+
+
+def probe_alone(args: argparse.Namespace, device: torch.device) -> None:
+    """An encoder without a run: everything that needs no decoder and no text tower."""
+    local = Path(args.ckpt).expanduser()
+    weights = find_encoder(args.ckpt)
+    if args.image or args.random_init:
+        raise UserError(f"{args.ckpt} is an encoder alone: --image and --random-init need a run folder of train.py")
+    if not args.vae:
+        raise UserError(f"{args.ckpt} is an encoder alone: name the VAE whose latents it reads, for the published ones "
+                        "--vae flux")
+    model = EncoderAlone(weights, load_vae(args.vae)).to(device).eval().requires_grad_(False)
+    data = open_data(args.data or "shapes", args.resolution or model.resolution, need_text=False)
+    metrics = evaluate(model, Tokenizer.train([], 4), data, args.n_train, args.n_test, args.batch_size)
+    folder = Path("runs") / local.name if not local.exists() else local if local.is_dir() else local.parent
+    folder.mkdir(parents=True, exist_ok=True)
+    save_metrics(metrics, folder / "metrics.json")
+    print_table(args.ckpt, metrics)
+
+
+def save_metrics(metrics: dict, path: Path) -> None:
+    write_atomically(path, lambda temporary: temporary.write_text(json.dumps(metrics, indent=1) + "\n"))
+    print(f"wrote {path}")
 
 
 if __name__ == "__main__":

@@ -21,7 +21,6 @@ Source: paper eqs 4-6 and Table 1; CLIP (arXiv 2103.00020); LPIPS v0.1 (arXiv 18
 Next:   data.py
 """
 import math
-import pickle
 from pathlib import Path
 
 import torch
@@ -106,24 +105,50 @@ class PerceptualDistance(nn.Module):
         return distance
 
 
+# Where --lpips-vgg fetch and --lpips-lin fetch get the published weights (553 MB and 7 KB), and what they must hash to
+LPIPS_FILES = {
+    "vgg": ("https://download.pytorch.org/models/vgg16-397923af.pth",
+            "397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0"),
+    "lin": ("https://raw.githubusercontent.com/richzhang/PerceptualSimilarity/master/lpips/weights/v0.1/vgg.pth",
+            "a78928a0af1e5f0fcb1f3b9e8f8c3a2a5a3de244d830ad5c1feddc79b8432868"),
+}
+
+
+def fetch_lpips(which: str) -> Path:
+    """The published file, from PyTorch's cache or the network; any other content is refused."""
+    url, sha256 = LPIPS_FILES[which]
+    path = Path(torch.hub.get_dir()) / "checkpoints" / f"lpips-{which}-{Path(url).name}"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        if not path.is_file():
+            torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256)
+    except (OSError, RuntimeError) as error:  # no network, or another hash
+        raise FileNotFoundError(f"{url} could not be fetched ({error}); download it elsewhere and give its path with "
+                                f"--lpips-{which}") from None
+    return path
+
+
 class LPIPS(PerceptualDistance):
-    """LPIPS v0.1 with VGG16. `vgg`: torchvision's vgg16 state dict or its file; `lin`: LPIPS v0.1's vgg.pth,
-    likewise."""
+    """LPIPS v0.1 with VGG16. `vgg`: torchvision's vgg16 state dict, its file, or "fetch"; `lin`: LPIPS v0.1's vgg.pth,
+    likewise. A missing, unexpected or misshapen tensor is a ValueError that names it and the file."""
 
     def __init__(self, vgg: dict | str | Path | None = None, lin: dict | str | Path | None = None):
         super().__init__()
         if vgg is None or lin is None:
             raise ValueError("LPIPS needs both weight files, torchvision's vgg16 (.pth) and LPIPS v0.1's vgg.pth: "
-                             "train with --lpips-weight 0, or give --lpips-vgg FILE and --lpips-lin FILE")
-        try:
-            vgg, lin = (torch.load(w, map_location="cpu", weights_only=True) if isinstance(w, (str, Path)) else w
-                        for w in (vgg, lin))
-            trunk = {name: t for name, t in vgg.items() if not name.startswith("classifier.")}
-            heads = {f"lin.{name[3]}": t for name, t in lin.items()
-                     if name.startswith("lin") and name.endswith(".model.1.weight")}
-            self.load_state_dict({**trunk, **heads})
-        except (RuntimeError, OSError, EOFError, pickle.UnpicklingError, AttributeError) as error:
-            raise ValueError(f"these are not LPIPS's weight files: {' '.join(str(error).split())[:300]}") from None
+                             "train with --lpips-weight 0, or give --lpips-vgg and --lpips-lin, each a FILE or fetch")
+        for which, source, part in (("vgg", vgg, self.features), ("lin", lin, self.lin)):
+            path = fetch_lpips(which) if source == "fetch" else source
+            try:
+                given = not isinstance(path, dict)
+                tensors = torch.load(path, map_location="cpu", weights_only=True) if given else path
+                part.load_state_dict({  # features.0.weight -> 0.weight, lin0.model.1.weight -> 0
+                    name.removeprefix("features.").removeprefix("lin").removesuffix(".model.1.weight"): tensor
+                    for name, tensor in tensors.items() if not name.startswith("classifier.")})
+            except Exception as error:  # no file, truncated, no table of tensors, other tensors
+                reason = "; ".join((str(error).split("\n\t")[1:] or [str(error).split("\n")[0]])[:3])
+                name = path if given else "the table given"
+                raise ValueError(f"{name} does not hold LPIPS's {which} weights: {reason}") from None
 
 
 def openvision3_loss(images: Tensor, reconstruction: Tensor, latents: Tensor, predicted_latents: Tensor,

@@ -6,6 +6,10 @@ bit, two processes against one, bad input, and the README's own commands. No tes
 
 Run:    python -m pytest -q test_all.py
 """
+import hashlib
+import http.server
+import importlib
+import importlib.util
 import io
 import json
 import math
@@ -13,11 +17,14 @@ import random
 import re
 import subprocess
 import sys
+import threading
+from functools import partial
 from pathlib import Path
 
 import datasets
 import numpy as np
 import pytest
+import tiktoken
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -579,6 +586,22 @@ def test_tokenizer():
         data.Tokenizer.named("gpt3", 26)
 
 
+def test_tiktokens_own_encodings(monkeypatch):
+    ranks = {bytes([b]): b for b in range(256)} | {b" red": 300}  # ids 256 to 299 stand for nothing, as in cl100k_base
+    theirs = tiktoken.Encoding("gpt2", pat_str=data.WORD_PATTERN, mergeable_ranks=ranks,
+                               special_tokens={"<|endoftext|>": 301})
+    monkeypatch.setitem(tiktoken.registry.ENCODINGS, "gpt2", theirs)
+    tokenizer = data.Tokenizer.named("gpt2", 20)
+    assert (tokenizer.bos, tokenizer.eos, tokenizer.pad, tokenizer.vocab_size) == (302, 303, 304, 305)
+    assert tokenizer.decode(tokenizer.encode("a red bar")) == "a red bar"
+    assert tokenizer.decode([tokenizer.bos, ord("a"), 270, 300, tokenizer.eos, 5]) == "a red"  # as if untrained
+    assert tokenizer.state() == {"name": "gpt2"}
+    assert data.Tokenizer.from_state({"name": "gpt2"}, 20).encoding is theirs
+    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: (_ for _ in ()).throw(ConnectionError("no route")))
+    with pytest.raises(data.DataError, match="TIKTOKEN_CACHE_DIR"):
+        data.Tokenizer.named("cl100k_base", 20)
+
+
 def test_order_is_that_of_one_process():
     def batches(world, start=0):
         orders = [iter(data.TrainingOrder(50, 8, seed=3, start=start, stop=15, rank=r, world=world))
@@ -855,6 +878,312 @@ def test_one_folder_from_training_to_one_picture(folder, tmp_path, monkeypatch, 
     assert "nearest labels" in capsys.readouterr().out and (tmp_path / "photo_recon.png").is_file()
     assert "photo.txt" in complaint(
         monkeypatch, eval_probe, "--ckpt", tmp_path / "run", "--image", tmp_path / "photo.txt")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Weights from elsewhere, and to elsewhere: against the libraries themselves
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def reference(name: str):
+    """A library to compare with, or a skip. They are no dependencies: .ci/references.txt has them, for --no-deps."""
+    for needed in ("torchvision", name.split(".")[0]):
+        if importlib.util.find_spec(needed) is None:
+            pytest.skip(f"{needed} is not installed: pip install --no-deps -r .ci/references.txt")
+    try:
+        importlib.import_module("torchvision")
+    except RuntimeError:  # next to a CPU build of torch its compiled half is missing; its Python half wants two names
+        STUBS.append(torch.library.Library("torchvision", "DEF"))
+        for operator in ("nms", "qnms"):
+            STUBS[-1].define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    return importlib.import_module(name)
+
+
+STUBS = []
+
+
+def assert_same(ours: torch.Tensor, theirs: torch.Tensor, share: float) -> None:
+    assert ours.shape == theirs.shape
+    difference, scale = (ours - theirs).abs().max().item(), theirs.abs().max().item()
+    print(f"largest difference {difference:.2e}, {difference / scale:.1e} of the scale {scale:.3g}")  # pytest -s
+    assert difference <= share * scale
+
+
+def open_clip_tower(grid: int, width: int, depth: int, heads: int, embed_dim: int) -> torch.nn.Module:
+    """open_clip's class, put together as the README's section on it says."""
+    tower = reference("open_clip.transformer").VisionTransformer(
+        image_size=grid, patch_size=2, width=width, layers=depth, heads=heads, mlp_ratio=4, output_dim=embed_dim,
+        no_ln_pre=True, pool_type="avg", final_ln_after_pool=True, output_tokens=True,
+        norm_layer=partial(torch.nn.LayerNorm, eps=1e-6))
+    tower.conv1 = torch.nn.Conv2d(16, width, 2, stride=2, bias=False)
+    return tower
+
+
+RELEASED = {"base-patch2-32": (32, 768, 12, 12, 768), "base-patch2-28": (28, 768, 12, 12, 768),
+            "large-patch2-32": (32, 1024, 24, 16, 1024)}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", RELEASED)
+def test_encoder_is_open_clips(name, tmp_path):
+    torch.manual_seed(0)
+    grid, width, depth, heads, embed_dim = RELEASED[name]
+    theirs = open_clip_tower(grid, width, depth, heads, embed_dim)
+    theirs.positional_embedding[0] = 0  # the released table: sin-cos, and a class token without a place
+    theirs.positional_embedding[1:] = encoder.sincos_positions(grid // 2, grid // 2, width)
+    for block in theirs.transformer.resblocks:
+        block.ln_1.bias.normal_(std=0.1)
+        block.attn.in_proj_bias.normal_(std=0.1)
+    torch.save({f"visual.{k}": v for k, v in theirs.state_dict().items()}, tmp_path / "open_clip_pytorch_model.bin")
+    latents = torch.randn(1, 16, grid, grid)
+    ours = encoder.load_encoder(tmp_path)
+    for a, b in zip(ours(latents), theirs(latents)):
+        assert_same(a, b, 1e-4)
+    assert ours(torch.randn(1, 16, 24, 20))[1].shape == (1, 120, width)  # not its own resolution, not square
+
+    for parameter in ours.parameters():  # and back: other weights, saved here, loaded there
+        parameter.mul_(0.9)
+    encoder.save_encoder(ours, tmp_path / "encoder.safetensors")
+    theirs.load_state_dict(load_file(tmp_path / "encoder.safetensors"))
+    for a, b in zip(ours(latents), theirs(latents)):
+        assert_same(a, b, 1e-4)
+    bare = {k: v for k, v in load_file(tmp_path / "encoder.safetensors").items()}
+    torch.save(bare, tmp_path / "bare.bin")
+    assert all(torch.equal(a, b) for a, b in zip(encoder.load_encoder(tmp_path / "bare.bin")(latents), ours(latents)))
+
+
+def test_a_foreign_position_table_keeps_its_resolution(tmp_path):
+    model = encoder.ImageEncoder(8, width=64, depth=1, heads=1, embed_dim=64)
+    model.positional_embedding.add_(1.0)
+    encoder.save_encoder(model, tmp_path / "encoder.safetensors")
+    again = encoder.load_encoder(tmp_path)
+    assert again(torch.randn(1, 16, 8, 8))[1].shape == (1, 16, 64)
+    with pytest.raises(ValueError, match="their own 4x4"):
+        again(torch.randn(1, 16, 12, 12))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("layout", ["FLUX", "diffusers"])
+def test_vae_is_diffusers(layout, tmp_path):
+    diffusers = reference("diffusers")
+    theirs = diffusers.AutoencoderKL(
+        block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=16, norm_num_groups=32,
+        down_block_types=4 * ("DownEncoderBlock2D",), up_block_types=4 * ("UpDecoderBlock2D",), scaling_factor=0.3611,
+        shift_factor=0.1159, use_quant_conv=False, use_post_quant_conv=False).eval()
+    if layout == "FLUX":  # random tensors under FLUX's names; diffusers' own converter reads them
+        with torch.device("meta"):
+            names = {k: v.shape for k, v in vae.AutoencoderKL(**vae.FLUX).state_dict().items()}
+        tensors = {k: 1 + 0.1 * torch.randn(s) if "norm" in k and "weight" in k else
+                   torch.randn(s) / max(1, math.prod(s[1:])) ** 0.5 for k, s in names.items()}
+        from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
+        theirs.load_state_dict(convert_ldm_vae_checkpoint(dict(tensors), dict(theirs.config)))
+        source = tmp_path / "ae.safetensors"
+        save_file(tensors, source)
+    else:
+        theirs.save_pretrained(tmp_path / "vae")
+        source = tmp_path / "vae"
+        assert vae.load_vae(source / "diffusion_pytorch_model.safetensors").config["shift_factor"] == 0
+    ours = vae.load_vae(source)
+    assert len(ours.state_dict()) == 244
+    for height, width in ((64, 64), (48, 80)):
+        x = torch.rand(1, 3, height, width) * 2 - 1
+        z = 0.3611 * theirs.encode(x).latent_dist.mean
+        assert_same(ours.encode(x), z, 1e-3)
+        assert_same(ours.decode(z), theirs.decode(z / 0.3611).sample, 1e-3)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # the package calls torchvision in an old way
+def test_lpips_is_the_package(tmp_path):
+    package = reference("lpips")
+    torch.manual_seed(0)
+    theirs = package.LPIPS(net="vgg", pnet_rand=True, verbose=False)  # random trunk, the published linear heads
+    trunk = {f"features.{name.split('.', 1)[1]}": t for name, t in theirs.net.state_dict().items()}
+    torch.save(trunk | {"classifier.0.weight": torch.zeros(4, 4)}, tmp_path / "vgg16.pth")
+    heads = Path(package.__file__).parent / "weights" / "v0.1" / "vgg.pth"
+    assert hashlib.sha256(heads.read_bytes()).hexdigest() == losses.LPIPS_FILES["lin"][1]
+    ours = losses.LPIPS(tmp_path / "vgg16.pth", heads)
+    x, y = shapes(4), shapes(4, split="train")
+    with torch.no_grad():
+        assert_same(ours(x, y), theirs(x, y).flatten(), 1e-4)
+    x.requires_grad_()
+    gradients = [torch.autograd.grad(net(x, y).sum(), x)[0] for net in (ours, theirs)]
+    assert_same(*gradients, 1e-4)
+
+
+class Trap:
+    """A pickle that, once loaded, creates a file."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_files_that_are_none(tmp_path):
+    """Missing, extra, misshapen, truncated, no checkpoint at all, code: one sentence that names file and tensor."""
+    tower = encoder.ImageEncoder(8, width=64, depth=1, heads=1, embed_dim=64).state_dict()
+    net = losses.PerceptualDistance()
+    vgg = {f"features.{n}": p for n, p in net.features.state_dict().items()}
+    lin = {f"lin{i}.model.1.weight": p.data for i, p in enumerate(net.lin)}
+    torch.save(vgg, tmp_path / "vgg16.pth")
+    codec = vae.load_vae("tiny").state_dict()
+    save = {"encoder": torch.save, "lpips": torch.save,
+            "vae": lambda tensors, path: save_file(tensors, path, {"config": json.dumps(vae.load_vae("tiny").config)})}
+    load = {"encoder": encoder.load_encoder, "vae": vae.load_vae,
+            "lpips": lambda path: losses.LPIPS(tmp_path / "vgg16.pth", path)}
+    for kind, tensors, name in (("encoder", tower, "transformer.resblocks.0.ln_1.bias"), ("encoder", tower, "proj"),
+                                ("vae", codec, "decoder.conv_in.bias"), ("lpips", lin, "lin2.model.1.weight")):
+        path = tmp_path / f"{kind}.bin"
+        said = re.escape("2" if kind == "lpips" else name)
+        for change in (lambda t: t.pop(name), lambda t: t.update({name: torch.zeros(3)})):
+            changed = dict(tensors)
+            change(changed)
+            save[kind](changed, path)
+            with pytest.raises(ValueError, match=rf"{kind}\.bin .*{said}"):
+                load[kind](path)
+        save[kind](tensors | {"extra": torch.zeros(1)}, path)
+        with pytest.raises(ValueError, match=rf"{kind}\.bin .*extra"):
+            load[kind](path)
+        save[kind](tensors, path)
+        load[kind](path)
+        whole = path.read_bytes()
+        for content in (whole[: len(whole) // 2], whole[:10], b"", b"<html>not found</html>"):
+            path.write_bytes(content)
+            with pytest.raises(ValueError, match=rf"{kind}\.bin ") as problem:
+                load[kind](path)
+            assert "\n" not in str(problem.value)
+        torch.save({name: Trap(tmp_path / "executed")}, path)
+        with pytest.raises(ValueError, match=rf"{kind}\.bin "):
+            load[kind](path)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_encoder_weights_are_mapped_and_not_copied(tmp_path):
+    encoder.save_encoder(encoder.ImageEncoder(), tmp_path / "encoder.safetensors")
+    torch.save({f"visual.{k}": v for k, v in load_file(tmp_path / "encoder.safetensors").items()},
+               tmp_path / "open_clip_pytorch_model.bin")
+    program = """if True:
+        import sys, torch, encoder
+        def private():  # kilobytes that are this process's own, not pages of a file
+            return int(next(line for line in open("/proc/self/status") if line.startswith("RssAnon")).split()[1])
+        before = private()
+        model = encoder.load_encoder(sys.argv[1])
+        assert model.proj.requires_grad and not model.positional_embedding.requires_grad
+        with torch.no_grad():
+            assert torch.isfinite(model(torch.randn(1, 16, 8, 8))[0]).all()
+        print((private() - before) / 1024)"""
+    for name in ("encoder.safetensors", "open_clip_pytorch_model.bin"):
+        done = command("-c", program, tmp_path / name)
+        assert done.returncode == 0, done.stderr
+        assert float(done.stdout) < 150, name  # MiB; the weights are 328
+
+
+def point_hub_at(address: str, folder: Path, monkeypatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", address)
+    monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE",
+                        address + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(folder / "cache"))
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A hub on this machine: files by "owner/name/file", or a status and the error code the real one would send."""
+    files = {}
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_HEAD(self):
+            answer = files.get(self.path.removeprefix("/").replace("/resolve/main", ""), (404, "RepoNotFound"))
+            self.send_response(200 if isinstance(answer, bytes) else answer[0])
+            if isinstance(answer, bytes):
+                self.send_header("ETag", f'"{hashlib.sha256(answer).hexdigest()}"')
+                self.send_header("Content-Length", str(len(answer)))
+                self.send_header("X-Repo-Commit", 40 * "a")
+            else:
+                self.send_header("X-Error-Code", answer[1])
+                self.send_header("Content-Length", "0")
+            self.end_headers()
+            return answer
+
+        def do_GET(self):
+            answer = self.do_HEAD()
+            if isinstance(answer, bytes):
+                self.wfile.write(answer)
+
+        def log_message(self, *_):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    point_hub_at(f"http://127.0.0.1:{server.server_port}", tmp_path, monkeypatch)
+    yield files
+    server.shutdown()
+
+
+def test_weights_from_the_hub(hub, tmp_path, monkeypatch, capsys):
+    tower = stirred(encoder.ImageEncoder(8, width=64, depth=1, heads=1, embed_dim=64))
+    stream = io.BytesIO()
+    torch.save({f"visual.{k}": v for k, v in tower.state_dict().items()}, stream)
+    hub["UCSC-VLAA/openvision3-vit-tiny/open_clip_pytorch_model.bin"] = stream.getvalue()
+    latents = torch.randn(1, 16, 8, 8)
+    again = encoder.load_encoder("UCSC-VLAA/openvision3-vit-tiny")
+    assert torch.equal(again(latents)[0], tower(latents)[0])
+    with pytest.raises(FileNotFoundError, match="no-one/nothing is no path here"):
+        encoder.load_encoder("no-one/nothing")
+
+    vae.save_vae(vae.load_vae("tiny"), tmp_path / "ae.safetensors")
+    content = (tmp_path / "ae.safetensors").read_bytes()
+    first, second, _ = ("/".join(place) for place in vae.FLUX_PLACES)
+    hub[second] = (403, "GatedRepo")
+    with pytest.raises(FileNotFoundError, match="hf auth login"):
+        vae.load_vae("flux")
+    hub[first] = content
+    with pytest.raises(FileNotFoundError, match="not FLUX.1's afc8e282"):
+        vae.load_vae("flux")
+    monkeypatch.setattr(vae, "FLUX_SHA256", hashlib.sha256(content).hexdigest())
+    assert vae.load_vae("flux").config["ch"] == vae.TINY["ch"]
+    assert train.vae_hash("flux") == vae.FLUX_SHA256
+
+    # an encoder alone, from its hub id to its numbers
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["eval_probe.py", "--ckpt", "UCSC-VLAA/openvision3-vit-tiny", "--vae", "flux",
+                                      "--n-train", "200", "--n-test", "32"])
+    eval_probe.main()
+    metrics = json.loads((tmp_path / "runs" / "openvision3-vit-tiny" / "metrics.json").read_text())
+    assert {k for k, v in metrics.items() if v is not None} == {
+        "linear_probe_top1", "knn_top1", "psnr_vae", "ssim_vae", "n_train", "n_test", "seconds"}
+    assert "null, this is an encoder alone" in capsys.readouterr().out
+    assert "--vae flux" in complaint(monkeypatch, eval_probe, "--ckpt", "UCSC-VLAA/openvision3-vit-tiny")
+
+
+def test_no_network(monkeypatch, tmp_path):
+    point_hub_at("http://127.0.0.1:9", tmp_path, monkeypatch)  # nobody listens there
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # between the hub library's six tries, 23 s in all
+    with pytest.raises(FileNotFoundError, match="offline, download"):
+        encoder.load_encoder("UCSC-VLAA/openvision3-vit-base-patch2-32")
+    with pytest.raises(FileNotFoundError, match="take tiny"):
+        vae.load_vae("flux")
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    monkeypatch.setitem(losses.LPIPS_FILES, "vgg", ("http://127.0.0.1:9/vgg16.pth", "0" * 64))
+    with pytest.raises(FileNotFoundError, match="--lpips-vgg"):
+        losses.LPIPS("fetch", "fetch")
+
+
+def test_lpips_files_are_fetched_and_checked(monkeypatch, tmp_path):
+    net = losses.PerceptualDistance()
+    torch.save({f"features.{n}": p for n, p in net.features.state_dict().items()}, tmp_path / "a.pth")
+    torch.save({f"lin{i}.model.1.weight": p.data for i, p in enumerate(net.lin)}, tmp_path / "b.pth")
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    for which, name in (("vgg", "a.pth"), ("lin", "b.pth")):
+        path = tmp_path / name
+        monkeypatch.setitem(losses.LPIPS_FILES, which, (path.as_uri(), hashlib.sha256(path.read_bytes()).hexdigest()))
+    x, y = shapes(4).chunk(2)
+    torch.testing.assert_close(losses.LPIPS("fetch", "fetch")(x, y), net(x, y))
+    (tmp_path / "hub" / "checkpoints" / "lpips-lin-b.pth").unlink()
+    monkeypatch.setitem(losses.LPIPS_FILES, "lin", ((tmp_path / "b.pth").as_uri(), "0" * 64))
+    with pytest.raises(FileNotFoundError, match="hash"):
+        losses.LPIPS("fetch", "fetch")
+    assert not (tmp_path / "hub" / "checkpoints" / "lpips-lin-b.pth").exists()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

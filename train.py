@@ -40,7 +40,7 @@ from data import DataError, Pictures, Tokenizer, evaluation_loader, open_data, p
 from decoders import CaptionDecoder, LatentDecoder
 from encoder import SIZES, ImageEncoder, TextEncoder, save_encoder
 from losses import LPIPS, openvision3_loss
-from vae import TINY_PATH, AutoencoderKL, load_vae
+from vae import AutoencoderKL, find_vae, load_vae
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Configuration: one field, one flag
@@ -65,7 +65,7 @@ class Config:
     resolution: int = field(64, "picture side in pixels, a multiple of 16")
     crop: float = field(0.4, "smallest share of the area a random crop keeps (shapes are never cropped)")
     flip: bool = field(False, "mirror half of the pictures; wrong for captions that say left or right")
-    vae: str = field("tiny", "frozen VAE: tiny, or a file: one written by vae.py, or FLUX's ae.safetensors")
+    vae: str = field("tiny", "frozen VAE: tiny; flux (fetched, 335 MB); or a file: vae.py's, FLUX's, diffusers'")
     size: str = field("Nano", f"row of encoder.SIZES: {', '.join(SIZES)}")
     steps: int = field(900, "optimizer steps of the whole run")
     batch_size: int = field(64, "pictures per step, over all processes; also the number of contrastive candidates")
@@ -78,8 +78,8 @@ class Config:
     beta: float = field(0.4, "weight of latent L1 within reconstruction (paper Table 1)")
     alpha: float = field(1.0, "weight of the contrastive term within understanding (paper Table 1)")
     lpips_weight: float = field(0.0, "weight of LPIPS (paper Table 1: 0, in finetuning 0.5); needs the two files below")
-    lpips_vgg: str | None = field(None, "torchvision's vgg16 weights file, for LPIPS")
-    lpips_lin: str | None = field(None, "LPIPS v0.1's vgg.pth")
+    lpips_vgg: str | None = field(None, "torchvision's vgg16 weights file, for LPIPS; or fetch (553 MB)")
+    lpips_lin: str | None = field(None, "LPIPS v0.1's vgg.pth, or fetch")
     pixel_every: int = field(16, "pixel L1 and LPIPS on every n-th picture of the batch only; 1: on all, as the paper")
     tau: float = field(0.2, "noise on the decoder's tokens: strength drawn from U[0, tau] per image, in units of z_u")
     out: str = field("runs/laptop", "run folder")
@@ -102,7 +102,7 @@ PRESETS = {
     "gpu": dict(size="S", resolution=128, pixel_every=1, steps=20_000, batch_size=512, lr=5e-4, warmup=1000,
                 workers=12, out="runs/gpu", log_every=20, save_every=1000, sample_every=1000),
     # Table 1, pretraining: 4000 ImageNet-sized epochs at batch 8192; peak rate = base rate 8e-6 * 8192 / 256
-    "paper-b": dict(size="B", vae="flux/ae.safetensors", resolution=128, pixel_every=1, steps=625_569, batch_size=8192,
+    "paper-b": dict(size="B", vae="flux", resolution=128, pixel_every=1, steps=625_569, batch_size=8192,
                     lr=2.56e-4, warmup=6255, weight_decay=0.2, context_length=80, workers=16, out="runs/paper-b",
                     log_every=50, save_every=1000, sample_every=5000),
 }
@@ -245,7 +245,8 @@ def whiten(model: OpenVision3, pictures: Pictures, tokenizer: Tokenizer, count: 
 
 
 def vae_hash(source: str) -> str:
-    return hashlib.sha256((TINY_PATH if source == "tiny" else Path(source)).read_bytes()).hexdigest()
+    with open(find_vae(source), "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_atomically(path: Path, write) -> None:
@@ -285,16 +286,11 @@ def read_checkpoint(folder: Path) -> dict:
 def load_run(folder: str | Path, device: torch.device) -> tuple[OpenVision3, Tokenizer, dict]:
     """A trained run for evaluation: the model in eval mode, its tokenizer, the checkpoint's step, class_names, ..."""
     state = read_checkpoint(Path(folder))
-    config = Config(**state["config"])
-    if config.lpips_weight > 0 and not (Path(config.lpips_vgg).is_file() and Path(config.lpips_lin).is_file()):
-        print(f"lpips: null, its weights {config.lpips_vgg} and {config.lpips_lin} are not both there")
-        config.lpips_weight = 0.0
+    config = Config(**state["config"] | {"lpips_weight": 0.0})  # whoever evaluates brings the LPIPS weights
     tokenizer = Tokenizer.from_state(state["tokenizer"], config.context_length)
     vae = load_vae(config.vae).to(device, memory_format=torch.channels_last)
     model = OpenVision3(config, tokenizer, vae).to(device)
     model.load_state_dict(state.pop("model"))
-    if model.perceptual is not None:
-        model.perceptual.to(device)
     return model.eval().requires_grad_(False), tokenizer, state
 
 

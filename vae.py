@@ -20,6 +20,7 @@ Source: the module names are those of the FLUX.1 release (black-forest-labs/flux
 Next:   encoder.py
 """
 import argparse
+import hashlib
 import json
 import math
 import os
@@ -29,8 +30,10 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import LocalEntryNotFoundError
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -436,24 +439,95 @@ def save_vae(vae: AutoencoderKL, path: Path) -> None:
     os.replace(temporary, path)
 
 
-def load_vae(source: str | os.PathLike = "tiny") -> AutoencoderKL:
-    """"tiny", a file written by `python vae.py`, or FLUX's ae.safetensors. Frozen, in eval mode, fp32. Strict: a file
-    that is no VAE, or has a missing, unexpected or misshapen tensor, is a ValueError that names it."""
-    path = TINY_PATH if str(source) == "tiny" else Path(source)
+# FLUX.1's weights by the name "flux". The first copy is not gated; the file is the same in all three places.
+FLUX_PLACES = (("Comfy-Org/z_image_turbo", "split_files/vae/ae.safetensors"),
+               ("black-forest-labs/FLUX.1-schnell", "ae.safetensors"),
+               ("black-forest-labs/FLUX.1-dev", "ae.safetensors"))
+FLUX_SHA256 = "afc8e28272cd15db3919bacdb6918ce9c1ed22e96cb12c4d5ed0fba823529e38"
+
+
+def fetch_flux() -> Path:
+    """ae.safetensors (335 MB) from the Hugging Face hub, into its cache; any other content is refused."""
+    failures = []
+    for repository, name in FLUX_PLACES:
+        try:
+            path = Path(hf_hub_download(repository, name))
+        except Exception as error:  # huggingface_hub raises dozens of kinds; all mean that there is no file
+            reason = {"GatedRepoError": "gated: accept its licence on the hub and run `hf auth login`"}.get(
+                type(error).__name__, f"{type(error).__name__}: {str(error).strip().splitlines()[0]}")
+            failures.append(f"{repository} ({reason})")
+            if isinstance(error, LocalEntryNotFoundError):
+                break  # no network: the other places are no nearer
+            continue
+        with open(path, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        if digest == FLUX_SHA256:
+            return path
+        failures.append(f"{repository} (its {name} has sha256 {digest}, not FLUX.1's {FLUX_SHA256})")
+    raise FileNotFoundError(f"FLUX's VAE could not be fetched from {', '.join(failures)}; offline, download one of "
+                            "these ae.safetensors elsewhere and give its path, or take tiny, which is here")
+
+
+def find_vae(source: str | os.PathLike) -> Path:
+    """The weights file behind a name, a file or a folder in diffusers' layout."""
+    path = TINY_PATH if str(source) == "tiny" else fetch_flux() if str(source) == "flux" else Path(source).expanduser()
+    path = path / "diffusion_pytorch_model.safetensors" if path.is_dir() else path
     if not path.is_file():
-        raise FileNotFoundError(f"no VAE at {path}: give \"tiny\", a file written by vae.py or FLUX's ae.safetensors")
+        raise FileNotFoundError(f"no VAE at {path}: give tiny, flux, a file written by vae.py, FLUX's ae.safetensors, "
+                                "or a file or folder as diffusers saves it")
+    return path
+
+
+def from_diffusers(name: str, levels: int) -> str:
+    """A tensor's name in diffusers' layout -> in FLUX's, which counts the decoder's levels from the finest."""
+    parts = name.split(".")
+    if parts[1] == "up_blocks":
+        parts[2] = str(levels - 1 - int(parts[2]))
+    name = ".".join(parts)
+    for theirs, ours in (("down_blocks", "down"), ("up_blocks", "up"), ("mid_block.resnets.0", "mid.block_1"),
+                         ("mid_block.resnets.1", "mid.block_2"), ("mid_block.attentions.0", "mid.attn_1"),
+                         ("resnets", "block"), ("downsamplers.0", "downsample"), ("upsamplers.0", "upsample"),
+                         ("conv_shortcut", "nin_shortcut"), ("conv_norm_out", "norm_out"), ("group_norm", "norm"),
+                         ("to_q", "q"), ("to_k", "k"), ("to_v", "v"), ("to_out.0", "proj_out")):
+        name = name.replace(f".{theirs}.", f".{ours}.")
+    return name
+
+
+def read_vae(path: Path) -> tuple[dict, dict[str, Tensor]]:
+    """(constructor's arguments, tensors under FLUX's names) of a file in either layout. The arguments are those that
+    vae.py wrote into the file, else those of a diffusers config.json beside it, else FLUX's."""
+    with safe_open(path, framework="pt") as file:
+        config = json.loads((file.metadata() or {}).get("config", "null")) or FLUX
+        tensors = {name: file.get_tensor(name).float() for name in file.keys()}
+    if not any("_blocks." in name for name in tensors):
+        return config, tensors
+    if (path.parent / "config.json").is_file():
+        their = json.loads((path.parent / "config.json").read_text())
+        widths = their["block_out_channels"]
+        # their shift_factor stays behind: OpenVision 3 does not shift (paper's inference script)
+        config = dict(ch=widths[0], ch_mult=[w // widths[0] for w in widths], num_res_blocks=their["layers_per_block"],
+                      z_channels=their["latent_channels"], scale_factor=their["scaling_factor"])
+    tensors = {from_diffusers(name, len(config["ch_mult"])): t for name, t in tensors.items()}
+    for name, t in tensors.items():
+        if ".attn_1." in name and t.ndim == 2:  # their linear layers are 1x1 convolutions here
+            tensors[name] = t[:, :, None, None]
+    return config, tensors
+
+
+def load_vae(source: str | os.PathLike = "tiny") -> AutoencoderKL:
+    """"tiny"; "flux", fetched from the hub; a file written by `python vae.py`; FLUX's ae.safetensors; or a file or
+    folder in diffusers' layout. Frozen, in eval mode, fp32. Strict: a file that is no VAE, or has a missing, unexpected
+    or misshapen tensor, is a ValueError that names it."""
+    path = find_vae(source)
     try:
-        with safe_open(path, framework="pt") as file:
-            config = json.loads((file.metadata() or {}).get("config", "null")) or FLUX
-            tensors = {name: file.get_tensor(name).float() for name in file.keys()}
-    except (SafetensorError, OSError, ValueError) as error:
-        raise ValueError(f"{path} is no safetensors file of a VAE: {str(error).splitlines()[0]}") from None
-    try:
-        vae = AutoencoderKL(**config)
-        vae.load_state_dict(tensors)
-    except (RuntimeError, TypeError) as error:
-        raise ValueError(f"{path} is no VAE of this architecture: " + "; ".join(
-            (str(error).split("\n\t")[1:] or [str(error)])[:3])) from None
+        config, tensors = read_vae(path)
+        with torch.device("meta"):  # no weights of its own: the file's take their place
+            vae = AutoencoderKL(**config)
+        vae.load_state_dict(tensors, assign=True)
+    except Exception as error:  # no safetensors, another architecture, a config.json of something else
+        problems = str(error).split("\n\t")[1:] or [f"{type(error).__name__}: {error}"]
+        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise ValueError(f"{path} is no VAE of this architecture: {'; '.join(problems[:3])}{more}") from None
     return vae.requires_grad_(False).eval()  # important! it stays as it is through every stage
 
 
