@@ -1206,6 +1206,21 @@ def test_readme_commands_exist():
         assert (HERE / (name[0] or name[1])).is_file(), name
 
 
+def test_readme_block_for_open_clip(monkeypatch, tmp_path):
+    reference("open_clip.transformer")
+    block = next(b for b in re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.S) if "open_clip" in b)
+    size = encoder.SIZES["Nano"]
+    ours = stirred(encoder.ImageEncoder(8, **{key: size[key] for key in ("width", "depth", "heads", "embed_dim")}))
+    (tmp_path / "runs" / "laptop").mkdir(parents=True)
+    encoder.save_encoder(ours, tmp_path / "runs" / "laptop" / "encoder.safetensors")
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(block, names)
+    latents = torch.randn(2, 16, 8, 8)
+    for a, b in zip(ours(latents), names["tower"](latents)):
+        assert_same(a, b, 1e-5)
+
+
 def test_every_setting_is_read_and_every_deviation_listed():
     code = {p.name: p.read_text() for p in HERE.glob("*.py") if p.name != "test_all.py"}
     for name in train.Config.__dataclass_fields__:
