@@ -19,7 +19,9 @@ Next:   train.py
 """
 import argparse
 import base64
+import hashlib
 import io
+import itertools
 import json
 import math
 import os
@@ -309,6 +311,7 @@ def to_image(tensor: Tensor) -> Image.Image:
 IMAGE_COLUMNS, TEXT_COLUMNS, LABEL_COLUMNS = (
     ("image", "img", "jpg", "png", "webp"), ("text", "caption", "captions", "txt"), ("label", "labels", "cls"))
 HELD_OUT = 0.1  # the test share where a data set brings none, at most 2,000 pictures
+STREAM_HEAD = 2000  # rows of a stream that are read ahead; held out are HELD_OUT of them
 
 
 class DataError(Exception):
@@ -358,11 +361,11 @@ class Pictures(torch.utils.data.Dataset):
     def is_main() -> bool:
         return os.environ.get("RANK", "0") == "0"
 
-    def report(self, i: int, error: Exception) -> None:
+    def report(self, i: int | str, error: Exception, row: dict | None = None) -> None:
         """Names a broken picture, once."""
         if i in self.broken:
             return
-        source = self.rows[i][self.image_col]
+        source = (row or self.rows[i])[self.image_col]
         self.broken[i] = (source.get("path") if isinstance(source, dict) else None) or f"row {i}"
         if self.is_main():
             reason = (str(error).splitlines() or [""])[0]
@@ -383,7 +386,7 @@ class Pictures(torch.utils.data.Dataset):
 
     def __getitem__(self, key: int | tuple[int, int]) -> dict:
         """{"image" [3,R,R] in [-1,1], "caption" str, "captions" all of the row's, "label" int, "scene" str,
-        "id" int}"""
+        "id" int (str in a stream), "epoch"}"""
         epoch, index = key if isinstance(key, tuple) else (None, key)
         for _ in range(100):
             i = int(self.good[index])
@@ -397,6 +400,10 @@ class Pictures(torch.utils.data.Dataset):
         else:
             raise DataError(f"100 pictures in a row cannot be read, the last one {self.broken[i]}: "
                             "is the disk still there?")
+        return self.example(row, image, epoch, i)
+
+    def example(self, row: dict, image: Image.Image, epoch: int | None, i: int | str) -> dict:
+        """What `__getitem__` returns; epoch None means evaluation."""
         texts = self.captions(row)
         rng = random.Random(f"{self.seed} {epoch} {i}")
         caption = texts[0] if epoch is None else rng.choice(texts)
@@ -418,12 +425,76 @@ class Pictures(torch.utils.data.Dataset):
                 for text in self.captions(row)]
 
 
+class Stream(torch.utils.data.IterableDataset):
+    """Training examples of a data set that is never whole on this machine. Every process and worker reads shards
+    (files) of its own; their order, and rows within a buffer of `BUFFER`, are shuffled anew each epoch. Goes on for
+    ever, in lists of `share` examples."""
+
+    BUFFER = 1000
+
+    def __init__(self, rows: datasets.IterableDataset, pictures: Pictures, held_out: set[str]):
+        self.rows, self.pictures, self.held_out = rows, pictures, held_out
+
+    def part(self, share: int, start: int, rank: int, world: int, workers: int) -> "Stream":
+        """What one process reads from step `start` on. Rows of earlier steps are read again and dropped undecoded, so
+        that a resumed run goes on exactly there, unless some of them were broken."""
+        readers = world * max(1, workers)
+        if self.rows.num_shards < readers:
+            raise DataError(f"--streaming: {self.rows.num_shards} shard(s) (files) cannot be shared by {world} "
+                            f"process(es) of {workers} workers; lower --workers, or cut the data into more files")
+        part = Stream(self.rows.shard(world, rank).shuffle(self.pictures.seed, buffer_size=self.BUFFER),
+                      self.pictures, self.held_out)
+        part.share, part.start = share, start
+        return part
+
+    @staticmethod
+    def row_id(row: dict, image_col: str) -> str:
+        """Shard and key in a tar, else a digest of the picture file."""
+        if "__key__" in row:
+            return f"{Path(str(row.get('__url__', ''))).name}:{row['__key__']}"
+        return hashlib.sha1(row[image_col]["bytes"] or str(row[image_col]["path"]).encode()).hexdigest()[:16]
+
+    def __iter__(self):
+        info = torch.utils.data.get_worker_info()  # `datasets` gives each worker its part of the shards by itself
+        worker, workers = (info.id, info.num_workers) if info else (0, 1)
+        drop = self.share * len(range(worker, self.start, workers))  # the loader takes batches from workers in turn,
+        if worker < self.start % workers:  # beginning with the first: those whose turn it is not pass
+            yield None
+        pictures, batch, seen = self.pictures, [], 0
+        for epoch in itertools.count():
+            self.rows.set_epoch(epoch)
+            before = seen
+            for row in self.rows:
+                i = self.row_id(row, pictures.image_col)
+                if i in self.held_out:
+                    continue
+                seen += 1
+                if seen <= drop:
+                    continue
+                try:
+                    image = decode_image(row[pictures.image_col])
+                except Exception as error:  # whatever a decoder trips over means: not a picture
+                    pictures.report(i, error, row)
+                    if len(pictures.broken) > max(10, 0.01 * seen):
+                        raise DataError(f"{len(pictures.broken)} of the first {seen} pictures of a reader are broken, "
+                                        f"more than 1 %: {', '.join(list(pictures.broken.values())[-5:])}") from None
+                    continue
+                batch.append(pictures.example(row, image, epoch, i))
+                if len(batch) == self.share:
+                    yield batch
+                    batch = []
+            if seen == before:
+                raise DataError("the stream holds no training pictures")
+
+
 @dataclass
 class Data:
-    """What `open_data` returns: the two parts, and the class names where there are labels."""
+    """What `open_data` returns: the two parts, the class names where there are labels, and the stream to train on where
+    one was asked for (`train` is then only its first rows, for the tokenizer and the probes)."""
     train: Pictures
     test: Pictures
     class_names: list[str] | None
+    stream: Stream | None = None
 
 
 def find_column(columns: list[str], asked: str | None, usual: tuple[str, ...], what: str) -> str | None:
@@ -444,7 +515,7 @@ def find_classes(rows: datasets.Dataset, column: str) -> tuple[list[str], dict] 
     return [str(v) for v in values], {v: i for i, v in enumerate(values)}
 
 
-def load_folder(folder: Path) -> datasets.DatasetDict:
+def load_folder(folder: Path, streaming: bool) -> datasets.DatasetDict:
     """A folder of pictures (class sub-folders, or metadata.jsonl/.csv beside them), of parquet files or of webdataset
     tars; sub-folders train/ and test/ (or validation/, val/) are its splits."""
     files = [p for p in folder.rglob("*") if p.is_file()] if folder.is_dir() else [folder]
@@ -452,6 +523,14 @@ def load_folder(folder: Path) -> datasets.DatasetDict:
         raise DataError(f"the folder {folder} is empty")
     endings = {p.suffix.lower() for p in files}
     kind = "parquet" if ".parquet" in endings else "webdataset" if ".tar" in endings else "imagefolder"
+    if streaming and kind == "imagefolder":
+        raise DataError(f"--streaming: {folder} is a folder of pictures, which is read picture by picture anyway; "
+                        "leave --streaming out (it is for hub data sets, parquet files and tars)")
+    for tar in files if kind == "webdataset" else ():
+        with open(tar, "rb") as file:  # tarfile takes an archive that was cut off for a shorter one, without a word
+            file.seek(-min(1024, tar.stat().st_size), os.SEEK_END)
+            if tar.suffix.lower() == ".tar" and file.read().strip(b"\0"):
+                raise DataError(f"{tar} has no end: it was cut off while being copied or written")
     pattern = {"parquet": "**/*.parquet", "webdataset": "**/*.tar", "imagefolder": "**"}[kind]
     if folder.is_file():
         data_files = {"train": str(folder)}
@@ -460,18 +539,29 @@ def load_folder(folder: Path) -> datasets.DatasetDict:
         data_files = {"train": f"{folder}/train/{pattern}"} | ({"test": f"{test}/{pattern}"} if test else {})
     else:
         data_files = {"train": f"{folder}/{pattern}"}
-    return datasets.load_dataset(kind, data_files=data_files)
+    return datasets.load_dataset(kind, data_files=data_files, streaming=streaming)
 
 
-def load_source(name: str, config: str | None) -> datasets.DatasetDict:
+def head_of(rows: datasets.IterableDataset, count: int, name: str) -> datasets.Dataset:
+    """The first rows of a stream, in memory."""
+    try:
+        head = list(rows.take(count))
+    except Exception as error:  # a shard that is none, or no network
+        raise DataError(f"--streaming: {name} cannot be read: {type(error).__name__}: {error}") from None
+    if not head:
+        raise DataError(f"--streaming: {name} holds nothing")
+    return datasets.Dataset.from_list(head, features=rows.features)
+
+
+def load_source(name: str, config: str | None, streaming: bool) -> datasets.DatasetDict:
     path = Path(name).expanduser()
     local = path.exists()
     if not local and (name.startswith((".", "/", "~")) or not re.fullmatch(r"[\w.-]+/[\w.-]+", name)):
         raise DataError(f"--data {name}: no such file or folder (built in: shapes; hub ids look like owner/name)")
     try:
         if local:
-            return load_folder(path)
-        return datasets.load_dataset(name, config)
+            return load_folder(path, streaming)
+        return datasets.load_dataset(name, config, streaming=streaming)
     except DataError:
         raise
     except Exception as error:  # `datasets` raises dozens of kinds; all mean that there is no data
@@ -482,15 +572,19 @@ def load_source(name: str, config: str | None) -> datasets.DatasetDict:
 
 def open_data(name: str, resolution: int, config: str | None = None, split: str | None = None,
               image_col: str | None = None, text_col: str | None = None, label_col: str | None = None,
-              seed: int = 0, crop: float = 0.4, flip: bool = False, need_text: bool = True) -> Data:
+              seed: int = 0, crop: float = 0.4, flip: bool = False, need_text: bool = True,
+              streaming: bool = False) -> Data:
     """Opens a data set by name (`shapes`, a folder or file, a hub id), both splits. Errors are DataErrors of one
     sentence."""
+    stream, held_out = None, set()
+    if name == "shapes" and streaming:
+        raise DataError("--streaming: shapes are drawn as they are needed; leave it out")
     if name == "shapes":
         parts = {"train": shapes_dataset("train", 1_000_000, resolution),
                  "test": shapes_dataset("test", 2000, resolution)}
         columns, classes = ("image", "text", "label"), (CLASS_NAMES, {i: i for i in range(len(CLASS_NAMES))})
     else:
-        source = load_source(name, config)
+        source = load_source(name, config, streaming)
         train_name = split or ("train" if "train" in source else next(iter(source)))
         if train_name not in source:
             raise DataError(f"--split {split}: {name} has the splits {', '.join(source)}")
@@ -512,14 +606,18 @@ def open_data(name: str, resolution: int, config: str | None = None, split: str 
                             "name theirs with --image-col") from None
         train = source[train_name]
         test_name = next((n for n in ("test", "validation", "val") if n in source and n != train_name), None)
+        if streaming:  # the first rows stand for the whole wherever one has to look ahead
+            stream, train = train, head_of(train, STREAM_HEAD, name)
+            source = {test_name: head_of(source[test_name], STREAM_HEAD // 2, name)} if test_name else {}
         if test_name:
             test = source[test_name]
         elif len(train) < 2:
             raise DataError(f"{name} has {len(train)} picture(s); training and testing need at least 2")
         else:
             order = np.random.default_rng(0).permutation(len(train))  # the same part is held out in every run
-            held_out = max(1, min(2000, int(HELD_OUT * len(train))))
-            train, test = train.select(np.sort(order[held_out:])), train.select(np.sort(order[:held_out]))
+            held = max(1, min(2000, int(HELD_OUT * len(train))))
+            train, test = train.select(np.sort(order[held:])), train.select(np.sort(order[:held]))
+            held_out = {Stream.row_id(row, columns[0]) for row in test} if streaming else set()
         parts, classes = {"train": train, "test": test}, None
         if columns[2] is not None:
             classes = find_classes(train, columns[2])
@@ -547,7 +645,9 @@ def open_data(name: str, resolution: int, config: str | None = None, split: str 
         print(f"data: {len(broken)} of the first {checked} pictures are broken and left out")
     if need_text and not any(text.strip() for text in pictures["train"].sample_captions(1000)):
         raise DataError(f"{name}: none of the first captions holds a word; name their column with --text-col")
-    return Data(pictures["train"], pictures["test"], class_names)
+    if stream is not None:
+        stream = Stream(stream, pictures["train"], held_out)
+    return Data(pictures["train"], pictures["test"], class_names, stream)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -601,6 +701,7 @@ class Tokenizer:
         self.encoding, self.context_length = encoding, context_length
         self.bos, self.eos, self.pad = (encoding.n_vocab + i for i in range(3))
         self.vocab_size = encoding.n_vocab + 3
+        self.silent = {encoding.encode_single_token(special) for special in encoding.special_tokens_set}
 
     @classmethod
     def train(cls, texts: list[str], context_length: int, vocab_size: int = 2048) -> "Tokenizer":
@@ -640,12 +741,12 @@ class Tokenizer:
         return [self.bos, *self.encoding.encode_ordinary(text)[: self.context_length - 2], self.eos]
 
     def decode(self, ids: list[int]) -> str:
-        """Text up to the first eos; ids that stand for no text are left out: the special ones, and those that tiktoken
+        """Text up to the first eos; ids that stand for no text are left out: special ones, and those that tiktoken
         skips in its numbering (cl100k_base has some), which an untrained captioner writes too."""
         pieces = []
         for i in ids[: ids.index(self.eos)] if self.eos in ids else ids:
             try:
-                pieces.append(self.encoding.decode_single_token_bytes(i))
+                pieces += [] if i in self.silent else [self.encoding.decode_single_token_bytes(i)]
             except KeyError:
                 continue
         return b"".join(pieces).decode("utf-8", errors="replace")
@@ -694,7 +795,9 @@ class Collate:
     def __init__(self, tokenizer: Tokenizer):
         self.tokenizer = tokenizer
 
-    def __call__(self, examples: list[dict]) -> dict:
+    def __call__(self, examples: list[dict] | None) -> dict | None:
+        if examples is None:  # a pass of Stream's
+            return None
         return {"image": torch.stack([e["image"] for e in examples]),              # (B, 3, R, R) in [-1, 1]
                 "text": self.tokenizer.batch([e["caption"] for e in examples]),    # (B, T)
                 "label": torch.tensor([e["label"] for e in examples]),             # (B,)
@@ -702,12 +805,15 @@ class Collate:
                 "all_captions": [e["captions"] for e in examples]}
 
 
-def training_loader(pictures: Pictures, tokenizer: Tokenizer, batch_size: int, seed: int, start: int, stop: int,
+def training_loader(data: Data, tokenizer: Tokenizer, batch_size: int, seed: int, start: int, stop: int,
                     rank: int = 0, world: int = 1, workers: int = 0,
                     pin_memory: bool = False) -> torch.utils.data.DataLoader:
-    order = TrainingOrder(len(pictures), batch_size, seed, start, stop, rank, world)
-    return torch.utils.data.DataLoader(pictures, batch_sampler=order, num_workers=workers,
-                                       collate_fn=Collate(tokenizer), pin_memory=pin_memory)
+    shared = dict(num_workers=workers, collate_fn=Collate(tokenizer), pin_memory=pin_memory)
+    if data.stream is not None:
+        part = data.stream.part(batch_size // world, start, rank, world, workers)
+        return torch.utils.data.DataLoader(part, batch_size=None, **shared)
+    order = TrainingOrder(len(data.train), batch_size, seed, start, stop, rank, world)
+    return torch.utils.data.DataLoader(data.train, batch_sampler=order, **shared)
 
 
 def evaluation_loader(pictures: Pictures, tokenizer: Tokenizer, batch_size: int,

@@ -23,6 +23,7 @@ Next:   test_all.py
 """
 import argparse
 import json
+import os
 import time
 from pathlib import Path
 
@@ -126,8 +127,9 @@ class EncoderAlone(nn.Module):
         super().__init__()
         self.encoder, self.vae = load_encoder(source), vae
         channels, expected = vae.config["z_channels"], self.encoder.conv1.in_channels
-        if channels != expected:
-            raise UserError(f"{source} reads latents of {expected} channels, the VAE gives {channels}")
+        if channels != expected or vae.downsampling != 8:
+            raise UserError(f"{source} reads latents of {expected} channels and an eighth of the picture's side, the "
+                            f"VAE gives {channels} and divides by {vae.downsampling}")
         self.resolution = self.encoder.side * self.encoder.patch_size * vae.downsampling  # its own: 256 or 224 px
 
 
@@ -292,13 +294,14 @@ def main() -> None:
 def run(args: argparse.Namespace) -> None:
     if min(args.n_train, args.n_test, args.batch_size) < 2:
         raise UserError("--n-train, --n-test and --batch-size must be at least 2")
-    device, alone = choose_device(args.device), not (Path(args.ckpt) / "last.pt").is_file()
-    perceptual = LPIPS(args.lpips_vgg, args.lpips_lin).to(device) if args.lpips_vgg or args.lpips_lin else None
-    if alone:
+    args.ckpt = os.path.expanduser(args.ckpt)
+    device = choose_device(args.device)
+    if not (Path(args.ckpt) / "last.pt").is_file():
         return probe_alone(args, device)
-    if args.vae or args.resolution:
+    if args.vae or args.resolution is not None:
         raise UserError(f"{args.ckpt} is a run of train.py, which has its own VAE and resolution: leave --vae and "
                         "--resolution out")
+    perceptual = LPIPS(args.lpips_vgg, args.lpips_lin).to(device) if args.lpips_vgg or args.lpips_lin else None
     model, tokenizer, state = load_run(args.ckpt, device)
     config = model.config
     if args.image:
@@ -308,28 +311,33 @@ def run(args: argparse.Namespace) -> None:
         model.load_state_dict(OpenVision3(config, tokenizer, model.vae).state_dict())
     own = args.data in (None, config.data)
     columns = (config.config, config.split, config.image_col, config.text_col, config.label_col) if own else ()
-    data = open_data(args.data or config.data, config.resolution, *columns)
+    data = open_data(args.data or config.data, config.resolution, *columns, streaming=own and config.streaming)
     metrics = evaluate(model, tokenizer, data, args.n_train, args.n_test, args.batch_size, perceptual)
-    save_metrics(metrics, Path(args.ckpt) / ("metrics_random.json" if args.random_init else "metrics.json"))
     print_table(f"{args.ckpt}, step {state['step']}" + (", random weights" if args.random_init else ""), metrics)
+    save_metrics(metrics, Path(args.ckpt) / ("metrics_random.json" if args.random_init else "metrics.json"))
 
 
 def probe_alone(args: argparse.Namespace, device: torch.device) -> None:
     """An encoder without a run: everything that needs no decoder and no text tower."""
-    local = Path(args.ckpt).expanduser()
-    weights = find_encoder(args.ckpt)
-    if args.image or args.random_init:
-        raise UserError(f"{args.ckpt} is an encoder alone: --image and --random-init need a run folder of train.py")
+    if args.image or args.random_init or args.lpips_vgg or args.lpips_lin:
+        raise UserError(f"{args.ckpt} is no run folder of train.py, but --image, --random-init and --lpips-* need one")
     if not args.vae:
+        find_encoder(args.ckpt) if Path(args.ckpt).parent.is_dir() else None  # perhaps there is nothing at all
         raise UserError(f"{args.ckpt} is an encoder alone: name the VAE whose latents it reads, for the published ones "
                         "--vae flux")
+    if args.resolution is not None and (args.resolution < 16 or args.resolution % 16):
+        raise UserError(f"--resolution {args.resolution} is no positive multiple of 16")
+    weights = find_encoder(args.ckpt)
     model = EncoderAlone(weights, load_vae(args.vae)).to(device).eval().requires_grad_(False)
     data = open_data(args.data or "shapes", args.resolution or model.resolution, need_text=False)
-    metrics = evaluate(model, Tokenizer.train([], 4), data, args.n_train, args.n_test, args.batch_size)
-    folder = Path("runs") / local.name if not local.exists() else local if local.is_dir() else local.parent
-    folder.mkdir(parents=True, exist_ok=True)
-    save_metrics(metrics, folder / "metrics.json")
+    no_words = Tokenizer.train([], 4)  # captions are not read
+    metrics = evaluate(model, no_words, data, args.n_train, args.n_test, args.batch_size)
     print_table(args.ckpt, metrics)
+    here = Path(args.ckpt)
+    folder = here if here.is_dir() else here.parent if here.is_file() else Path("runs") / here.name
+    own = not here.is_file() and not (folder / "last.pt").exists()  # a run's metrics.json is not ours to replace
+    folder.mkdir(parents=True, exist_ok=True)
+    save_metrics(metrics, folder / ("metrics.json" if own else f"metrics_{here.stem}_alone.json"))
 
 
 def save_metrics(metrics: dict, path: Path) -> None:

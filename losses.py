@@ -20,7 +20,10 @@ Run:    python losses.py      # the expected values at initialisation, beside me
 Source: paper eqs 4-6 and Table 1; CLIP (arXiv 2103.00020); LPIPS v0.1 (arXiv 1801.03924) with its published constants.
 Next:   data.py
 """
+import hashlib
 import math
+import os
+import re
 from pathlib import Path
 
 import torch
@@ -54,16 +57,22 @@ def contrastive_loss(image_features: Tensor, text_features: Tensor, logit_scale:
     return 0.5 * (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets))
 
 
-def caption_loss(logits: Tensor, targets: Tensor, pad_id: int) -> Tensor:
-    """Cross entropy per real token: logits [B,T,V], targets [B,T], already aligned. At initialisation about ln V.
-
-    The mean is over the real tokens of the global batch: each process divides its own sum by the tokens per process,
-    so that averaging the gradients gives one process's on the whole batch, however unevenly the words are spread."""
-    total = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=pad_id, reduction="sum")
+def tokens_per_process(targets: Tensor, pad_id: int) -> Tensor:
+    """Real tokens of the global batch, divided by the number of processes."""
     count = (targets != pad_id).sum()
     if world_size() > 1:
         dist.all_reduce(count)
-    return total * world_size() / count.clamp(min=1)
+    return count.clamp(min=1) / world_size()
+
+
+def caption_loss(logits: Tensor, targets: Tensor, pad_id: int, tokens: Tensor | None = None) -> Tensor:
+    """Cross entropy per real token: logits [B,T,V], targets [B,T], already aligned. At initialisation about ln V.
+
+    The mean is over the real tokens of the global batch: each process divides its own sum by the tokens per process,
+    so that averaging the gradients gives one process's on the whole batch, however unevenly the words are spread.
+    `tokens` is that number where B is only a part of a process's batch."""
+    total = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=pad_id, reduction="sum")
+    return total / (tokens_per_process(targets, pad_id) if tokens is None else tokens)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -117,10 +126,10 @@ LPIPS_FILES = {
 def fetch_lpips(which: str) -> Path:
     """The published file, from PyTorch's cache or the network; any other content is refused."""
     url, sha256 = LPIPS_FILES[which]
-    path = Path(torch.hub.get_dir()) / "checkpoints" / f"lpips-{which}-{Path(url).name}"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path = Path(torch.hub.get_dir()) / "checkpoints" / (("lpips-" if which == "lin" else "") + Path(url).name)
     try:
-        if not path.is_file():
+        if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
+            path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256)
     except (OSError, RuntimeError) as error:  # no network, or another hash
         raise FileNotFoundError(f"{url} could not be fetched ({error}); download it elsewhere and give its path with "
@@ -138,32 +147,36 @@ class LPIPS(PerceptualDistance):
             raise ValueError("LPIPS needs both weight files, torchvision's vgg16 (.pth) and LPIPS v0.1's vgg.pth: "
                              "train with --lpips-weight 0, or give --lpips-vgg and --lpips-lin, each a FILE or fetch")
         for which, source, part in (("vgg", vgg, self.features), ("lin", lin, self.lin)):
-            path = fetch_lpips(which) if source == "fetch" else source
+            in_file = not isinstance(source, dict)
+            path = fetch_lpips(which) if source == "fetch" else os.path.expanduser(source) if in_file else "this table"
             try:
-                given = not isinstance(path, dict)
-                tensors = torch.load(path, map_location="cpu", weights_only=True) if given else path
+                tensors = torch.load(path, map_location="cpu", weights_only=True) if in_file else source
                 part.load_state_dict({  # features.0.weight -> 0.weight, lin0.model.1.weight -> 0
                     name.removeprefix("features.").removeprefix("lin").removesuffix(".model.1.weight"): tensor
                     for name, tensor in tensors.items() if not name.startswith("classifier.")})
             except Exception as error:  # no file, truncated, no table of tensors, other tensors
-                reason = "; ".join((str(error).split("\n\t")[1:] or [str(error).split("\n")[0]])[:3])
-                name = path if given else "the table given"
-                raise ValueError(f"{name} does not hold LPIPS's {which} weights: {reason}") from None
+                tensor = re.sub(r'(?<=")(\d)(?=")|(?<=for )(\d)(?=:)', r"lin\1\2.model.1.weight", str(error))
+                reason = "; ".join(tensor.split("\n\t")[1:]) or f"{type(error).__name__}, cut off or something else"
+                raise ValueError(f"{path} does not hold LPIPS's {which} weights: {reason[:400]}") from None
 
 
 def openvision3_loss(images: Tensor, reconstruction: Tensor, latents: Tensor, predicted_latents: Tensor,
                      caption_logits: Tensor, caption_targets: Tensor, pad_id: int,
                      image_features: Tensor, text_features: Tensor, logit_scale: Tensor | float,
                      perceptual: nn.Module | None = None, w_rec: float = 0.5, w_und: float = 1.0,
-                     beta: float = 0.4, alpha: float = 1.0, lpips_weight: float = 0.0) -> dict[str, Tensor]:
+                     beta: float = 0.4, alpha: float = 1.0, lpips_weight: float = 0.0, tokens: Tensor | None = None,
+                     contrastive: Tensor | None = None) -> dict[str, Tensor]:
     """The paper's objective, eqs 4-6 with Table 1's weights, in fp32. Returns each term, unweighted, and the weighted
-    sum as "loss". L1 is the mean over elements; images in [-1,1]; latents as the encoder reads them (0.3611 * mean)."""
+    sum as "loss". L1 is the mean over elements; images in [-1,1]; latents as the encoder reads them (0.3611 * mean).
+    `tokens` and `contrastive` come from outside where the batch is only a part of a larger one."""
+    if contrastive is None:
+        contrastive = contrastive_loss(image_features, text_features, logit_scale)
     terms = {
         "pixel": F.l1_loss(reconstruction.float(), images.float()),
         "latent": F.l1_loss(predicted_latents.float(), latents.float()),
         "lpips": images.new_zeros(()),
-        "caption": caption_loss(caption_logits, caption_targets, pad_id),
-        "contrastive": contrastive_loss(image_features, text_features, logit_scale),
+        "caption": caption_loss(caption_logits, caption_targets, pad_id, tokens),
+        "contrastive": contrastive,
     }
     if lpips_weight > 0:
         if perceptual is None:

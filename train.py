@@ -26,21 +26,29 @@ import hashlib
 import json
 import math
 import os
+import signal
+import threading
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from data import DataError, Pictures, Tokenizer, evaluation_loader, open_data, picture_grid, to_image, training_loader
 from decoders import CaptionDecoder, LatentDecoder
 from encoder import SIZES, ImageEncoder, TextEncoder, save_encoder
-from losses import LPIPS, openvision3_loss
-from vae import AutoencoderKL, find_vae, load_vae
+from losses import LPIPS, PerceptualDistance, contrastive_loss, openvision3_loss, tokens_per_process
+from vae import FLUX, AutoencoderKL, find_vae, load_vae
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Configuration: one field, one flag
@@ -60,6 +68,7 @@ class Config:
     image_col: str | None = field(None, "column with the pictures (default: found by the usual names)")
     text_col: str | None = field(None, "column with the captions, likewise")
     label_col: str | None = field(None, "column with the class labels, likewise; labels alone become captions")
+    streaming: bool = field(False, "read a hub data set, parquet files or tars as a stream, never whole")
     tokenizer: str = field("bpe", "bpe (trained on the captions), or one of tiktoken's: gpt2, cl100k_base, ...")
     context_length: int = field(26, "text tokens per caption, bos and eos included; longer captions are cut")
     resolution: int = field(64, "picture side in pixels, a multiple of 16")
@@ -69,7 +78,10 @@ class Config:
     size: str = field("Nano", f"row of encoder.SIZES: {', '.join(SIZES)}")
     steps: int = field(900, "optimizer steps of the whole run")
     batch_size: int = field(64, "pictures per step, over all processes; also the number of contrastive candidates")
+    accumulate: int = field(1, "parts each process's share of a step is cut into, to fit the memory; same gradients")
+    recompute: bool = field(False, "recompute the insides of blocks in the backward pass: less memory, more time")
     lr: float = field(7e-4, "peak learning rate")
+    base_lr: float | None = field(None, "learning rate per 256 pictures of the batch; it replaces --lr where given")
     warmup: int = field(50, "steps of linear warm-up; cosine to zero follows")
     weight_decay: float = field(0.1, "decoupled decay, on matrices only")
     clip: float = field(1.0, "largest gradient norm; larger ones are scaled down to it")
@@ -83,6 +95,7 @@ class Config:
     pixel_every: int = field(16, "pixel L1 and LPIPS on every n-th picture of the batch only; 1: on all, as the paper")
     tau: float = field(0.2, "noise on the decoder's tokens: strength drawn from U[0, tau] per image, in units of z_u")
     out: str = field("runs/laptop", "run folder")
+    init: str | None = field(None, "run folder whose weights to start from, with a fresh optimizer: the second stage")
     resume: bool = field(False, "continue the run in --out; takes the same flags")
     seed: int = field(0, "fixes weights, order, crops and noise")
     device: str = field("auto", "auto (cuda, else mps, else cpu), cuda, mps or cpu")
@@ -93,6 +106,7 @@ class Config:
     save_every: int = field(250, "steps between checkpoints; the last step always saves")
     sample_every: int = field(100, "steps between picture grids; there is one before the first step")
     log_ids: bool = field(False, "write the sample ids of every step to ids-RANK.jsonl")
+    dry_run: bool = field(False, "print what the run would cost and stop")
 
 
 PRESETS = {
@@ -101,12 +115,16 @@ PRESETS = {
                   out="runs/smoke"),
     "gpu": dict(size="S", resolution=128, pixel_every=1, steps=20_000, batch_size=512, lr=5e-4, warmup=1000,
                 workers=12, out="runs/gpu", log_every=20, save_every=1000, sample_every=1000),
-    # Table 1, pretraining: 4000 ImageNet-sized epochs at batch 8192; peak rate = base rate 8e-6 * 8192 / 256
-    "paper-b": dict(size="B", vae="flux", resolution=128, pixel_every=1, steps=625_569, batch_size=8192,
-                    lr=2.56e-4, warmup=6255, weight_decay=0.2, context_length=80, workers=16, out="runs/paper-b",
+    # Table 1: 4000 + 400 ImageNet-sized epochs (steps = epochs * 1,281,167 // batch), warm-up 40 + 20 epochs
+    "paper-b": dict(size="B", vae="flux", resolution=128, pixel_every=1, steps=625_569, batch_size=8192, base_lr=8e-6,
+                    warmup=6255, weight_decay=0.2, context_length=80, workers=16, out="runs/paper-b",
                     log_every=50, save_every=1000, sample_every=5000),
 }
 PRESETS["paper-l"] = PRESETS["paper-b"] | dict(size="L", out="runs/paper-l")
+for name in ("paper-b", "paper-l"):
+    PRESETS[f"{name}-finetune"] = PRESETS[name] | dict(
+        init=f"runs/{name}", resolution=256, steps=125_113, batch_size=4096, base_lr=4e-7, lpips_weight=0.5,
+        lpips_vgg="fetch", lpips_lin="fetch", out=f"runs/{name}-finetune")
 
 
 class UserError(Exception):
@@ -127,6 +145,8 @@ def parse_config(argv: list[str] | None = None) -> Config:
     given = vars(parser.parse_args(argv))
     config = Config(**{**PRESETS[given.pop("preset")], **given})
     check_config(config)
+    if config.base_lr is not None and "lr" not in given:
+        config.lr = config.base_lr * config.batch_size / 256  # OpenVision 1's rule
     return config
 
 
@@ -135,9 +155,9 @@ def check_config(c: Config) -> None:
         value = getattr(c, f.name)
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"--{f.name.replace('_', '-')} is {value}; it must be a finite number")
-    at_least = dict(steps=1, pixel_every=1, batch_size=2, resolution=16, context_length=4, log_every=1, save_every=1,
-                    sample_every=1, warmup=0, workers=0, lr=0, w_rec=0, w_und=0, beta=0, alpha=0, lpips_weight=0, tau=0,
-                    weight_decay=0, clip=0, seed=0)
+    at_least = dict(steps=1, pixel_every=1, accumulate=1, batch_size=2, resolution=16, context_length=4, log_every=1,
+                    save_every=1, sample_every=1, warmup=0, workers=0, lr=0, w_rec=0, w_und=0, beta=0, alpha=0,
+                    lpips_weight=0, tau=0, weight_decay=0, clip=0, seed=0)
     for name, low in at_least.items():
         if getattr(c, name) < low:
             why = "; the contrastive loss needs another picture to compare with" if name == "batch_size" else ""
@@ -179,6 +199,9 @@ class OpenVision3(nn.Module):
 
     def __init__(self, config: Config, tokenizer: Tokenizer, vae: AutoencoderKL):
         super().__init__()
+        if vae.config["z_channels"] != 16 or vae.downsampling != 8:
+            raise UserError(f"--vae {config.vae} gives {vae.config['z_channels']} channels at 1/{vae.downsampling} of "
+                            "the picture's side; OpenVision 3 reads 16 at 1/8, as FLUX.1's VAE gives them")
         size, text = SIZES[config.size], (tokenizer.vocab_size, config.context_length)
         grid, W, E = config.resolution // 8, size["width"], size["embed_dim"]
         decoder, reader, writer = ((*size[part], size[part][0] // 64) for part in ("decoder", "text", "caption"))
@@ -199,8 +222,9 @@ class OpenVision3(nn.Module):
     def perceptual(self) -> LPIPS | None:
         return self.frozen[1]
 
-    def forward(self, images: Tensor, ids: Tensor) -> dict[str, Tensor]:
-        """images [B,3,R,R] in [-1,1], ids [B,T] -> the loss, its five terms, and the tokens' standard deviation."""
+    def forward(self, images: Tensor, ids: Tensor, whole: dict | None = None) -> dict[str, Tensor]:
+        """images [B,3,R,R] in [-1,1], ids [B,T] -> the loss, its five terms, and the tokens' standard deviation.
+        `whole`: what `backward_in_parts` knows of the whole batch, where this is only a part of it."""
         c = self.config
         with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
             latents = self.vae.encode(images)                          # (B, 16, R/8, R/8), in fp32
@@ -216,8 +240,25 @@ class OpenVision3(nn.Module):
         with torch.autocast(images.device.type, enabled=False):        # losses in fp32
             terms = openvision3_loss(images[seen], reconstruction, latents, predicted, logits, ids[:, 1:], self.pad,
                                      pooled, text, self.log_scale.exp(), self.perceptual,
-                                     c.w_rec, c.w_und, c.beta, c.alpha, c.lpips_weight)
+                                     c.w_rec, c.w_und, c.beta, c.alpha, c.lpips_weight,
+                                     **self.of_the_whole(pooled, text, whole))
         return {**terms, "token_std": tokens.detach().float().std()}
+
+    def of_the_whole(self, pooled: Tensor, text: Tensor, whole: dict | None) -> dict[str, Tensor]:
+        """Of a part of a batch: the tokens to divide the caption's loss by, and a contrastive term that has the value
+        and, through this part's features, the gradient of the whole batch's."""
+        if whole is None:
+            return {}
+        pull = ((pooled.float() * whole["pooled"]).sum() + (text.float() * whole["text"]).sum()) * whole["parts"]
+        pull = pull + self.log_scale * whole["log_scale"]
+        return {"tokens": whole["tokens"] / whole["parts"], "contrastive": whole["contrastive"] + pull - pull.detach()}
+
+    @torch.no_grad()
+    def features(self, images: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """What the contrastive term compares, without a graph: pooled and text, [B,E] each, in fp32."""
+        with torch.autocast(images.device.type, enabled=False):
+            latents = self.vae.encode(images)
+        return self.encoder(latents)[0].float(), self.text_encoder(ids).float()
 
     @torch.no_grad()
     def reconstruct(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -225,6 +266,39 @@ class OpenVision3(nn.Module):
         latents = self.vae.encode(images)
         _, tokens = self.encoder(latents)
         return self.vae.decode(latents), self.vae.decode(self.latent_decoder(tokens)), tokens
+
+
+def backward_in_parts(parallel: nn.Module, model: OpenVision3, images: Tensor, ids: Tensor, parts: int,
+                      autocast) -> dict[str, Tensor]:
+    """Backward of the whole batch's loss while only one part of it is in memory. Returns the terms.
+
+    The contrastive term compares every picture with every caption, so that a part cannot be graded alone. As GradCache
+    does (arXiv 2101.06983): the features of all parts first, without a graph; the gradient of the term with respect to
+    those features; then part by part with a graph, each part's features pulled along that gradient."""
+    if parts == 1:
+        with autocast():
+            terms = parallel(images, ids)
+        terms["loss"].backward()
+        return terms
+    pieces = list(zip(images.chunk(parts), ids.chunk(parts)))
+    with autocast():
+        pooled, text = (torch.cat(feature).requires_grad_()                           # (B, E) each
+                        for feature in zip(*(model.features(*piece) for piece in pieces)))
+    log_scale = model.log_scale.detach().clone().requires_grad_()
+    contrastive = contrastive_loss(pooled, text, log_scale.exp())
+    contrastive.backward()
+    known = dict(contrastive=contrastive.detach(), log_scale=log_scale.grad, parts=parts,
+                 tokens=tokens_per_process(ids[:, 1:], model.pad))
+    every = []
+    for k, piece in enumerate(zip(pieces, pooled.grad.chunk(parts), text.grad.chunk(parts))):
+        (part_images, part_ids), pooled_gradient, text_gradient = piece
+        wait = parallel.no_sync if parallel is not model and k < parts - 1 else nullcontext  # gradients travel once
+        with wait():
+            with autocast():
+                terms = parallel(part_images, part_ids, known | dict(pooled=pooled_gradient, text=text_gradient))
+            (terms["loss"] / parts).backward()
+        every.append({name: term.detach() for name, term in terms.items()})
+    return {name: torch.stack([terms[name] for terms in every]).mean() for name in every[0]}
 
 
 def whiten(model: OpenVision3, pictures: Pictures, tokenizer: Tokenizer, count: int = 1024) -> None:
@@ -252,10 +326,15 @@ def vae_hash(source: str) -> str:
 def write_atomically(path: Path, write) -> None:
     """`write(temporary path)`, flush to the disk, rename: a reader finds the old file or the new, never half of one."""
     temporary = path.with_name(path.name + ".tmp")
-    write(temporary)
-    with open(temporary, "rb+") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        write(temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # a full disk, say; torch.save makes a RuntimeError of it
+        temporary.unlink(missing_ok=True)
+        before = "; the file from before is as it was" if path.exists() else ""
+        raise UserError(f"{path} could not be written: {str(error).splitlines()[0]}{before}") from None
 
 
 def save_checkpoint(out: Path, model: OpenVision3, optimizer: torch.optim.Optimizer, step: int, about: dict) -> None:
@@ -263,7 +342,23 @@ def save_checkpoint(out: Path, model: OpenVision3, optimizer: torch.optim.Optimi
     state = {"step": step, "config": dataclasses.asdict(model.config), "model": model.state_dict(),
              "optimizer": optimizer.state_dict(), **about}
     write_atomically(out / "last.pt", lambda path: torch.save(state, path))
-    save_encoder(model.encoder, out / "encoder.safetensors")
+    write_atomically(out / "encoder.safetensors", lambda path: save_encoder(model.encoder, path))
+
+
+def start_from(model: OpenVision3, stage_one: dict, vae_sha256: str) -> None:
+    """The weights of an earlier run, at whatever resolution: the position tables of pictures are computed, not learned
+    (OpenVision 1 passes from stage to stage the same way, with a fresh optimizer)."""
+    if stage_one["vae_sha256"] != vae_sha256:
+        raise UserError("--init names a run with another VAE; its tokens would mean nothing here")
+    tables = ("encoder.positional_embedding", "latent_decoder.positional_embedding")
+    weights = {name: t for name, t in stage_one["model"].items() if name not in tables}
+    try:
+        missing, extra = model.load_state_dict(weights, strict=False)
+    except RuntimeError as error:
+        raise UserError("--init names a run of another --size, --tokenizer or --context-length: "
+                        + str(error).split("\n\t")[1]) from None
+    if extra or set(missing) != set(tables):
+        raise UserError(f"--init names a run of another --size: {', '.join(extra or set(missing) - set(tables))}")
 
 
 def read_checkpoint(folder: Path) -> dict:
@@ -333,6 +428,64 @@ def save_curves(log: Path, path: Path, batch_size: int, vocab_size: int) -> None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# What a run would cost
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def cost_card(c: Config) -> None:
+    """Parameters, operations and memory of a step, counted on tensors without content; nothing is downloaded.
+
+    Operations are those of matrix products, convolutions and attention, twice the multiplications. Trained parts need
+    three times their forward pass, the VAE's decoder twice (no gradient of its weights), its encoder once."""
+    tokenizer = (SimpleNamespace(vocab_size=2048 + 3, pad=0) if c.tokenizer == "bpe"  # at most
+                 else Tokenizer.named(c.tokenizer, c.context_length))
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    B, R, W = max(1, c.batch_size // world // c.accumulate), c.resolution, SIZES[c.size]["width"]
+    vae_arguments = FLUX if c.vae == "flux" else load_vae(c.vae).config
+    with FakeTensorMode() as no_content:
+        vae = AutoencoderKL(**vae_arguments)
+        model = OpenVision3(dataclasses.replace(c, lpips_weight=0.0), tokenizer, vae.requires_grad_(False))
+        images, ids = torch.empty(1, 3, R, R), torch.zeros(1, c.context_length, dtype=torch.long)
+        latents, tokens = torch.empty(1, 16, R // 8, R // 8), torch.empty(1, (R // 16) ** 2, W)
+        eye = PerceptualDistance() if c.lpips_weight > 0 else None
+    calls = {"VAE encoder": (vae.encoder, 1, lambda: vae.encode(images)),
+             "encoder": (model.encoder, 3, lambda: model.encoder(latents)),
+             "latent decoder": (model.latent_decoder, 3, lambda: model.latent_decoder(tokens)),
+             "VAE decoder": (vae.decoder, 2 / c.pixel_every, lambda: vae.decode(latents)),
+             "caption decoder": (model.caption_decoder, 3, lambda: model.caption_decoder(tokens, ids[:, 1:])),
+             "text encoder": (model.text_encoder, 3, lambda: model.text_encoder(ids))}
+    if eye is not None:
+        calls["LPIPS"] = (eye, 2 / c.pixel_every, lambda: eye(images, images))
+    print(f"{'part':16} {'million parameters':>18} {'GFLOP an image':>15}")
+    total, trained, frozen = 0.0, 0, 0
+    for name, (part, passes, call) in calls.items():
+        with no_content, torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            call()  # attention as plain products, which the counter knows on every device
+        flops, count = counter.get_total_flops() * passes / 1e9, sum(p.numel() for p in part.parameters())
+        total += flops
+        trained, frozen = (trained, frozen + count) if passes < 3 else (trained + count, frozen)
+        print(f"{name:16} {count / 1e6:18.1f} {flops:15.2f}")
+    kept: dict[int, int] = {}  # what autograd keeps for the backward pass of one picture, by storage
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    weights = {p.untyped_storage()._cdata for part in (model, vae) for p in part.parameters()}
+    with no_content, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = model(images.expand(c.pixel_every, -1, -1, -1), ids.expand(c.pixel_every, -1))["loss"]
+    activations = sum(size for storage, size in kept.items() if storage not in weights) / c.pixel_every * B
+    del loss
+    state = trained * 16 + frozen * 4  # fp32: weights, gradients, two moments; frozen: weights
+    print(f"{'sum':16} {(trained + frozen) / 1e6:18.1f} {total:15.2f}\n"
+          f"{c.steps:,} steps of {c.batch_size:,}: {c.steps * c.batch_size:,} pictures, "
+          f"{c.steps * c.batch_size * (R // 16) ** 2:,} image tokens, "
+          f"{c.steps * c.batch_size * total / 1e6:,.3g} PFLOP\n"
+          f"memory of each of {world} process(es), estimated: {state / 1e9:.2f} GB for weights and optimizer, "
+          f"{activations / 1e9:.2f} GB kept for the backward pass of {B} pictures in fp32 (about half in bf16)")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The loop
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -355,7 +508,8 @@ def make_optimizer(model: OpenVision3, c: Config) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=c.lr, betas=(0.9, 0.95), fused=True)
 
 
-def train(c: Config) -> None:
+def train(c: Config, stop: threading.Event) -> None:
+    """The whole run; `stop`, once set, ends it after the step at hand with a checkpoint."""
     # 1. Where are we: one process, or one of several under torchrun
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     main = rank == 0
@@ -363,9 +517,10 @@ def train(c: Config) -> None:
     if c.batch_size % world:
         raise UserError(f"--batch-size {c.batch_size} is the global batch; it must be a multiple of the {world} "
                         "processes")
-    if c.batch_size // world % c.pixel_every:  # or N processes would decode other pictures than one does
-        raise UserError(f"{c.batch_size // world} pictures per process are no multiple of --pixel-every "
-                        f"{c.pixel_every}; give --pixel-every 1, as in the paper, or another divisor")
+    share = c.batch_size // world
+    if share % (c.accumulate * c.pixel_every):  # or N processes or parts would decode other pictures than one does
+        raise UserError(f"{share} pictures per process are no multiple of --accumulate {c.accumulate} x --pixel-every "
+                        f"{c.pixel_every}; give --pixel-every 1, as in the paper, or other divisors")
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     if device.type == "cuda":
@@ -373,12 +528,15 @@ def train(c: Config) -> None:
     auto = "bfloat16" if device.type == "cuda" else "float32"
     dtype = getattr(torch, auto if c.dtype == "auto" else c.dtype)
     out = Path(c.out)
-    resumed = read_checkpoint(out) if c.resume else None
+    begun = (out / "config.json").exists() and not (out / "last.pt").exists()
+    if c.resume and begun and main:
+        print(f"{out} was stopped before its first checkpoint: it starts again from step 0")
+    resumed = read_checkpoint(out) if c.resume and not begun else None
     if resumed is None and (out / "last.pt").exists():
         raise UserError(f"{out} already holds a run: continue it with --resume, or choose another --out")
     if resumed and resumed["config"] != (now := dataclasses.asdict(c)):
         free = ("resume", "out", "device", "dtype", "compile", "workers", "log_every", "save_every", "sample_every",
-                "log_ids")
+                "log_ids", "dry_run", "accumulate", "recompute", "init")
         changed = [f"--{k.replace('_', '-')} {now[k]} (was {v})" for k, v in resumed["config"].items()
                    if k not in free and now[k] != v]
         if changed:
@@ -390,9 +548,10 @@ def train(c: Config) -> None:
     # 2. Data, tokenizer, model
     vae = load_vae(c.vae)
     data = open_data(c.data, c.resolution, c.config, c.split, c.image_col, c.text_col, c.label_col,
-                     c.seed, c.crop, c.flip)
-    if resumed:
-        tokenizer = Tokenizer.from_state(resumed["tokenizer"], c.context_length)
+                     c.seed, c.crop, c.flip, streaming=c.streaming)
+    stage_one = read_checkpoint(Path(c.init)) if c.init and not resumed else None
+    if resumed or stage_one:
+        tokenizer = Tokenizer.from_state((resumed or stage_one)["tokenizer"], c.context_length)
     elif c.tokenizer == "bpe":
         tokenizer = Tokenizer.train(data.train.sample_captions(), c.context_length)
     else:
@@ -407,8 +566,13 @@ def train(c: Config) -> None:
         model.load_state_dict(resumed["model"])
         optimizer.load_state_dict(resumed["optimizer"])
         start = resumed["step"]
+    elif stage_one:
+        start_from(model, stage_one, vae_hash(c.vae))
     else:
         whiten(model, data.train, tokenizer)
+    for part in (model.encoder, model.latent_decoder, model.caption_decoder, model.text_encoder):
+        part.transformer.recompute = c.recompute
+    vae.decoder.recompute = c.recompute
     about = {"tokenizer": tokenizer.state(), "class_names": data.class_names, "vae_sha256": vae_hash(c.vae)}
     model.train()
     if c.compile or (c.compile is None and device.type == "cuda"):
@@ -416,7 +580,7 @@ def train(c: Config) -> None:
                      vae.encoder, vae.decoder):
             part.compile()
     parallel = DistributedDataParallel(model) if world > 1 else model
-    loader = training_loader(data.train, tokenizer, c.batch_size, c.seed, start, c.steps, rank, world, c.workers,
+    loader = training_loader(data, tokenizer, c.batch_size, c.seed, start, c.steps, rank, world, c.workers,
                              pin_memory=device.type == "cuda")
     test_batch = next(iter(evaluation_loader(data.test, tokenizer, 8, limit=8)))
 
@@ -428,7 +592,8 @@ def train(c: Config) -> None:
         keep_log_until(out / "log.jsonl", start)
         parts = {"encoder": model.encoder, "latent decoder": model.latent_decoder,
                  "caption decoder": model.caption_decoder, "text encoder": model.text_encoder, "frozen VAE": vae}
-        print(f"{c.data}: {len(data.train):,} training pictures, {len(data.test):,} held out; "
+        size = "streamed" if data.stream else f"{len(data.train):,} training"
+        print(f"{c.data}: {size} pictures, {len(data.test):,} held out; "
               f"{c.steps - start:,} steps of {c.batch_size} on {world} x {device} in {dtype}")
         print("millions of parameters: " + ", ".join(f"{name} {sum(p.numel() for p in part.parameters()) / 1e6:.1f}"
                                                      for name, part in parts.items()))
@@ -438,6 +603,9 @@ def train(c: Config) -> None:
               f"ln {c.batch_size} + {spread:.2f} = {math.log(c.batch_size) + spread:.2f}, "
               f"caption ln {V} = {math.log(V):.2f}")
         print(f"a caption: {tokenizer.decode(tokenizer.encode(test_batch['captions'][0]))!r}")
+        rule = f" = {c.base_lr:.3g} * {c.batch_size} / 256" if c.base_lr is not None else ""
+        print(f"peak learning rate {c.lr:.3g}{rule} after {c.warmup} steps; "
+              f"starting from {c.init or 'random weights' if start == 0 else f'step {start}'}")
         if start == 0:
             save_grid(model, tokenizer, test_batch, out / "recon_000000.png")
 
@@ -449,10 +617,11 @@ def train(c: Config) -> None:
     ids_file = open(out / f"ids-{rank}.jsonl", "a") if c.log_ids else None
     log_file = open(out / "log.jsonl", "a") if main else None
     logged, waited, clock = start, 0.0, time.time()
-    batches = iter(loader)
+    batches = (batch for batch in loader if batch is not None)
+    autocast = partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32)
     for step in range(start, c.steps):
         began = time.time()
-        batch = next(batches)
+        batch = next_batch(batches, step, out)
         images = batch["image"].to(device, non_blocking=True, memory_format=torch.channels_last)
         ids = batch["text"].to(device, non_blocking=True)
         waited += time.time() - began
@@ -463,26 +632,24 @@ def train(c: Config) -> None:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, c)
         torch.manual_seed((c.seed * c.steps + step) * world + rank)  # the decoder's noise, the same after a resume
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            terms = parallel(images, ids)
         optimizer.zero_grad()
-        terms["loss"].backward()
+        terms = backward_in_parts(parallel, model, images, ids, c.accumulate, autocast)
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), c.clip)
         if not torch.isfinite(terms["loss"] + grad_norm):
             broken = [name for name, value in {**terms, "gradient": grad_norm}.items() if not torch.isfinite(value)]
-            saved = (out / "last.pt").exists()
-            last = f"the last good checkpoint is {out / 'last.pt'}" if saved else "there is no checkpoint yet"
-            raise UserError(f"step {step + 1}: not finite any more: {', '.join(broken)}; {last}; start again with a "
-                            "lower --lr in another --out")
+            raise UserError(f"step {step + 1}: not finite any more: {', '.join(broken)}; {last_checkpoint(out)}; start "
+                            "again with a lower --lr in another --out")
         optimizer.step()
 
         done = step + 1
         progress.update()
+        stopping = stop.is_set()
         if done % c.log_every == 0 or done == c.steps:
-            values = torch.stack([value.detach() for value in terms.values()])
+            values = torch.stack([value.detach() for value in (*terms.values(), terms["loss"].new_tensor(stopping))])
             if world > 1:
                 dist.all_reduce(values)
                 values /= world
+            stopping = values[-1].item() > 0  # one process's SIGTERM stops all of them at the same step
             if main:
                 elapsed, clock = time.time() - clock, time.time()
                 row = {"step": done, **dict(zip(terms, values.tolist())), "lr": learning_rate(step, c),
@@ -502,15 +669,33 @@ def train(c: Config) -> None:
         if main and (done % c.sample_every == 0 or done == c.steps):
             save_grid(model, tokenizer, test_batch, out / f"recon_{done:06d}.png")
             save_curves(out / "log.jsonl", out / "curves.png", c.batch_size, tokenizer.vocab_size)
-        if main and (done % c.save_every == 0 or done == c.steps):
+        stopping = stopping and (world == 1 or done % c.log_every == 0)
+        if main and (done % c.save_every == 0 or done == c.steps or stopping):
             save_checkpoint(out, model, optimizer, done, about)
+        if stopping and done < c.steps:
+            tqdm.write(f"stopped after step {done} as asked; the same command with --resume goes on")
+            break
         clock += time.time() - pause  # images_per_s is that of training alone
     progress.close()
-    if main:
+    if main and done == c.steps:
         print(f"done: {out / 'encoder.safetensors'}, pictures {out / 'recon_*.png'}, curves {out / 'curves.png'}; "
               f"next: python eval_probe.py --ckpt {out}")
     if world > 1:
         dist.destroy_process_group()
+
+
+def next_batch(batches, step: int, out: Path) -> dict:
+    """A worker that died, a shard that cannot be read: whatever ends the loading ends the run, with its reason."""
+    try:
+        return next(batches)
+    except Exception as error:  # a worker's comes as its whole traceback, the reason last
+        reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[-1]}"
+        raise UserError(f"step {step + 1}: the data could not be loaded ({reason}); {last_checkpoint(out)}") from None
+
+
+def last_checkpoint(out: Path) -> str:
+    path = out / "last.pt"
+    return f"the last good checkpoint is {path}" if path.exists() else "there is no checkpoint yet"
 
 
 def keep_log_until(path: Path, step: int) -> None:
@@ -525,10 +710,15 @@ def keep_log_until(path: Path, step: int) -> None:
 
 
 def main() -> None:
+    stop = threading.Event()
+    before = signal.signal(signal.SIGTERM, lambda *_: stop.set())  # what schedulers send before they kill
     try:
-        train(parse_config())
+        config = parse_config()
+        cost_card(config) if config.dry_run else train(config, stop)
     except (UserError, DataError, OSError, ValueError) as error:
         raise SystemExit(f"error: {error}") from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 if __name__ == "__main__":

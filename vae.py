@@ -21,6 +21,7 @@ Next:   encoder.py
 """
 import argparse
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -31,11 +32,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import LocalEntryNotFoundError
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import data
@@ -165,6 +166,7 @@ class Decoder(nn.Module):
 
     def __init__(self, ch: int, ch_mult: tuple, num_res_blocks: int, z_channels: int):
         super().__init__()
+        self.recompute = False  # blocks in the backward pass, in place of keeping their insides
         widths = [ch * m for m in ch_mult]
         channels = widths[-1]
         self.conv_in = nn.Conv2d(z_channels, channels, 3, padding=1)
@@ -188,7 +190,8 @@ class Decoder(nn.Module):
         h = self.mid.block_2(self.mid.attn_1(self.mid.block_1(h)))  # (B, ch*ch_mult[-1], H/8, W/8)
         for level in reversed(self.up):
             for block in level.block:
-                h = block(h)
+                again = self.recompute and torch.is_grad_enabled()
+                h = checkpoint(block, h, use_reentrant=False) if again else block(h)
             if hasattr(level, "upsample"):
                 h = level.upsample(h)                               # (B, ., H/4, W/4), then H/2, then H
         return self.conv_out(F.silu(self.norm_out(h)))              # (B, 3, H, W)
@@ -447,16 +450,18 @@ FLUX_SHA256 = "afc8e28272cd15db3919bacdb6918ce9c1ed22e96cb12c4d5ed0fba823529e38"
 
 
 def fetch_flux() -> Path:
-    """ae.safetensors (335 MB) from the Hugging Face hub, into its cache; any other content is refused."""
+    """ae.safetensors (335 MB) from the Hugging Face hub's cache or the hub; any other content is refused."""
     failures = []
-    for repository, name in FLUX_PLACES:
+    for cached, (repository, name) in itertools.product((True, False), FLUX_PLACES):
         try:
-            path = Path(hf_hub_download(repository, name))
+            path = Path(hf_hub_download(repository, name, local_files_only=cached))
         except Exception as error:  # huggingface_hub raises dozens of kinds; all mean that there is no file
-            reason = {"GatedRepoError": "gated: accept its licence on the hub and run `hf auth login`"}.get(
-                type(error).__name__, f"{type(error).__name__}: {str(error).strip().splitlines()[0]}")
-            failures.append(f"{repository} ({reason})")
-            if isinstance(error, LocalEntryNotFoundError):
+            if cached:
+                continue
+            gated = type(error).__name__ == "GatedRepoError"
+            advice = ": accept its licence on the hub and run `hf auth login`" if gated else ""
+            failures.append(f"{repository} ({type(error).__name__}{advice})")
+            if "Connect" in type(error.__cause__).__name__:
                 break  # no network: the other places are no nearer
             continue
         with open(path, "rb") as file:
@@ -470,7 +475,8 @@ def fetch_flux() -> Path:
 
 def find_vae(source: str | os.PathLike) -> Path:
     """The weights file behind a name, a file or a folder in diffusers' layout."""
-    path = TINY_PATH if str(source) == "tiny" else fetch_flux() if str(source) == "flux" else Path(source).expanduser()
+    names = {"tiny": lambda: TINY_PATH, "flux": fetch_flux}
+    path = names.get(str(source), lambda: Path(os.path.expanduser(source)))()
     path = path / "diffusion_pytorch_model.safetensors" if path.is_dir() else path
     if not path.is_file():
         raise FileNotFoundError(f"no VAE at {path}: give tiny, flux, a file written by vae.py, FLUX's ae.safetensors, "
@@ -481,7 +487,7 @@ def find_vae(source: str | os.PathLike) -> Path:
 def from_diffusers(name: str, levels: int) -> str:
     """A tensor's name in diffusers' layout -> in FLUX's, which counts the decoder's levels from the finest."""
     parts = name.split(".")
-    if parts[1] == "up_blocks":
+    if parts[1:2] == ["up_blocks"]:
         parts[2] = str(levels - 1 - int(parts[2]))
     name = ".".join(parts)
     for theirs, ours in (("down_blocks", "down"), ("up_blocks", "up"), ("mid_block.resnets.0", "mid.block_1"),
@@ -504,6 +510,9 @@ def read_vae(path: Path) -> tuple[dict, dict[str, Tensor]]:
     if (path.parent / "config.json").is_file():
         their = json.loads((path.parent / "config.json").read_text())
         widths = their["block_out_channels"]
+        groups, act = their.get("norm_num_groups", 32), their.get("act_fn", "silu")
+        if act != "silu" or any(group_norm(width).num_groups != groups for width in widths):
+            raise ValueError(f"its config.json asks for {act} and norms of {groups} groups, FLUX has silu and 32")
         # their shift_factor stays behind: OpenVision 3 does not shift (paper's inference script)
         config = dict(ch=widths[0], ch_mult=[w // widths[0] for w in widths], num_res_blocks=their["layers_per_block"],
                       z_channels=their["latent_channels"], scale_factor=their["scaling_factor"])
@@ -525,9 +534,8 @@ def load_vae(source: str | os.PathLike = "tiny") -> AutoencoderKL:
             vae = AutoencoderKL(**config)
         vae.load_state_dict(tensors, assign=True)
     except Exception as error:  # no safetensors, another architecture, a config.json of something else
-        problems = str(error).split("\n\t")[1:] or [f"{type(error).__name__}: {error}"]
-        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise ValueError(f"{path} is no VAE of this architecture: {'; '.join(problems[:3])}{more}") from None
+        problems = "; ".join(str(error).split("\n\t")[1:] or [f"{type(error).__name__}: {error}"])
+        raise ValueError(f"{path} is no VAE of this architecture: {problems[:400]}") from None
     return vae.requires_grad_(False).eval()  # important! it stays as it is through every stage
 
 
