@@ -17,7 +17,9 @@ Letters: B batch, R resolution, N = (R/16)^2 image tokens, W width, E shared emb
 Run:    python train.py                                   # laptop: 2 CPU cores, minutes, nothing downloaded
         python train.py --data FOLDER --out runs/mine     # your own pictures, with captions or class folders
         torchrun --nproc-per-node 2 train.py              # the same run on several processes, the same global batch
-Source: paper sec 3-4 and Table 1 (presets); optimizer and schedule as OpenVision 1 where the paper is silent.
+        python train.py --preset paper-b --dry-run        # what a run would cost
+Source: paper sec 3-4 and Table 1 (presets); optimizer and schedule as OpenVision 1 where the paper is silent; batches
+        in parts as GradCache (arXiv 2101.06983).
 Next:   eval_probe.py
 """
 import argparse
@@ -448,6 +450,7 @@ def cost_card(c: Config) -> None:
         images, ids = torch.empty(1, 3, R, R), torch.zeros(1, c.context_length, dtype=torch.long)
         latents, tokens = torch.empty(1, 16, R // 8, R // 8), torch.empty(1, (R // 16) ** 2, W)
         eye = PerceptualDistance() if c.lpips_weight > 0 else None
+    model.config, model.frozen[1] = c, eye
     calls = {"VAE encoder": (vae.encoder, 1, lambda: vae.encode(images)),
              "encoder": (model.encoder, 3, lambda: model.encoder(latents)),
              "latent decoder": (model.latent_decoder, 3, lambda: model.latent_decoder(tokens)),
@@ -481,8 +484,9 @@ def cost_card(c: Config) -> None:
           f"{c.steps:,} steps of {c.batch_size:,}: {c.steps * c.batch_size:,} pictures, "
           f"{c.steps * c.batch_size * (R // 16) ** 2:,} image tokens, "
           f"{c.steps * c.batch_size * total / 1e6:,.3g} PFLOP\n"
-          f"memory of each of {world} process(es), estimated: {state / 1e9:.2f} GB for weights and optimizer, "
-          f"{activations / 1e9:.2f} GB kept for the backward pass of {B} pictures in fp32 (about half in bf16)")
+          f"memory of each of {world} process(es), estimated: {state / 1e9:.2f} GB for weights and optimizer,\n"
+          f"{activations / 1e9:.2f} GB kept for the backward pass of {B} pictures in fp32 "
+          "(about half in bf16, less with --recompute; --accumulate N divides it by N)")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
