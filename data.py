@@ -5,6 +5,7 @@ The method needs pairs of a picture and a sentence about it. Three sources give 
 the spot with true captions, so that everything can be tried with nothing downloaded; any local folder; any data set of
 the Hugging Face hub. All three become a `datasets.Dataset` and pass through the same cropping, the same tokenizer and
 the same loader. The order of the samples and each crop depend on (seed, epoch, sample) alone, never on the process.
+What fits on no disk is read as a `Stream`, each process and worker from files of its own.
 
     shapes | folder | parquet | tars | hub id -> datasets -> decode -> crop, resize -> image float32 [B,3,R,R] in [-1,1]
                                               -> caption  -> byte-pair ids [bos ... eos pad pad]   text int64   [B,T]
