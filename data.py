@@ -28,6 +28,8 @@ import math
 import os
 import random
 import re
+import signal
+import tarfile
 import textwrap
 import time
 import warnings
@@ -354,7 +356,7 @@ class Pictures(torch.utils.data.Dataset):
             try:
                 decode_image(self.rows[i][self.image_col])
             except Exception as error:  # whatever a decoder trips over means: not a picture
-                self.report(i, error)
+                self.report(i, error, quiet=not self.is_main())  # every process looks at the same ones
         self.good = self.good[~np.isin(self.good, list(self.broken))]
         return checked
 
@@ -362,13 +364,13 @@ class Pictures(torch.utils.data.Dataset):
     def is_main() -> bool:
         return os.environ.get("RANK", "0") == "0"
 
-    def report(self, i: int | str, error: Exception, row: dict | None = None) -> None:
+    def report(self, i: int | str, error: Exception, row: dict | None = None, quiet: bool = False) -> None:
         """Names a broken picture, once."""
         if i in self.broken:
             return
         source = (row or self.rows[i])[self.image_col]
         self.broken[i] = (source.get("path") if isinstance(source, dict) else None) or f"row {i}"
-        if self.is_main():
+        if not quiet:
             reason = (str(error).splitlines() or [""])[0]
             tqdm.write(f"data: skipped {self.broken[i]} ({type(error).__name__}: {reason}), {len(self.broken)} so far")
 
@@ -453,7 +455,8 @@ class Stream(torch.utils.data.IterableDataset):
         """Shard and key in a tar, else a digest of the picture file."""
         if "__key__" in row:
             return f"{Path(str(row.get('__url__', ''))).name}:{row['__key__']}"
-        return hashlib.sha1(row[image_col]["bytes"] or str(row[image_col]["path"]).encode()).hexdigest()[:16]
+        picture = row[image_col] or {}
+        return hashlib.sha1(picture.get("bytes") or str(picture.get("path")).encode()).hexdigest()[:16]
 
     def __iter__(self):
         info = torch.utils.data.get_worker_info()  # `datasets` gives each worker its part of the shards by itself
@@ -461,7 +464,7 @@ class Stream(torch.utils.data.IterableDataset):
         drop = self.share * len(range(worker, self.start, workers))  # the loader takes batches from workers in turn,
         if worker < self.start % workers:  # beginning with the first: those whose turn it is not pass
             yield None
-        pictures, batch, seen = self.pictures, [], 0
+        pictures, batch, seen, broken = self.pictures, [], 0, []
         for epoch in itertools.count():
             self.rows.set_epoch(epoch)
             before = seen
@@ -476,10 +479,14 @@ class Stream(torch.utils.data.IterableDataset):
                     image = decode_image(row[pictures.image_col])
                 except Exception as error:  # whatever a decoder trips over means: not a picture
                     pictures.report(i, error, row)
-                    if len(pictures.broken) > max(10, 0.01 * seen):
-                        raise DataError(f"{len(pictures.broken)} of the first {seen} pictures of a reader are broken, "
-                                        f"more than 1 %: {', '.join(list(pictures.broken.values())[-5:])}") from None
+                    broken.append(pictures.broken[i])
+                    if len(broken) > max(10, 0.01 * seen):
+                        raise DataError(f"{len(broken)} of the first {seen} pictures of a reader are broken, "
+                                        f"more than 1 %: {', '.join(broken[-5:])}") from None
                     continue
+                if pictures.text_col is None and pictures.label(row) < 0 and row[pictures.label_col] is not None:
+                    raise DataError(f"the label {row[pictures.label_col]!r} is not among those of the stream's first "
+                                    f"{STREAM_HEAD} rows; shuffle the data, or add captions")
                 batch.append(pictures.example(row, image, epoch, i))
                 if len(batch) == self.share:
                     yield batch
@@ -516,6 +523,21 @@ def find_classes(rows: datasets.Dataset, column: str) -> tuple[list[str], dict] 
     return [str(v) for v in values], {v: i for i, v in enumerate(values)}
 
 
+def check_tar(path: Path) -> None:
+    """Readers of tars take one that was cut off, damaged or glued together for a shorter one, without a word."""
+    try:
+        with tarfile.open(path, "r:") as tar, open(path, "rb") as file:
+            for _ in tar:  # headers only
+                pass
+            file.seek(tar.offset)
+            whole = not any(block.strip(b"\0") for block in iter(partial(file.read, 1 << 20), b""))
+            whole = whole and path.stat().st_size >= tar.offset + 512
+    except tarfile.TarError:
+        whole = False
+    if not whole:
+        raise DataError(f"{path} has no proper end: it was cut off or damaged, or several tars were joined")
+
+
 def load_folder(folder: Path, streaming: bool) -> datasets.DatasetDict:
     """A folder of pictures (class sub-folders, or metadata.jsonl/.csv beside them), of parquet files or of webdataset
     tars; sub-folders train/ and test/ (or validation/, val/) are its splits."""
@@ -527,11 +549,10 @@ def load_folder(folder: Path, streaming: bool) -> datasets.DatasetDict:
     if streaming and kind == "imagefolder":
         raise DataError(f"--streaming: {folder} is a folder of pictures, which is read picture by picture anyway; "
                         "leave --streaming out (it is for hub data sets, parquet files and tars)")
-    for tar in files if kind == "webdataset" else ():
-        with open(tar, "rb") as file:  # tarfile takes an archive that was cut off for a shorter one, without a word
-            file.seek(-min(1024, tar.stat().st_size), os.SEEK_END)
-            if tar.suffix.lower() == ".tar" and file.read().strip(b"\0"):
-                raise DataError(f"{tar} has no end: it was cut off while being copied or written")
+    if kind == "webdataset" and Pictures.is_main():
+        tars = [p for p in files if p.suffix.lower() == ".tar"]
+        for tar in tqdm(tars, desc="checking tars", leave=False, disable=None):
+            check_tar(tar)
     pattern = {"parquet": "**/*.parquet", "webdataset": "**/*.tar", "imagefolder": "**"}[kind]
     if folder.is_file():
         data_files = {"train": str(folder)}
@@ -806,10 +827,16 @@ class Collate:
                 "all_captions": [e["captions"] for e in examples]}
 
 
+def outlive_sigterm(worker: int) -> None:
+    """Schedulers send SIGTERM to a whole group of processes; the training process saves and then ends its loaders."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
 def training_loader(data: Data, tokenizer: Tokenizer, batch_size: int, seed: int, start: int, stop: int,
                     rank: int = 0, world: int = 1, workers: int = 0,
                     pin_memory: bool = False) -> torch.utils.data.DataLoader:
-    shared = dict(num_workers=workers, collate_fn=Collate(tokenizer), pin_memory=pin_memory)
+    shared = dict(num_workers=workers, collate_fn=Collate(tokenizer), pin_memory=pin_memory,
+                  worker_init_fn=outlive_sigterm)
     if data.stream is not None:
         part = data.stream.part(batch_size // world, start, rank, world, workers)
         return torch.utils.data.DataLoader(part, batch_size=None, **shared)

@@ -28,6 +28,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from huggingface_hub import hf_hub_download
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -271,8 +272,12 @@ class TextEncoder(nn.Module):
 def save_encoder(encoder: ImageEncoder, path: str | os.PathLike) -> None:
     """Writes safetensors with the names of the released checkpoints; the file appears whole or not at all."""
     temporary = Path(f"{path}.tmp")
-    save_file({name: tensor.contiguous() for name, tensor in encoder.state_dict().items()}, temporary)
-    os.replace(temporary, path)
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in encoder.state_dict().items()}, temporary)
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:  # a full disk, say
+        temporary.unlink(missing_ok=True)
+        raise OSError(f"{path} could not be written: {error}") from None
 
 
 def find_encoder(source: str | os.PathLike) -> Path:

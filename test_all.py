@@ -11,6 +11,7 @@ import http.server
 import importlib
 import importlib.util
 import io
+import itertools
 import json
 import math
 import os
@@ -946,8 +947,12 @@ def test_loading_never_fails_silently(tars, tmp_path, monkeypatch):
         for _ in range(60):
             train.next_batch(batches, 0, tmp_path)
     shard.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(data.DataError, match="007.tar has no end"):
-        data.open_data(str(bad), 16, streaming=True)
+    other = (bad / "train" / "000.tar").read_bytes()
+    damaged = whole[:409_600] + b"\1" * 512 + whole[410_112:]  # the header of the 201st picture
+    for content in (whole[: len(whole) // 2], whole + other, damaged):
+        shard.write_bytes(content)
+        with pytest.raises(data.DataError, match="007.tar has no proper end"):
+            data.open_data(str(bad), 16, streaming=True)
 
     class Killed(torch.utils.data.Dataset):
         def __len__(self):
@@ -955,6 +960,16 @@ def test_loading_never_fails_silently(tars, tmp_path, monkeypatch):
 
         def __getitem__(self, i):
             os.kill(os.getpid(), signal.SIGKILL)
+
+    # a label that the first rows do not have, and no captions
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("string")})
+    rows = [{"image": encoded(Image.new("RGB", (16, 16)), "PNG"), "label": "cat" if i < 2100 else "dog"}
+            for i in range(2200)]
+    datasets.Dataset.from_list(rows, features=features).to_parquet(tmp_path / "sorted" / "a.parquet")
+    opened = data.open_data(str(tmp_path / "sorted"), 16, streaming=True)
+    with pytest.raises(data.DataError, match="'dog' is not among those"):
+        opened.stream.held_out = set()
+        list(itertools.islice(opened.stream.part(100, 0, 0, 1, 0), 22))
 
     loader = iter(torch.utils.data.DataLoader(Killed(), num_workers=1))
     with pytest.raises(train.UserError, match="step 6: the data could not be loaded .*exited unexpectedly"):
@@ -986,10 +1001,10 @@ def test_killed_at_any_moment_it_goes_on_bitwise(tmp_path):
     run = [*TINY_RUN, "--steps", 12, "--save-every", 1, "--sample-every", 12]
     assert command("train.py", *run, "--out", tmp_path / "straight").returncode == 0
     out, rng = tmp_path / "killed", random.Random(0)
-    for _ in range(KILLS):
+    for kill in range(KILLS):
         before = len((out / "log.jsonl").read_text().splitlines()) if (out / "log.jsonl").exists() else 0
         process = subprocess.Popen([sys.executable, "train.py", *map(str, run), "--out", out,
-                                    *(["--resume"] if (out / "config.json").exists() else [])],
+                                    *(["--resume"] if kill else [])],
                                    cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         for line in process.stdout:  # some steps further, then at any moment of a step or of the checkpoint after it
             if line.startswith("step") and int(line.split()[1]) > before:
@@ -1016,14 +1031,31 @@ def test_sigterm_saves_and_a_full_disk_harms_nothing(tmp_path):
     assert process.wait() == 0 and "--resume goes on" in said
     kept = (tmp_path / "last.pt").read_bytes()
     assert 1 <= train.read_checkpoint(tmp_path)["step"] < 500
-    limited = f"""if True:
-        import resource, sys, train
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))  # as on a disk with 1 MB left
-        sys.argv = ["train.py", *{[*map(str, run)]!r}, "--resume", "--save-every", "1"]
-        train.main()"""
-    done = command("-c", limited)
-    assert done.returncode == 1 and "last.pt could not be written" in done.stderr and "Traceback" not in done.stderr
-    assert (tmp_path / "last.pt").read_bytes() == kept and not list(tmp_path.glob("*.tmp"))
+    for room, name in ((1_000_000, "encoder.safetensors"), (10_000_000, "last.pt")):
+        limited = f"""if True:
+            import resource, sys, train
+            resource.setrlimit(resource.RLIMIT_FSIZE, ({room}, {room}))  # as on a disk with so many bytes left
+            sys.argv = ["train.py", *{[*map(str, run)]!r}, "--resume", "--save-every", "1"]
+            train.main()"""
+        done = command("-c", limited)
+        assert done.returncode == 1 and "Traceback" not in done.stderr
+        assert f"{name} could not be written" in done.stderr.splitlines()[-1]
+        assert (tmp_path / "last.pt").read_bytes() == kept and not list(tmp_path.glob("*.tmp"))
+
+
+def test_a_group_s_sigterm_does_not_stop_the_loaders_first(tmp_path):
+    """As torchrun and schedulers send it: to the loader processes too."""
+    process = subprocess.Popen(
+        [sys.executable, "train.py", *map(str, TINY_RUN), "--steps", "500", "--save-every", "500",
+         "--sample-every", "500", "--workers", "2", "--out", tmp_path], cwd=HERE, stdout=subprocess.PIPE, text=True,
+        start_new_session=True)
+    for line in process.stdout:
+        if line.startswith("step"):
+            os.killpg(process.pid, signal.SIGTERM)
+            break
+    said = process.stdout.read()
+    assert process.wait(60) == 0 and "--resume goes on" in said, said
+    assert train.read_checkpoint(tmp_path)["step"] >= 1
 
 
 def test_second_stage_starts_from_the_first(tmp_path, monkeypatch, capsys):

@@ -27,6 +27,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import multiprocessing
 import os
 import signal
 import threading
@@ -334,6 +335,8 @@ def write_atomically(path: Path, write) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # a full disk, say; torch.save makes a RuntimeError of it
+        if "DataLoader worker" in str(error):  # died at this moment by chance
+            raise
         temporary.unlink(missing_ok=True)
         before = "; the file from before is as it was" if path.exists() else ""
         raise UserError(f"{path} could not be written: {str(error).splitlines()[0]}{before}") from None
@@ -343,8 +346,8 @@ def save_checkpoint(out: Path, model: OpenVision3, optimizer: torch.optim.Optimi
     """All that a resume needs. No position in the data and no random state is among it: both follow from the step."""
     state = {"step": step, "config": dataclasses.asdict(model.config), "model": model.state_dict(),
              "optimizer": optimizer.state_dict(), **about}
+    save_encoder(model.encoder, out / "encoder.safetensors")  # first: a finished last.pt is never touched again
     write_atomically(out / "last.pt", lambda path: torch.save(state, path))
-    write_atomically(out / "encoder.safetensors", lambda path: save_encoder(model.encoder, path))
 
 
 def start_from(model: OpenVision3, stage_one: dict, vae_sha256: str) -> None:
@@ -474,7 +477,7 @@ def cost_card(c: Config) -> None:
         kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
         return tensor
 
-    weights = {p.untyped_storage()._cdata for part in (model, vae) for p in part.parameters()}
+    weights = {p.untyped_storage()._cdata for part in (model, vae, eye or vae) for p in part.parameters()}
     with no_content, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         loss = model(images.expand(c.pixel_every, -1, -1, -1), ids.expand(c.pixel_every, -1))["loss"]
     activations = sum(size for storage, size in kept.items() if storage not in weights) / c.pixel_every * B
@@ -545,6 +548,9 @@ def train(c: Config, stop: threading.Event) -> None:
                    if k not in free and now[k] != v]
         if changed:
             raise UserError(f"--resume takes the flags the run began with; changed: {', '.join(changed)}")
+    if resumed and c.streaming and (resumed["world"], resumed["config"]["workers"]) != (world, c.workers):
+        raise UserError(f"a stream goes on only as it was cut: with {resumed['world']} process(es) and --workers "
+                        f"{resumed['config']['workers']}")
     if resumed and resumed["step"] >= c.steps:
         print(f"{out} is finished: {resumed['step']} steps")
         return
@@ -565,6 +571,10 @@ def train(c: Config, stop: threading.Event) -> None:
     if model.perceptual is not None:
         model.perceptual.to(device)
     optimizer = make_optimizer(model, c)
+    out.mkdir(parents=True, exist_ok=True)
+    if main:  # nothing the user gave can be wrong any more; from here on --resume goes on
+        about_run = dataclasses.asdict(c) | {"torch": torch.__version__, "world_size": world}
+        (out / "config.json").write_text(json.dumps(about_run, indent=1) + "\n")
     start = 0
     if resumed:
         model.load_state_dict(resumed["model"])
@@ -577,7 +587,8 @@ def train(c: Config, stop: threading.Event) -> None:
     for part in (model.encoder, model.latent_decoder, model.caption_decoder, model.text_encoder):
         part.transformer.recompute = c.recompute
     vae.decoder.recompute = c.recompute
-    about = {"tokenizer": tokenizer.state(), "class_names": data.class_names, "vae_sha256": vae_hash(c.vae)}
+    about = {"tokenizer": tokenizer.state(), "class_names": data.class_names, "vae_sha256": vae_hash(c.vae),
+             "world": world}
     model.train()
     if c.compile or (c.compile is None and device.type == "cuda"):
         for part in (model.encoder, model.latent_decoder, model.caption_decoder, model.text_encoder,
@@ -589,10 +600,7 @@ def train(c: Config, stop: threading.Event) -> None:
     test_batch = next(iter(evaluation_loader(data.test, tokenizer, 8, limit=8)))
 
     # 3. Say what is about to happen
-    out.mkdir(parents=True, exist_ok=True)
     if main:
-        about_run = dataclasses.asdict(c) | {"torch": torch.__version__, "world_size": world}
-        (out / "config.json").write_text(json.dumps(about_run, indent=1) + "\n")
         keep_log_until(out / "log.jsonl", start)
         parts = {"encoder": model.encoder, "latent decoder": model.latent_decoder,
                  "caption decoder": model.caption_decoder, "text encoder": model.text_encoder, "frozen VAE": vae}
@@ -647,13 +655,14 @@ def train(c: Config, stop: threading.Event) -> None:
 
         done = step + 1
         progress.update()
-        stopping = stop.is_set()
+        stopping = torch.tensor(float(stop.is_set()), device=device)
+        if world > 1:
+            dist.all_reduce(stopping)  # one process's SIGTERM stops all of them at the same step
         if done % c.log_every == 0 or done == c.steps:
-            values = torch.stack([value.detach() for value in (*terms.values(), terms["loss"].new_tensor(stopping))])
+            values = torch.stack([value.detach() for value in terms.values()])
             if world > 1:
                 dist.all_reduce(values)
                 values /= world
-            stopping = values[-1].item() > 0  # one process's SIGTERM stops all of them at the same step
             if main:
                 elapsed, clock = time.time() - clock, time.time()
                 row = {"step": done, **dict(zip(terms, values.tolist())), "lr": learning_rate(step, c),
@@ -673,7 +682,6 @@ def train(c: Config, stop: threading.Event) -> None:
         if main and (done % c.sample_every == 0 or done == c.steps):
             save_grid(model, tokenizer, test_batch, out / f"recon_{done:06d}.png")
             save_curves(out / "log.jsonl", out / "curves.png", c.batch_size, tokenizer.vocab_size)
-        stopping = stopping and (world == 1 or done % c.log_every == 0)
         if main and (done % c.save_every == 0 or done == c.steps or stopping):
             save_checkpoint(out, model, optimizer, done, about)
         if stopping and done < c.steps:
@@ -714,15 +722,23 @@ def keep_log_until(path: Path, step: int) -> None:
 
 
 def main() -> None:
-    stop = threading.Event()
+    stop, problem = threading.Event(), None
     before = signal.signal(signal.SIGTERM, lambda *_: stop.set())  # what schedulers send before they kill
     try:
         config = parse_config()
         cost_card(config) if config.dry_run else train(config, stop)
     except (UserError, DataError, OSError, ValueError) as error:
-        raise SystemExit(f"error: {error}") from None
+        problem = str(error)
+    except RuntimeError as error:  # raised by a signal, wherever the program is
+        if "DataLoader worker" not in str(error):
+            raise
+        problem = f"a loader process died ({str(error).splitlines()[0]}); perhaps out of memory: lower --workers"
     finally:
+        for worker in multiprocessing.active_children():
+            worker.kill()  # they do not listen to SIGTERM (data.py)
         signal.signal(signal.SIGTERM, before)
+    if problem:
+        raise SystemExit(f"error: {problem}")
 
 
 if __name__ == "__main__":
