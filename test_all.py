@@ -1170,13 +1170,9 @@ def reference(name: str):
     try:
         importlib.import_module("torchvision")
     except RuntimeError:  # next to a CPU build of torch its compiled half is missing; its Python half wants two names
-        STUBS.append(torch.library.Library("torchvision", "DEF"))
         for operator in ("nms", "qnms"):
-            STUBS[-1].define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+            torch.library.define(f"torchvision::{operator}", "(Tensor dets, Tensor scores, float threshold) -> Tensor")
     return importlib.import_module(name)
-
-
-STUBS = []
 
 
 def assert_same(ours: torch.Tensor, theirs: torch.Tensor, share: float) -> None:
