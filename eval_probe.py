@@ -264,31 +264,38 @@ def show_image(model: OpenVision3, tokenizer, path: Path, class_names: list[str]
     print(f"wrote {out}")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description="Measures a frozen encoder: probes, retrieval, captions, reconstruction.")
-    parser.add_argument("--ckpt", required=True,
-                        help="run folder of train.py; or an encoder alone, as published: a file, a folder or a hub id")
-    parser.add_argument("--data", help="data set to evaluate on (default: the one it was trained on)")
-    parser.add_argument("--vae", help="the VAE of an encoder alone: flux, or a file (a run folder knows its own)")
-    parser.add_argument("--resolution", type=int,
-                        help="picture side for an encoder alone (default: its own, 256 or 224)")
-    parser.add_argument("--lpips-vgg", metavar="FILE", help="torchvision's vgg16 weights, to measure LPIPS; or fetch")
-    parser.add_argument("--lpips-lin", metavar="FILE", help="LPIPS v0.1's vgg.pth, likewise")
-    parser.add_argument("--image", type=Path,
-                        help="show one picture's caption, nearest labels and reconstruction instead")
-    parser.add_argument("--random-init", action="store_true",
-                        help="the same model with fresh random weights; writes metrics_random.json")
-    parser.add_argument("--n-train", type=int, default=8000, help="pictures for the linear probe and kNN")
-    parser.add_argument("--n-test", type=int, default=1000,
-                        help="held-out pictures; captions and reconstruction use the first 512")
-    parser.add_argument("--batch-size", type=int, default=64, help="changes the speed, not the numbers")
-    parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
-    args = parser.parse_args()
-    try:
-        run(args)
-    except (UserError, DataError, OSError, ValueError) as error:
-        raise SystemExit(f"error: {error}") from None
+# ---------------------------------------------------------------------------------------------------------------------
+# The program
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def save_metrics(metrics: dict, path: Path) -> None:
+    write_atomically(path, lambda temporary: temporary.write_text(json.dumps(metrics, indent=1) + "\n"))
+    print(f"wrote {path}")
+
+
+def probe_alone(args: argparse.Namespace, device: torch.device) -> None:
+    """An encoder without a run: everything that needs no decoder and no text tower."""
+    if args.image or args.random_init or args.lpips_vgg or args.lpips_lin:
+        raise UserError(f"{args.ckpt} is no run folder of train.py, but --image, --random-init and --lpips-* need one")
+    if not args.vae:
+        if Path(args.ckpt).parent.is_dir():
+            find_encoder(args.ckpt)  # perhaps there is nothing at all
+        raise UserError(f"{args.ckpt} is an encoder alone: name the VAE whose latents it reads, for the published ones "
+                        "--vae flux")
+    if args.resolution is not None and (args.resolution < 16 or args.resolution % 16):
+        raise UserError(f"--resolution {args.resolution} is no positive multiple of 16")
+    weights = find_encoder(args.ckpt)
+    model = EncoderAlone(weights, load_vae(args.vae)).to(device).eval().requires_grad_(False)
+    data = open_data(args.data or "shapes", args.resolution or model.resolution, need_text=False)
+    no_words = Tokenizer.train([], 4)  # captions are not read
+    metrics = evaluate(model, no_words, data, args.n_train, args.n_test, args.batch_size)
+    print_table(args.ckpt, metrics)
+    here = Path(args.ckpt)
+    folder = here if here.is_dir() else here.parent if here.is_file() else Path("runs") / here.name
+    own = not here.is_file() and not (folder / "last.pt").exists()  # a run's metrics.json is not ours to replace
+    folder.mkdir(parents=True, exist_ok=True)
+    save_metrics(metrics, folder / ("metrics.json" if own else f"metrics_{here.stem}_alone.json"))
 
 
 def run(args: argparse.Namespace) -> None:
@@ -317,32 +324,31 @@ def run(args: argparse.Namespace) -> None:
     save_metrics(metrics, Path(args.ckpt) / ("metrics_random.json" if args.random_init else "metrics.json"))
 
 
-def probe_alone(args: argparse.Namespace, device: torch.device) -> None:
-    """An encoder without a run: everything that needs no decoder and no text tower."""
-    if args.image or args.random_init or args.lpips_vgg or args.lpips_lin:
-        raise UserError(f"{args.ckpt} is no run folder of train.py, but --image, --random-init and --lpips-* need one")
-    if not args.vae:
-        find_encoder(args.ckpt) if Path(args.ckpt).parent.is_dir() else None  # perhaps there is nothing at all
-        raise UserError(f"{args.ckpt} is an encoder alone: name the VAE whose latents it reads, for the published ones "
-                        "--vae flux")
-    if args.resolution is not None and (args.resolution < 16 or args.resolution % 16):
-        raise UserError(f"--resolution {args.resolution} is no positive multiple of 16")
-    weights = find_encoder(args.ckpt)
-    model = EncoderAlone(weights, load_vae(args.vae)).to(device).eval().requires_grad_(False)
-    data = open_data(args.data or "shapes", args.resolution or model.resolution, need_text=False)
-    no_words = Tokenizer.train([], 4)  # captions are not read
-    metrics = evaluate(model, no_words, data, args.n_train, args.n_test, args.batch_size)
-    print_table(args.ckpt, metrics)
-    here = Path(args.ckpt)
-    folder = here if here.is_dir() else here.parent if here.is_file() else Path("runs") / here.name
-    own = not here.is_file() and not (folder / "last.pt").exists()  # a run's metrics.json is not ours to replace
-    folder.mkdir(parents=True, exist_ok=True)
-    save_metrics(metrics, folder / ("metrics.json" if own else f"metrics_{here.stem}_alone.json"))
-
-
-def save_metrics(metrics: dict, path: Path) -> None:
-    write_atomically(path, lambda temporary: temporary.write_text(json.dumps(metrics, indent=1) + "\n"))
-    print(f"wrote {path}")
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description="Measures a frozen encoder: probes, retrieval, captions, reconstruction.")
+    parser.add_argument("--ckpt", required=True,
+                        help="run folder of train.py; or an encoder alone, as published: a file, a folder or a hub id")
+    parser.add_argument("--data", help="data set to evaluate on (default: the one it was trained on)")
+    parser.add_argument("--vae", help="the VAE of an encoder alone: flux, or a file (a run folder knows its own)")
+    parser.add_argument("--resolution", type=int,
+                        help="picture side for an encoder alone (default: its own, 256 or 224)")
+    parser.add_argument("--lpips-vgg", metavar="FILE", help="torchvision's vgg16 weights, to measure LPIPS; or fetch")
+    parser.add_argument("--lpips-lin", metavar="FILE", help="LPIPS v0.1's vgg.pth, likewise")
+    parser.add_argument("--image", type=Path,
+                        help="show one picture's caption, nearest labels and reconstruction instead")
+    parser.add_argument("--random-init", action="store_true",
+                        help="the same model with fresh random weights; writes metrics_random.json")
+    parser.add_argument("--n-train", type=int, default=8000, help="pictures for the linear probe and kNN")
+    parser.add_argument("--n-test", type=int, default=1000,
+                        help="held-out pictures; captions and reconstruction use the first 512")
+    parser.add_argument("--batch-size", type=int, default=64, help="changes the speed, not the numbers")
+    parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
+    args = parser.parse_args()
+    try:
+        run(args)
+    except (UserError, DataError, OSError, ValueError) as error:
+        raise SystemExit(f"error: {error}") from None
 
 
 if __name__ == "__main__":

@@ -513,6 +513,31 @@ def make_optimizer(model: OpenVision3, c: Config) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=c.lr, betas=(0.9, 0.95), fused=True)
 
 
+def last_checkpoint(out: Path) -> str:
+    path = out / "last.pt"
+    return f"the last good checkpoint is {path}" if path.exists() else "there is no checkpoint yet"
+
+
+def next_batch(batches, step: int, out: Path) -> dict:
+    """A worker that died, a shard that cannot be read: whatever ends the loading ends the run, with its reason."""
+    try:
+        return next(batches)
+    except Exception as error:  # a worker's comes as its whole traceback, the reason last
+        reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[-1]}"
+        raise UserError(f"step {step + 1}: the data could not be loaded ({reason}); {last_checkpoint(out)}") from None
+
+
+def keep_log_until(path: Path, step: int) -> None:
+    """Drops log lines past the checkpoint, whose steps are about to be taken again, and a line cut off by a crash."""
+    kept = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            kept += [line] if json.loads(line)["step"] <= step else []
+        except json.JSONDecodeError:
+            continue
+    write_atomically(path, lambda temporary: temporary.write_text("".join(line + "\n" for line in kept)))
+
+
 def train(c: Config, stop: threading.Event) -> None:
     """The whole run; `stop`, once set, ends it after the step at hand with a checkpoint."""
     # 1. Where are we: one process, or one of several under torchrun
@@ -692,31 +717,6 @@ def train(c: Config, stop: threading.Event) -> None:
               f"next: python eval_probe.py --ckpt {out}")
     if world > 1:
         dist.destroy_process_group()
-
-
-def next_batch(batches, step: int, out: Path) -> dict:
-    """A worker that died, a shard that cannot be read: whatever ends the loading ends the run, with its reason."""
-    try:
-        return next(batches)
-    except Exception as error:  # a worker's comes as its whole traceback, the reason last
-        reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[-1]}"
-        raise UserError(f"step {step + 1}: the data could not be loaded ({reason}); {last_checkpoint(out)}") from None
-
-
-def last_checkpoint(out: Path) -> str:
-    path = out / "last.pt"
-    return f"the last good checkpoint is {path}" if path.exists() else "there is no checkpoint yet"
-
-
-def keep_log_until(path: Path, step: int) -> None:
-    """Drops log lines past the checkpoint, whose steps are about to be taken again, and a line cut off by a crash."""
-    kept = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            kept += [line] if json.loads(line)["step"] <= step else []
-        except json.JSONDecodeError:
-            continue
-    write_atomically(path, lambda temporary: temporary.write_text("".join(line + "\n" for line in kept)))
 
 
 def main() -> None:
