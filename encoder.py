@@ -150,6 +150,10 @@ def whitening(x: Tensor, width: int) -> tuple[Tensor, Tensor]:
     variances, directions = torch.linalg.eigh((x.double() - mean).T.cov().cpu())       # (D,), (D, D)
     scale = (variances + 0.02 * variances.mean()).clamp(min=1e-6).rsqrt() * max(1, width / len(mean)) ** 0.5
     rotation = nn.init.orthogonal_(torch.empty(len(mean), width, dtype=torch.double))
+    if width < len(mean):  # no room for all of them: those of most variance (pixels, 768 numbers a patch)
+        largest = directions[:, -width:]
+        left, _, right = torch.linalg.svd(largest @ largest.T @ rotation, full_matrices=False)
+        rotation = left @ right                                                        # (D, width)
     return mean.to(x), (directions * scale @ directions.T @ rotation).to(x)  # symmetric: no matter which directions
 
 
@@ -215,10 +219,12 @@ class ImageEncoder(VisionTransformer):
         self.ln_post.bias.sub_(mean)
         self.proj.copy_(matrix)
 
+    def pool(self, tokens: Tensor) -> Tensor:
+        return self.ln_post(tokens.mean(dim=1)) @ self.proj                            # (B, E)
+
     def forward(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         tokens = self.trunk(latents)                                                   # (B, N, W)
-        pooled = self.ln_post(tokens.mean(dim=1)) @ self.proj                          # (B, E)
-        return pooled, tokens
+        return self.pool(tokens), tokens
 
 
 # ---------------------------------------------------------------------------------------------------------------------

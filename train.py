@@ -51,7 +51,7 @@ from data import DataError, Pictures, Tokenizer, evaluation_loader, open_data, p
 from decoders import CaptionDecoder, LatentDecoder
 from encoder import SIZES, ImageEncoder, TextEncoder, save_encoder
 from losses import LPIPS, PerceptualDistance, contrastive_loss, openvision3_loss, tokens_per_process
-from vae import FLUX, AutoencoderKL, find_vae, load_vae
+from vae import FLUX, AutoencoderKL, Pixels, find_vae, load_vae
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Configuration: one field, one flag
@@ -77,7 +77,8 @@ class Config:
     resolution: int = field(64, "picture side in pixels, a multiple of 16")
     crop: float = field(0.4, "smallest share of the area a random crop keeps (shapes are never cropped)")
     flip: bool = field(False, "mirror half of the pictures; wrong for captions that say left or right")
-    vae: str = field("tiny", "frozen VAE: tiny; flux (fetched, 335 MB); or a file: vae.py's, FLUX's, diffusers'")
+    vae: str = field("tiny", "frozen VAE: tiny; flux (fetched, 335 MB); a file: vae.py's, FLUX's, diffusers'; or "
+                             "pixels, none at all: the ViT reads patches of 16x16 pixels")
     size: str = field("Nano", f"row of encoder.SIZES: {', '.join(SIZES)}")
     steps: int = field(900, "optimizer steps of the whole run")
     batch_size: int = field(64, "pictures per step, over all processes; also the number of contrastive candidates")
@@ -88,8 +89,8 @@ class Config:
     warmup: int = field(50, "steps of linear warm-up; cosine to zero follows")
     weight_decay: float = field(0.1, "decoupled decay, on matrices only")
     clip: float = field(1.0, "largest gradient norm; larger ones are scaled down to it")
-    w_rec: float = field(0.5, "weight of reconstruction (paper Table 1)")
-    w_und: float = field(1.0, "weight of understanding (paper Table 1)")
+    w_rec: float = field(0.5, "weight of reconstruction (paper Table 1); 0: the encoder learns nothing from it")
+    w_und: float = field(1.0, "weight of understanding (paper Table 1); 0: likewise")
     beta: float = field(0.4, "weight of latent L1 within reconstruction (paper Table 1)")
     alpha: float = field(1.0, "weight of the contrastive term within understanding (paper Table 1)")
     lpips_weight: float = field(0.0, "weight of LPIPS (paper Table 1: 0, in finetuning 0.5); needs the two files below")
@@ -99,6 +100,7 @@ class Config:
     tau: float = field(0.2, "noise on the decoder's tokens: strength drawn from U[0, tau] per image, in units of z_u")
     out: str = field("runs/laptop", "run folder")
     init: str | None = field(None, "run folder whose weights to start from, with a fresh optimizer: the second stage")
+    freeze_encoder: bool = field(False, "keep the encoder of --init as it is; decoders and text tower learn")
     resume: bool = field(False, "continue the run in --out; takes the same flags")
     seed: int = field(0, "fixes weights, order, crops and noise")
     device: str = field("auto", "auto (cuda, else mps, else cpu), cuda, mps or cpu")
@@ -171,6 +173,10 @@ def check_config(c: Config) -> None:
         raise UserError(f"--size {c.size} is unknown; there are {', '.join(SIZES)}")
     if not 0 < c.crop <= 1:
         raise UserError(f"--crop {c.crop} must be above 0 and at most 1: it is a share of the area")
+    if c.freeze_encoder and not c.init:
+        raise UserError("--freeze-encoder keeps the encoder of an earlier run: name that run with --init")
+    if c.w_rec == c.w_und == 0:
+        raise UserError("--w-rec 0 --w-und 0 leaves the encoder nothing to learn")
     if c.clip == 0:
         raise UserError("--clip 0 would scale every gradient to nothing; to switch clipping off, give a large number")
     if c.dtype not in ("auto", "float32", "bfloat16"):
@@ -200,16 +206,17 @@ def choose_device(name: str) -> torch.device:
 class OpenVision3(nn.Module):
     """All parts and the objective. The VAE is frozen; everything else learns."""
 
-    def __init__(self, config: Config, tokenizer: Tokenizer, vae: AutoencoderKL):
+    def __init__(self, config: Config, tokenizer: Tokenizer, vae: AutoencoderKL | Pixels):
         super().__init__()
-        if vae.config["z_channels"] != 16 or vae.downsampling != 8:
+        channels, P = vae.config["z_channels"], 16 // vae.downsampling  # 16x16 pixels a token: 2x2 latents
+        if (channels, P) not in ((16, 2), (3, 16)):
             raise UserError(f"--vae {config.vae} gives {vae.config['z_channels']} channels at 1/{vae.downsampling} of "
                             "the picture's side; OpenVision 3 reads 16 at 1/8, as FLUX.1's VAE gives them")
         size, text = SIZES[config.size], (tokenizer.vocab_size, config.context_length)
-        grid, W, E = config.resolution // 8, size["width"], size["embed_dim"]
+        grid, W, E = config.resolution // vae.downsampling, size["width"], size["embed_dim"]
         decoder, reader, writer = ((*size[part], size[part][0] // 64) for part in ("decoder", "text", "caption"))
-        self.encoder = ImageEncoder(grid, width=W, depth=size["depth"], heads=size["heads"], embed_dim=E)
-        self.latent_decoder = LatentDecoder(W, grid, *decoder)                # each: width, depth, heads
+        self.encoder = ImageEncoder(grid, P, channels, W, size["depth"], size["heads"], E)
+        self.latent_decoder = LatentDecoder(W, grid, *decoder, P, channels)   # *: width, depth, heads
         self.caption_decoder = CaptionDecoder(*text, W, *writer)
         self.text_encoder = TextEncoder(*text, *reader, E)
         self.log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))  # of the contrastive temperature, as CLIP
@@ -232,18 +239,24 @@ class OpenVision3(nn.Module):
         with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
             latents = self.vae.encode(images)                          # (B, 16, R/8, R/8), in fp32
         pooled, tokens = self.encoder(latents)                         # (B, E), (B, N, W)
+        rebuilt = understood = tokens
+        if c.w_rec == 0:                                               # an untrained branch still watches, and learns
+            rebuilt = tokens.detach()                                  # DIFFERS: the paper (figs 4, 5) says not how
+        if c.w_und == 0:
+            understood = tokens.detach()
+            pooled = self.encoder.pool(understood)                     # (B, E)
 
-        predicted = self.latent_decoder(tokens, tau=c.tau)             # (B, 16, R/8, R/8)
+        predicted = self.latent_decoder(rebuilt, tau=c.tau)            # (B, 16, R/8, R/8)
         seen = slice(None, None, c.pixel_every)                        # DIFFERS: see --pixel-every in the README
         reconstruction = self.vae.decode(predicted[seen])              # (B/pixel_every, 3, R, R)
 
-        logits = self.caption_decoder(tokens, ids[:, :-1])             # (B, T-1, V)
+        logits = self.caption_decoder(understood, ids[:, :-1])         # (B, T-1, V)
         text = self.text_encoder(ids)                                  # (B, E)
 
         with torch.autocast(images.device.type, enabled=False):        # losses in fp32
             terms = openvision3_loss(images[seen], reconstruction, latents, predicted, logits, ids[:, 1:], self.pad,
                                      pooled, text, self.log_scale.exp(), self.perceptual,
-                                     c.w_rec, c.w_und, c.beta, c.alpha, c.lpips_weight,
+                                     c.w_rec or 0.5, c.w_und or 1.0, c.beta, c.alpha, c.lpips_weight,
                                      **self.of_the_whole(pooled, text, whole))
         return {**terms, "token_std": tokens.detach().float().std()}
 
@@ -322,6 +335,8 @@ def whiten(model: OpenVision3, pictures: Pictures, tokenizer: Tokenizer, count: 
 
 
 def vae_hash(source: str) -> str:
+    if source == "pixels":
+        return source
     with open(find_vae(source), "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -446,10 +461,10 @@ def cost_card(c: Config) -> None:
     B, R, W = max(1, c.batch_size // world // c.accumulate), c.resolution, SIZES[c.size]["width"]
     vae_arguments = FLUX if c.vae == "flux" else load_vae(c.vae).config
     with FakeTensorMode() as no_content:
-        vae = AutoencoderKL(**vae_arguments)
+        vae = Pixels() if c.vae == "pixels" else AutoencoderKL(**vae_arguments)
         model = OpenVision3(dataclasses.replace(c, lpips_weight=0.0), tokenizer, vae.requires_grad_(False))
         images, ids = torch.empty(1, 3, R, R), torch.zeros(1, c.context_length, dtype=torch.long)
-        latents, tokens = torch.empty(1, 16, R // 8, R // 8), torch.empty(1, (R // 16) ** 2, W)
+        latents, tokens = vae.encode(images), torch.empty(1, (R // 16) ** 2, W)
         eye = PerceptualDistance() if c.lpips_weight > 0 else None
     model.config, model.frozen[1] = c, eye
     calls = {"VAE encoder": (vae.encoder, 1, lambda: vae.encode(images)),
@@ -507,8 +522,9 @@ def make_optimizer(model: OpenVision3, c: Config) -> torch.optim.AdamW:
 
     DIFFERS: the paper names no optimizer; these are OpenVision 1's, which keeps its first moment in bfloat16 and sets
     no gradient clipping (here: norm 1, in the loop)."""
-    decayed = [p for name, p in model.named_parameters() if p.ndim >= 2 and "embedding" not in name]
-    others = [p for name, p in model.named_parameters() if not (p.ndim >= 2 and "embedding" not in name)]
+    learning = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    decayed = [p for name, p in learning if p.ndim >= 2 and "embedding" not in name]
+    others = [p for name, p in learning if not (p.ndim >= 2 and "embedding" not in name)]
     groups = [dict(params=decayed, weight_decay=c.weight_decay), dict(params=others, weight_decay=0.0)]
     return torch.optim.AdamW(groups, lr=c.lr, betas=(0.9, 0.95), fused=True)
 
@@ -593,6 +609,7 @@ def train(c: Config, stop: threading.Event) -> None:
     model = OpenVision3(c, tokenizer, vae.to(device, memory_format=torch.channels_last)).to(device)
     if model.perceptual is not None:
         model.perceptual.to(device)
+    model.encoder.requires_grad_(not c.freeze_encoder)
     optimizer = make_optimizer(model, c)
     out.mkdir(parents=True, exist_ok=True)
     if main:  # nothing the user gave can be wrong any more; from here on --resume goes on

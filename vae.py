@@ -231,6 +231,22 @@ class AutoencoderKL(nn.Module):
         return self.decoder(latents / self.scale_factor + self.shift_factor)
 
 
+class Pixels(nn.Module):
+    """No VAE: the picture is its own latents, [B,3,H,W]. What the latents as input are measured against."""
+
+    config, downsampling = dict(z_channels=3), 1
+
+    def __init__(self):
+        super().__init__()
+        self.encoder, self.decoder = nn.Identity(), nn.Identity()
+
+    def encode(self, images: Tensor) -> Tensor:
+        return images
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return latents
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Drawn pictures to train on: no photograph is needed to make a codec for photographs, only their statistics
 # ---------------------------------------------------------------------------------------------------------------------
@@ -475,6 +491,8 @@ def fetch_flux() -> Path:
 
 def find_vae(source: str | os.PathLike) -> Path:
     """The weights file behind a name, a file or a folder in diffusers' layout."""
+    if str(source) == "pixels":
+        raise FileNotFoundError("pixels is no VAE and has no file")
     names = {"tiny": lambda: TINY_PATH, "flux": fetch_flux}
     path = names.get(str(source), lambda: Path(os.path.expanduser(source)))()
     path = path / "diffusion_pytorch_model.safetensors" if path.is_dir() else path
@@ -523,10 +541,12 @@ def read_vae(path: Path) -> tuple[dict, dict[str, Tensor]]:
     return config, tensors
 
 
-def load_vae(source: str | os.PathLike = "tiny") -> AutoencoderKL:
-    """"tiny"; "flux", fetched from the hub; a file written by `python vae.py`; FLUX's ae.safetensors; or a file or
-    folder in diffusers' layout. Frozen, in eval mode, fp32. Strict: a file that is no VAE, or has a missing, unexpected
-    or misshapen tensor, is a ValueError that names it."""
+def load_vae(source: str | os.PathLike = "tiny") -> AutoencoderKL | Pixels:
+    """"tiny"; "flux", fetched from the hub; a file written by `python vae.py`; FLUX's ae.safetensors; a file or folder
+    in diffusers' layout; or "pixels", no VAE at all. Frozen, in eval mode, fp32. Strict: a file that is no VAE, or has
+    a missing, unexpected or misshapen tensor, is a ValueError that names it."""
+    if str(source) == "pixels":
+        return Pixels().eval()
     path = find_vae(source)
     try:
         config, tensors = read_vae(path)
