@@ -1,15 +1,18 @@
 """
 eval_probe.py: stage 6, what a frozen encoder knows: every question the project asks of its tokens, in one program.
 
-Nothing is trained here but a linear classifier. The encoder is loaded, frozen, put into eval mode, and asked: can a
+Nothing is trained here but linear classifiers. The encoder is loaded, frozen, put into eval mode, and asked: can a
 straight line through your pooled vectors tell the classes apart, do neighbours share a class, do captions find their
 pictures, can the caption be written, can the picture be painted back? The paper asks the same at its size (sec 4).
-Beside every reconstruction number stands the VAE's own, which no encoder behind it can beat.
+Beside every reconstruction number stands the VAE's own, which no encoder behind it can beat. And `--table` checks the
+paper's claims from nothing: it trains the joint objective, each half of it alone, and the same ViT on pixels, at equal
+budgets and over several seeds, and asks all of them the same.
 
     held-out images -> VAE -> encoder -> pooled [B,E] -> linear probe, kNN          against labels
                                                       -> zero-shot, retrieval       against text vectors [B,E]
-                                      -> tokens [B,N,W] -> caption decoder -> caption_exact
-                                                        -> latent decoder -> VAE -> psnr, ssim, lpips
+                                      -> tokens [B,N,W] -> mean [B,W] -> linear probes, of labels and of harder questions
+                                                        -> caption decoder -> caption_exact, caption_tokens
+                                                        -> latent decoder -> VAE -> psnr, ssim, lpips, rfid
 
 Letters: B batch, E shared embedding width, N image tokens, W token width, K classes, M number of pictures.
 
@@ -17,13 +20,21 @@ Run:    python eval_probe.py --ckpt runs/laptop                # table on screen
         python eval_probe.py --ckpt runs/laptop --random-init  # the same towers untrained: the row to compare with
         python eval_probe.py --ckpt runs/laptop --image FILE   # one picture: caption, nearest labels, FILE_recon.png
         python eval_probe.py --ckpt UCSC-VLAA/openvision3-vit-base-patch2-32 --vae flux --data FOLDER   # published
-Source: paper sec 4; linear probe on standardised features with the decay chosen on a tenth of the training part; kNN as
-        in DINO (20 neighbours, cosine, temperature 0.07); SSIM of Wang et al. 2004.
+        python eval_probe.py --ckpt latents --vae tiny         # no encoder: what the VAE's latents give by themselves
+        python eval_probe.py --table runs/table --sweep        # every row, three seeds, two figures; it resumes
+Source: paper sec 4 and figs 4-5; linear probe on standardised features with the decay chosen on a tenth of the training
+        part; kNN as in DINO (20 neighbours, cosine, temperature 0.07); SSIM of Wang et al. 2004; FID of Heusel et al.
+        2017 with pytorch-fid's weights and resizing.
 Next:   test_all.py
 """
 import argparse
+import dataclasses
 import json
 import os
+import platform
+import shlex
+import statistics
+import threading
 import time
 from pathlib import Path
 
@@ -32,12 +43,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from data import (Data, DataError, Tokenizer, all_wordings, centre_crop, class_prompts, decode_image, evaluation_loader,
-                  open_data, picture_grid, to_image, to_tensor)
+from data import (COLORS, COMPANIONS, SIDES, Data, DataError, Tokenizer, all_wordings, centre_crop, class_prompts,
+                  decode_image, evaluation_loader, open_data, picture_grid, to_image, to_tensor)
 from encoder import find_encoder, load_encoder
 from losses import LPIPS
-from train import OpenVision3, UserError, choose_device, load_run, write_atomically
-from vae import AutoencoderKL, load_vae, psnr
+from train import OpenVision3, UserError, choose_device, load_run, parse_config, write_atomically
+from train import train as run_training
+from vae import AutoencoderKL, Pixels, load_vae, psnr
 
 RETRIEVAL_PAIRS = 256
 
@@ -64,10 +76,12 @@ def ssim(x: Tensor, y: Tensor) -> Tensor:
 
 
 def fit_linear(features: Tensor, labels: Tensor, classes: int, decay: float) -> tuple[Tensor, Tensor]:
-    """Multinomial logistic regression to convergence (L-BFGS), with decay/2 * |weights|^2. Returns weight, bias."""
-    weight = torch.zeros(classes, features.shape[1], requires_grad=True)
-    bias = torch.zeros(classes, requires_grad=True)
-    optimizer = torch.optim.LBFGS([weight, bias], max_iter=100, line_search_fn="strong_wolfe")
+    """Multinomial logistic regression with decay/2 * |weights|^2, by at most 100 steps of L-BFGS from zero; in float64,
+    because in fp32 the rounding of a batch's size decides single pictures. Returns weight, bias."""
+    features = features.double()
+    weight = torch.zeros(classes, features.shape[1], dtype=torch.double, requires_grad=True)
+    bias = torch.zeros(classes, dtype=torch.double, requires_grad=True)
+    optimizer = torch.optim.LBFGS([weight, bias], max_iter=100, history_size=20, line_search_fn="strong_wolfe")
 
     def closure() -> Tensor:
         optimizer.zero_grad()
@@ -76,7 +90,7 @@ def fit_linear(features: Tensor, labels: Tensor, classes: int, decay: float) -> 
         return loss
 
     optimizer.step(closure)
-    return weight.detach(), bias.detach()
+    return weight.detach().to(torch.float32), bias.detach().to(torch.float32)
 
 
 def linear_probe(train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor, classes: int) -> float:
@@ -105,54 +119,186 @@ def knn(train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor, 
 
 
 def retrieval(images: Tensor, texts: Tensor) -> dict[str, float]:
-    """Share of the M pairs whose partner is first, or among the first five, by cosine; ties count against us."""
+    """Share of the M pairs whose partner is first, among the first 5, or 10, by cosine; ties count against us."""
     similarity = F.normalize(images, dim=1) @ F.normalize(texts, dim=1).T              # (M, M)
     result = {}
     for name, table in (("i2t", similarity), ("t2i", similarity.T)):
         own = table.diagonal()[:, None]
         rank = (table >= own).sum(1) - 1                                               # (M,) 0 where the partner wins
-        result |= {f"{name}_r{k}": (rank < k).float().mean().item() for k in (1, 5)}
+        result |= {f"{name}_r{k}": (rank < k).float().mean().item() for k in (1, 5, 10)}
     return result
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Features of a data set under a frozen model
+# The Frechet distance, and the network whose features make it FID's
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def frechet_distance(x: Tensor, y: Tensor) -> float:
+    """Between the Gaussians of two sets of features [M,D]: |mean - mean|^2 + trace(Cx + Cy - 2 (Cx Cy)^(1/2))."""
+    x, y = x.double(), y.double()
+    cov_x, cov_y = x.T.cov(), y.T.cov()                                                    # (D, D) each
+    values, directions = torch.linalg.eigh(cov_x)
+    root = directions * values.clamp(min=0).sqrt() @ directions.T                          # (D, D) cov_x^(1/2)
+    cross = torch.linalg.eigvalsh(root @ cov_y @ root).clamp(min=0).sqrt().sum()
+    return ((x.mean(0) - y.mean(0)).square().sum() + cov_x.trace() + cov_y.trace() - 2 * cross).item()
+
+
+class ConvNorm(nn.Module):
+    """Convolution, batch norm, ReLU. `kernel`: side, or height x width; "s2" strides by 2, "v" pads nothing."""
+
+    def __init__(self, channels: int, out_channels: int, kernel: str):
+        super().__init__()
+        sides = [int(side) for side in kernel.removesuffix("s2").removesuffix("v").split("x")]
+        height, width = sides[0], sides[-1]
+        padding = 0 if kernel.endswith(("s2", "v")) else (height // 2, width // 2)
+        self.conv = nn.Conv2d(channels, out_channels, (height, width), 2 if kernel.endswith("s2") else 1, padding,
+                              bias=False)
+        self.bn = nn.BatchNorm2d(out_channels, eps=0.001)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.bn(self.conv(x)))
+
+
+class Branches(nn.Module):
+    """Branches side by side, joined over channels. In `spec`, `|` parts branches, a space the steps of one, `&` layers
+    that read the same; a layer is name:channels,kernel."""
+
+    def __init__(self, channels: int, spec: str):
+        super().__init__()
+        self.branches, self.out_channels = [branch.split() for branch in spec.split("|")], 0
+        for branch in self.branches:
+            width = channels
+            for layers in (step.split("&") for step in branch if ":" in step):
+                before, width = width, 0
+                for name, out_channels, kernel in (layer.replace(":", ",").split(",") for layer in layers):
+                    self.add_module(name, ConvNorm(before, int(out_channels), kernel))
+                    width += int(out_channels)
+            self.out_channels += width
+
+    def forward(self, x: Tensor) -> Tensor:
+        pools = {"avg": lambda h: F.avg_pool2d(h, 3, 1, 1, count_include_pad=False),
+                 "max": lambda h: F.max_pool2d(h, 3, 1, 1), "halve": lambda h: F.max_pool2d(h, 3, 2)}
+        results = []
+        for branch in self.branches:
+            h = x
+            for step in branch:
+                names = [layer.split(":")[0] for layer in step.split("&")]
+                h = pools[step](h) if step in pools else torch.cat([getattr(self, name)(h) for name in names], dim=1)
+            results.append(h)
+        return torch.cat(results, dim=1)
+
+
+def inception_block(kind: str, width: int) -> str:
+    """The five kinds of block of Inception v3 (Szegedy et al. 2015), as FID's weights have them."""
+    return {
+        "A": "branch1x1:64,1 | branch5x5_1:48,1 branch5x5_2:64,5 "
+             f"| branch3x3dbl_1:64,1 branch3x3dbl_2:96,3 branch3x3dbl_3:96,3 | avg branch_pool:{width},1",
+        "B": "branch3x3:384,3s2 | branch3x3dbl_1:64,1 branch3x3dbl_2:96,3 branch3x3dbl_3:96,3s2 | halve",
+        "C": f"branch1x1:192,1 | branch7x7_1:{width},1 branch7x7_2:{width},1x7 branch7x7_3:192,7x1 "
+             f"| branch7x7dbl_1:{width},1 branch7x7dbl_2:{width},7x1 branch7x7dbl_3:{width},1x7 "
+             f"branch7x7dbl_4:{width},7x1 branch7x7dbl_5:192,1x7 | avg branch_pool:192,1",
+        "D": "branch3x3_1:192,1 branch3x3_2:320,3s2 | branch7x7x3_1:192,1 branch7x7x3_2:192,1x7 "
+             "branch7x7x3_3:192,7x1 branch7x7x3_4:192,3s2 | halve",
+        "E": "branch1x1:320,1 | branch3x3_1:384,1 branch3x3_2a:384,1x3&branch3x3_2b:384,3x1 "
+             "| branch3x3dbl_1:448,1 branch3x3dbl_2:384,3 branch3x3dbl_3a:384,1x3&branch3x3dbl_3b:384,3x1 "
+             f"| {'max' if width else 'avg'} branch_pool:192,1",
+    }[kind]
+
+
+class Inception(Branches):
+    """Inception v3 up to its last average, with FID's weights (the file pt_inception-2015-12-05-6726825d.pth of
+    pytorch-fid). Only with them is the distance of its features an FID. Any other file is a ValueError."""
+
+    BLOCKS = (("5b", "A", 32), ("5c", "A", 64), ("5d", "A", 64), ("6a", "B", 0), ("6b", "C", 128), ("6c", "C", 160),
+              ("6d", "C", 160), ("6e", "C", 192), ("7a", "D", 0), ("7b", "E", 0), ("7c", "E", 1))
+
+    def __init__(self, weights: str | Path):
+        super().__init__(3, "Conv2d_1a_3x3:32,3s2 Conv2d_2a_3x3:32,3v Conv2d_2b_3x3:64,3 halve "
+                            "Conv2d_3b_1x1:80,1 Conv2d_4a_3x3:192,3v halve")
+        channels = self.out_channels
+        for name, kind, width in self.BLOCKS:
+            block = Branches(channels, inception_block(kind, width))
+            self.add_module(f"Mixed_{name}", block)
+            channels = block.out_channels
+        try:
+            tensors = torch.load(os.path.expanduser(weights), map_location="cpu", weights_only=True)
+            counters = {name: t for name, t in self.state_dict().items() if name.endswith("num_batches_tracked")}
+            self.load_state_dict(counters | {name: t for name, t in tensors.items() if not name.startswith("fc.")})
+        except Exception as error:  # no file, cut off, other tensors
+            problems = "; ".join(str(error).split("\n\t")[1:]) or type(error).__name__
+            raise ValueError(f"--inception {weights} does not hold FID's Inception weights: {problems[:300]}") from None
+        self.requires_grad_(False).eval()
+
+    def forward(self, images: Tensor) -> Tensor:
+        """images [B,3,H,W] in [-1,1], rounded to 8 bits as saved pictures are -> [B,2048]."""
+        images = ((images.clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1
+        x = F.interpolate(images, (299, 299), mode="bilinear", align_corners=False)
+        x = super().forward(x)                                                             # (B, 192, 35, 35)
+        for name, _, _ in self.BLOCKS:
+            x = getattr(self, f"Mixed_{name}")(x)
+        return x.mean((2, 3))                                                              # (B, 2048)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a frozen model makes of a data set
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Latents(nn.Module):
+    """In the encoder's place: the VAE's latents as they are. "Pooled" are all of them, where there are more than 8x8
+    places their averages; tokens are the 2x2 patches an encoder would read."""
+
+    def forward(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        coarse = F.adaptive_avg_pool2d(latents, min(8, latents.shape[-1]))                 # (B, 16, 8, 8)
+        return coarse.flatten(1), F.pixel_unshuffle(latents, 2).flatten(2).mT              # (B, 1024), (B, N, 64)
+
+
 class EncoderAlone(nn.Module):
-    """A published encoder and the VAE it reads: no decoder, no captioner, no text tower."""
+    """A published encoder and the VAE it reads: no decoder, no captioner, no text tower. "latents": no encoder."""
 
     def __init__(self, source: str, vae: AutoencoderKL):
         super().__init__()
-        self.encoder, self.vae = load_encoder(source), vae
+        self.vae = vae
+        if source == "latents":
+            self.encoder, self.resolution = Latents(), 64
+            return
+        self.encoder = load_encoder(source)
         channels, expected = vae.config["z_channels"], self.encoder.conv1.in_channels
-        if channels != expected or vae.downsampling != 8:
-            raise UserError(f"{source} reads latents of {expected} channels and an eighth of the picture's side, the "
-                            f"VAE gives {channels} and divides by {vae.downsampling}")
-        self.resolution = self.encoder.side * self.encoder.patch_size * vae.downsampling  # its own: 256 or 224 px
+        if channels != expected or vae.downsampling * self.encoder.patch_size != 16:
+            raise UserError(f"{source} reads {expected} channels in patches of {self.encoder.patch_size}, one for 16 "
+                            f"pixels; the VAE gives {channels} and divides by {vae.downsampling}")
+        self.resolution = self.encoder.side * 16  # its own: 256 or 224 px
+
+
+def model_device(model: nn.Module) -> torch.device:
+    return next(model.vae.parameters(), next(model.parameters(), torch.zeros(()))).device
 
 
 @torch.no_grad()
 def encode_images(model: OpenVision3 | EncoderAlone, pictures, tokenizer, batch_size: int, limit: int,
                   what: str) -> dict:
-    """Pooled vectors [M,E], labels [M], captions and scenes of the first `limit` pictures."""
-    device = next(model.parameters()).device
+    """Of the first `limit` pictures: pooled vectors [M,E], means of the tokens [M,W], labels [M], captions and scenes,
+    sorted by the pictures' ids."""
     loader = evaluation_loader(pictures, tokenizer, batch_size, limit)
-    pooled, labels, captions, scenes = [], [], [], []
+    pooled, means, labels, captions, scenes, ids = [], [], [], [], [], []
     for batch in tqdm(loader, desc=f"encode {what}", leave=False, disable=None):
-        features, _ = model.encoder(model.vae.encode(batch["image"].to(device)))
+        features, tokens = model.encoder(model.vae.encode(batch["image"].to(model_device(model))))
         pooled.append(features.float().cpu())
+        means.append(tokens.float().mean(dim=1).cpu())
         labels.append(batch["label"])
         captions += batch["all_captions"]
         scenes += batch["scenes"]
-    return {"pooled": torch.cat(pooled), "labels": torch.cat(labels), "captions": captions, "scenes": scenes}
+        ids += batch["ids"]
+    order = sorted(range(len(ids)), key=ids.__getitem__)  # so that nothing depends on the order of loading
+    return {"pooled": torch.cat(pooled)[order], "tokens": torch.cat(means)[order], "labels": torch.cat(labels)[order],
+            "captions": [captions[i] for i in order], "scenes": [scenes[i] for i in order]}
 
 
 @torch.no_grad()
 def encode_texts(model: OpenVision3, tokenizer, texts: list[str], batch_size: int) -> Tensor:
     """[M,E], in batches."""
-    device = next(model.parameters()).device
+    device = model_device(model)
     return torch.cat([model.text_encoder(tokenizer.batch(texts[i : i + batch_size]).to(device)).float().cpu()
                       for i in range(0, len(texts), batch_size)])
 
@@ -164,56 +310,108 @@ def class_vectors(model: OpenVision3, tokenizer, names: list[str], batch_size: i
     return F.normalize(vectors.view(len(names), len(texts) // len(names), -1).mean(1), dim=1)
 
 
+# The harder questions about a drawn scene, and the possible answers: how many objects; where there are two, the second
+# one's colour and shape, and on which side of the first it lies
+QUESTIONS = {"probe_count": (1, 2, 3), "probe_second_color": tuple(COLORS), "probe_second_shape": tuple(COMPANIONS),
+             "probe_relation": tuple(SIDES)}
+
+
+def answers(scene: str) -> dict[str, int]:
+    """Index of the true answer to each question; -1 where it does not arise."""
+    objects = json.loads(scene)["objects"]
+    true = {"probe_count": len(objects)}
+    if len(objects) == 2:
+        true |= {"probe_second_color": objects[1]["color"], "probe_second_shape": objects[1]["shape"],
+                 "probe_relation": objects[1]["side"]}
+    return {name: options.index(true[name]) if name in true else -1 for name, options in QUESTIONS.items()}
+
+
 @torch.no_grad()
 def reconstruct_and_caption(model: OpenVision3 | EncoderAlone, pictures, tokenizer, batch_size: int, limit: int,
-                            perceptual: nn.Module | None) -> dict:
-    """PSNR, SSIM (and LPIPS) of ours and of the VAE alone, and the share of captions written exactly; of an encoder
-    alone the VAE's."""
-    device = next(model.parameters()).device
-    rows = {name: [] for name in ("psnr", "ssim", "lpips", "psnr_vae", "ssim_vae", "caption_exact")}
+                            perceptual: nn.Module | None, inception: nn.Module | None) -> dict:
+    """PSNR, SSIM (LPIPS, rFID) of ours and of the VAE alone; captions written exactly (caption_exact), and words right
+    that follow true ones (caption_tokens). Of an encoder alone only the VAE's numbers."""
+    rows = {name: [] for name in ("psnr", "ssim", "lpips", "psnr_vae", "ssim_vae", "lpips_vae", "caption_exact")}
+    right, words, features = 0, 0, {"input": [], "rfid": [], "rfid_vae": []}
+    device = model_device(model)
     for batch in tqdm(evaluation_loader(pictures, tokenizer, batch_size, limit), desc="reconstruct", leave=False,
                       disable=None):
         images = batch["image"].to(device)
         if isinstance(model, EncoderAlone):
-            ceiling = model.vae.decode(model.vae.encode(images))
+            pairs = {"_vae": model.vae.decode(model.vae.encode(images))}
         else:
             ceiling, ours, tokens = model.reconstruct(images)
-            rows["psnr"].append(psnr(ours, images))
-            rows["ssim"].append(ssim(ours, images))
-            if perceptual is not None:
-                rows["lpips"].append(perceptual(ours.clamp(-1, 1), images))
+            pairs = {"": ours, "_vae": ceiling}
             ids = model.caption_decoder.generate(tokens, tokenizer.bos, tokenizer.eos, tokenizer.context_length)
             texts = [tokenizer.decode(row) for row in ids.tolist()]
             valid = [all_wordings(json.loads(scene)) if scene else captions
                      for captions, scene in zip(batch["all_captions"], batch["scenes"])]
             rows["caption_exact"].append(torch.tensor([float(t in v) for t, v in zip(texts, valid)]))
-        rows["psnr_vae"].append(psnr(ceiling, images))
-        rows["ssim_vae"].append(ssim(ceiling, images))
-    return {name: torch.cat(values).mean().item() if values else None for name, values in rows.items()}
+            given = batch["text"].to(device)
+            real = given[:, 1:] != tokenizer.pad
+            guesses = model.caption_decoder(tokens, given[:, :-1]).argmax(-1)              # (B, T-1)
+            right, words = right + ((guesses == given[:, 1:]) & real).sum().item(), words + real.sum().item()
+        if isinstance(model.vae, Pixels):
+            pairs.pop("_vae")  # nothing is lost without a VAE
+        for name, result in pairs.items():
+            rows["psnr" + name].append(psnr(result, images))
+            rows["ssim" + name].append(ssim(result, images))
+            if perceptual is not None:
+                rows["lpips" + name].append(perceptual(result.clamp(-1, 1), images))
+            if inception is not None:
+                features["rfid" + name].append(inception(result).cpu())
+        if inception is not None:
+            features["input"].append(inception(images).cpu())
+    result = {name: torch.cat(values).double().mean().item() if values else None for name, values in rows.items()}
+    for name in ("rfid", "rfid_vae"):
+        result[name] = (frechet_distance(torch.cat(features["input"]), torch.cat(features[name]))
+                        if features[name] else None)
+    return result | {"caption_tokens": right / words if words else None}
 
 
-def evaluate(model: OpenVision3 | EncoderAlone, tokenizer, data: Data, n_train: int, n_test: int, batch_size: int = 64,
-             perceptual: nn.Module | None = None) -> dict:
-    """All keys of the contract; None where one cannot be had, with the reason printed."""
+KEYS = ("linear_probe_top1 knn_top1 zero_shot_top1 i2t_r1 i2t_r5 t2i_r1 t2i_r5 caption_exact psnr ssim lpips rfid "
+        "psnr_vae ssim_vae linear_probe_tokens_top1 i2t_r10 t2i_r10 caption_tokens lpips_vae rfid_vae").split()
+
+
+def evaluate(model: OpenVision3 | EncoderAlone, tokenizer, data: Data, n_train: int, n_test: int,
+             n_reconstruct: int = 512, batch_size: int = 64, perceptual: nn.Module | None = None,
+             inception: nn.Module | None = None) -> dict:
+    """All of KEYS and QUESTIONS; None where one cannot be had, with the reason printed."""
     began = time.time()
     alone = isinstance(model, EncoderAlone)
+    metrics = dict.fromkeys([*KEYS, *QUESTIONS])
     test = encode_images(model, data.test, tokenizer, batch_size, n_test, "test")
-    metrics = dict.fromkeys(("linear_probe_top1", "knn_top1", "zero_shot_top1", "i2t_r1", "i2t_r5", "t2i_r1",
-                             "t2i_r5", "caption_exact", "psnr", "ssim", "lpips", "rfid", "psnr_vae", "ssim_vae"))
-    if data.class_names and (test["labels"] >= 0).any():
-        train = encode_images(model, data.train, tokenizer, batch_size, n_train, "train")
-        x, y = ([part[key][part["labels"] >= 0] for part in (train, test)] for key in ("pooled", "labels"))
-        metrics["linear_probe_top1"] = linear_probe(x[0], y[0], x[1], y[1], len(data.class_names))
-        metrics["knn_top1"] = knn(x[0], y[0], x[1], y[1], len(data.class_names))
+    labelled = bool(data.class_names) and (test["labels"] >= 0).any().item()
+    drawn = bool(test["scenes"][0])
+    train = encode_images(model, data.train, tokenizer, batch_size, n_train, "train") if labelled else None
+
+    def probe(method, features: str, labels: list[Tensor], classes: int) -> float:
+        known = [answer >= 0 for answer in labels]
+        (x, tx), (y, ty) = ([part[features][k] for part, k in zip((train, test), known)],
+                            [answer[k] for answer, k in zip(labels, known)])
+        return method(x, y, tx, ty, classes)
+
+    if labelled:
+        labels, K = [train["labels"], test["labels"]], len(data.class_names)
+        metrics["linear_probe_top1"] = probe(linear_probe, "pooled", labels, K)
+        metrics["linear_probe_tokens_top1"] = probe(linear_probe, "tokens", labels, K)
+        metrics["knn_top1"] = probe(knn, "pooled", labels, K)
         if not alone:
             directions = class_vectors(model, tokenizer, data.class_names, batch_size)
-            nearest = (F.normalize(x[1], dim=1) @ directions.T).argmax(1)
-            metrics["zero_shot_top1"] = (nearest == y[1]).float().mean().item()
+            nearest = (F.normalize(test["pooled"], dim=1) @ directions.T).argmax(1)
+            metrics["zero_shot_top1"] = (nearest == labels[1])[labels[1] >= 0].float().mean().item()
     else:
-        print("linear_probe_top1, knn_top1, zero_shot_top1: null, the data set has no labels")
+        print("linear_probe_*, knn_top1, zero_shot_top1: null, the data set has no labels")
+    if drawn:
+        true = [[answers(scene) for scene in part["scenes"]] for part in (train, test)]
+        for name, options in QUESTIONS.items():
+            labels = [torch.tensor([row[name] for row in part]) for part in true]
+            metrics[name] = probe(linear_probe, "tokens", labels, len(options))
+    else:
+        print("probe_*: null, only drawn scenes come with the answers")
 
     if alone:
-        print("zero_shot_top1, i2t_*, t2i_*, caption_exact, psnr, ssim, lpips: null, this is an encoder alone, "
+        print("zero_shot_top1, i2t_*, t2i_*, caption_*, psnr, ssim, lpips, rfid: null, this is an encoder alone, "
               "without a text tower or a decoder")
     else:
         pairs = {captions[0]: i for i, captions in reversed(list(enumerate(test["captions"]))) if captions[0]}
@@ -223,10 +421,17 @@ def evaluate(model: OpenVision3 | EncoderAlone, tokenizer, data: Data, n_train: 
         print(f"retrieval is among {len(chosen)} held-out pairs with distinct captions")
         if perceptual is None:
             print("lpips: null, without its weights; give --lpips-vgg and --lpips-lin, each a FILE or fetch")
-    metrics |= reconstruct_and_caption(model, data.test, tokenizer, batch_size, min(n_test, 512), perceptual)
-    print("rfid: null, it needs Inception's weights, which this program does not read yet")
+    if isinstance(model.vae, Pixels):
+        print("*_vae: null, there is no VAE")
+    n_reconstruct = min(n_reconstruct, len(data.test))
+    if inception is None:
+        print("rfid: null, without Inception's weights; give --inception FILE")
+    elif n_reconstruct < 10_000:
+        print(f"rfid: over {n_reconstruct:,} pictures only; it is biased upwards, and below 10,000 compares with no "
+              "published number: --n-reconstruct 50000, where there are as many")
+    metrics |= reconstruct_and_caption(model, data.test, tokenizer, batch_size, n_reconstruct, perceptual, inception)
     return metrics | {"n_train": min(n_train, len(data.train)), "n_test": len(test["labels"]),
-                      "seconds": round(time.time() - began, 1)}
+                      "n_reconstruct": n_reconstruct, "seconds": round(time.time() - began, 1)}
 
 
 def print_table(name: str, metrics: dict) -> None:
@@ -265,42 +470,49 @@ def show_image(model: OpenVision3, tokenizer, path: Path, class_names: list[str]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The program
+# The program: one run
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def save_metrics(metrics: dict, path: Path) -> None:
-    write_atomically(path, lambda temporary: temporary.write_text(json.dumps(metrics, indent=1) + "\n"))
+def save_json(content: dict, path: Path) -> None:
+    write_atomically(path, lambda temporary: temporary.write_text(json.dumps(content, indent=1) + "\n"))
     print(f"wrote {path}")
 
 
-def probe_alone(args: argparse.Namespace, device: torch.device) -> None:
+def instruments(args: argparse.Namespace, device: torch.device) -> dict:
+    """What the metrics need beside the model."""
+    lpips = LPIPS(args.lpips_vgg, args.lpips_lin).to(device) if args.lpips_vgg or args.lpips_lin else None
+    inception = Inception(args.inception).to(device) if args.inception else None
+    return dict(n_train=args.n_train, n_test=args.n_test, n_reconstruct=args.n_reconstruct, batch_size=args.batch_size,
+                perceptual=lpips, inception=inception)
+
+
+def probe_alone(args: argparse.Namespace, device: torch.device, into: Path | None = None) -> None:
     """An encoder without a run: everything that needs no decoder and no text tower."""
-    if args.image or args.random_init or args.lpips_vgg or args.lpips_lin:
-        raise UserError(f"{args.ckpt} is no run folder of train.py, but --image, --random-init and --lpips-* need one")
+    if args.image or args.random_init:
+        raise UserError(f"{args.ckpt} is no run folder of train.py, but --image and --random-init need one")
+    bare = args.ckpt == "latents"
     if not args.vae:
-        if Path(args.ckpt).parent.is_dir():
+        if not bare and Path(args.ckpt).parent.is_dir():
             find_encoder(args.ckpt)  # perhaps there is nothing at all
-        raise UserError(f"{args.ckpt} is an encoder alone: name the VAE whose latents it reads, for the published ones "
-                        "--vae flux")
+        raise UserError(f"{args.ckpt} comes without a VAE: name the one whose latents are read, for the published "
+                        "encoders --vae flux")
     if args.resolution is not None and (args.resolution < 16 or args.resolution % 16):
         raise UserError(f"--resolution {args.resolution} is no positive multiple of 16")
-    weights = find_encoder(args.ckpt)
-    model = EncoderAlone(weights, load_vae(args.vae)).to(device).eval().requires_grad_(False)
+    model = EncoderAlone(args.ckpt if bare else find_encoder(args.ckpt), load_vae(args.vae))
+    model.to(device).eval().requires_grad_(False)
     data = open_data(args.data or "shapes", args.resolution or model.resolution, need_text=False)
     no_words = Tokenizer.train([], 4)  # captions are not read
-    metrics = evaluate(model, no_words, data, args.n_train, args.n_test, args.batch_size)
+    metrics = evaluate(model, no_words, data, **instruments(args, device))
     print_table(args.ckpt, metrics)
     here = Path(args.ckpt)
-    folder = here if here.is_dir() else here.parent if here.is_file() else Path("runs") / here.name
+    folder = into or (here if here.is_dir() else here.parent if here.is_file() else Path("runs") / here.name)
     own = not here.is_file() and not (folder / "last.pt").exists()  # a run's metrics.json is not ours to replace
     folder.mkdir(parents=True, exist_ok=True)
-    save_metrics(metrics, folder / ("metrics.json" if own else f"metrics_{here.stem}_alone.json"))
+    save_json(metrics, folder / ("metrics.json" if own else f"metrics_{here.stem}_alone.json"))
 
 
 def run(args: argparse.Namespace) -> None:
-    if min(args.n_train, args.n_test, args.batch_size) < 2:
-        raise UserError("--n-train, --n-test and --batch-size must be at least 2")
     args.ckpt = os.path.expanduser(args.ckpt)
     device = choose_device(args.device)
     if not (Path(args.ckpt) / "last.pt").is_file():
@@ -308,45 +520,194 @@ def run(args: argparse.Namespace) -> None:
     if args.vae or args.resolution is not None:
         raise UserError(f"{args.ckpt} is a run of train.py, which has its own VAE and resolution: leave --vae and "
                         "--resolution out")
-    perceptual = LPIPS(args.lpips_vgg, args.lpips_lin).to(device) if args.lpips_vgg or args.lpips_lin else None
     model, tokenizer, state = load_run(args.ckpt, device)
     config = model.config
     if args.image:
         return show_image(model, tokenizer, args.image, state["class_names"])
+    tools = instruments(args, device)
     if args.random_init:
         torch.manual_seed(config.seed + 1)
         model.load_state_dict(OpenVision3(config, tokenizer, model.vae).state_dict())
     own = args.data in (None, config.data)
     columns = (config.config, config.split, config.image_col, config.text_col, config.label_col) if own else ()
     data = open_data(args.data or config.data, config.resolution, *columns, streaming=own and config.streaming)
-    metrics = evaluate(model, tokenizer, data, args.n_train, args.n_test, args.batch_size, perceptual)
+    metrics = evaluate(model, tokenizer, data, **tools)
     print_table(f"{args.ckpt}, step {state['step']}" + (", random weights" if args.random_init else ""), metrics)
-    save_metrics(metrics, Path(args.ckpt) / ("metrics_random.json" if args.random_init else "metrics.json"))
+    save_json(metrics, Path(args.ckpt) / ("metrics_random.json" if args.random_init else "metrics.json"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The program: the table of the paper's claims, from nothing
+# ---------------------------------------------------------------------------------------------------------------------
+
+# Trainings of equal budget, data and seed, as changes to the joint run. "decoder" goes on from "understanding": a
+# decoder for its tokens, the encoder frozen, half as many steps again.
+TRAININGS = {"reconstruction": dict(w_und=0.0), "understanding": dict(w_rec=0.0),
+             "decoder": dict(w_und=0.0, freeze_encoder=True), "pixels": dict(vae="pixels"), "joint": {}}
+ROWS = {"random": "random encoder", "latents": "the VAE's latents, no encoder", "reconstruction": "reconstruction only",
+        "understanding": "understanding only", "decoder": "... and a decoder on its frozen tokens",
+        "pixels": "joint, pixels in place of latents", "joint": "joint"}
+SWEEPS = {"tau": (0.0, 1.0), "w_rec": (0.1, 2.0), "beta": (0.0, 2.0), "size": ("Ti",)}  # beside the joint run's
+COLUMNS = {"linear_probe_top1": "probe", "linear_probe_tokens_top1": "probe, tokens", "knn_top1": "kNN",
+           "probe_count": "count", "probe_second_color": "2nd colour", "probe_second_shape": "2nd shape",
+           "probe_relation": "relation", "i2t_r1": "R@1 i2t", "t2i_r1": "R@1 t2i", "caption_exact": "caption exact",
+           "psnr": "PSNR", "ssim": "SSIM"}
+
+
+def train_and_measure(args: argparse.Namespace, name: str, seed: int, changes: dict) -> dict:
+    """One training of the table and its metrics; whatever is already there is taken as it is."""
+    folder = Path(args.table) / f"{name}-{seed}"
+    if not (folder / "metrics.json").exists():
+        config = parse_config(["--steps", "450", *shlex.split(args.flags), "--seed", str(seed), "--out", str(folder)])
+        if name == "decoder":
+            changes = changes | dict(init=str(folder.with_name(f"understanding-{seed}")), steps=config.steps // 2)
+        print(f"\n== {folder}: {changes or 'the joint run'}")
+        config = dataclasses.replace(config, resume=(folder / "config.json").exists(), **changes)
+        run_training(config, threading.Event())
+        run(argparse.Namespace(**vars(args) | dict(ckpt=str(folder))))
+    return json.loads((folder / "metrics.json").read_text())
+
+
+def reproduce_table(args: argparse.Namespace) -> None:
+    """Trains and measures every row over the seeds, writes results.json and the two figures, prints the table."""
+    if args.seeds < 1:
+        raise UserError("--seeds must be at least 1")
+    out = Path(args.table)
+    args.data = parse_config(shlex.split(args.flags)).data
+    results = {name: [] for name in ROWS}
+    for seed in range(args.seeds):
+        for name, changes in TRAININGS.items():
+            results[name].append(train_and_measure(args, name, seed, changes))
+        random_file = out / f"joint-{seed}" / "metrics_random.json"
+        if not random_file.exists():
+            run(argparse.Namespace(**vars(args) | dict(ckpt=str(random_file.parent), random_init=True)))
+        results["random"].append(json.loads(random_file.read_text()))
+    joint = json.loads((out / "joint-0" / "config.json").read_text())
+    latents_file = out / "latents" / "metrics.json"
+    if not latents_file.exists():
+        alone = dict(ckpt="latents", vae=joint["vae"], resolution=joint["resolution"])
+        probe_alone(argparse.Namespace(**vars(args) | alone), choose_device(args.device), latents_file.parent)
+    results["latents"].append(json.loads(latents_file.read_text()))
+    sweeps = {}
+    for name, values in SWEEPS.items() if args.sweep else ():
+        points = [(value, train_and_measure(args, f"{name}-{value}", 0, {name: value})) for value in values]
+        sweeps[name] = sorted([*points, (joint[name], results["joint"][0])], key=lambda point: str(point[0]))
+    rows = {name: summary(seeds) for name, seeds in results.items()}
+    save_json({"command": f"python eval_probe.py --table {args.table} --seeds {args.seeds}"
+                          + (f" --flags {shlex.quote(args.flags)}" if args.flags else "") + " --sweep" * args.sweep,
+               "config": joint, "environment": {
+                   "torch": torch.__version__, "python": platform.python_version(), "machine": platform.machine(),
+                   "cores": os.cpu_count(), "device": torch.cuda.get_device_name() if torch.cuda.is_available()
+                   else "cpu"}, "rows": rows, "sweeps": sweeps}, out / "results.json")
+    save_branches(out)
+    if sweeps:
+        save_sensitivity(sweeps, out / "sensitivity.png")
+    print(f"\n| {joint['data']}, {joint['steps']} steps, {args.seeds} seed(s) | {' | '.join(COLUMNS.values())} |\n"
+          f"|---|{'---|' * len(COLUMNS)}")
+    for name, row in rows.items():
+        cells = [shown(row[key], 2 if key == "psnr" else 3) for key in COLUMNS]
+        print(f"| {ROWS[name]} | {' | '.join(cells)} |")
+    print(f"the VAE alone: PSNR {rows['joint']['psnr_vae']['mean']:.2f}, SSIM {rows['joint']['ssim_vae']['mean']:.3f}")
+
+
+def summary(seeds: list[dict]) -> dict:
+    """Of each metric: all seeds' values, their mean, their standard deviation (null for a single one)."""
+    columns = {key: [seed[key] for seed in seeds] for key in seeds[0]}
+    return {key: None if None in values else {
+        "mean": statistics.mean(values), "spread": statistics.stdev(values) if len(values) > 1 else None,
+        "seeds": values} for key, values in columns.items()}
+
+
+def shown(number: dict | None, digits: int) -> str:
+    if number is None:
+        return ""
+    spread = "" if number["spread"] is None else f" ± {number['spread']:.{digits}f}"
+    return f"{number['mean']:.{digits}f}{spread}"
+
+
+def save_branches(out: Path) -> None:
+    """The paper's figures 4 and 5: each loss over the steps of seed 0, with and without the other branch."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 4, figsize=(14, 3), constrained_layout=True)
+    for axis, term in zip(axes, ("pixel", "latent", "caption", "contrastive")):
+        for name, style in (("joint", "-"), ("reconstruction", "--"), ("understanding", ":")):
+            rows = [json.loads(line) for line in (out / f"{name}-0" / "log.jsonl").read_text().splitlines()]
+            values = torch.tensor([row[term] for row in rows])
+            smooth = [values[max(0, i - 2) : i + 3].mean() for i in range(len(values))]
+            alone = "" if name == "joint" else " only"
+            axis.plot([row["step"] for row in rows], smooth, style, label=name + alone, linewidth=1.5)
+        axis.set_title(term)
+        axis.set_xlabel("step")
+        axis.set_yscale("log")
+    axes[0].legend(fontsize=8)
+    write_atomically(out / "branches.png", lambda temporary: figure.savefig(temporary, dpi=110, format="png"))
+    plt.close(figure)
+    print(f"wrote {out / 'branches.png'}")
+
+
+def save_sensitivity(sweeps: dict, path: Path) -> None:
+    """One column per setting: accuracies above, PSNR below."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(2, len(sweeps), figsize=(3.2 * len(sweeps), 4.6), sharey="row", sharex="col",
+                                constrained_layout=True, squeeze=False)
+    for (above, below), (name, points) in zip(axes.T, sweeps.items()):
+        labels = [str(value) for value, _ in points]
+        for key, label in (("linear_probe_top1", "linear probe"), ("i2t_r1", "R@1 i2t"),
+                           ("caption_exact", "caption exact")):
+            above.plot(labels, [metrics[key] for _, metrics in points], "o-", label=label)
+        below.plot(labels, [metrics["psnr"] for _, metrics in points], "ks-", label="PSNR, dB")
+        below.axhline(points[0][1]["psnr_vae"], linestyle=":", color="grey", label="the VAE alone")
+        below.set_xlabel(name)
+    axes[0][0].legend(fontsize=8)
+    axes[1][0].legend(fontsize=8)
+    write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=110, format="png"))
+    plt.close(figure)
+    print(f"wrote {path}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description="Measures a frozen encoder: probes, retrieval, captions, reconstruction.")
-    parser.add_argument("--ckpt", required=True,
-                        help="run folder of train.py; or an encoder alone, as published: a file, a folder or a hub id")
+        description="Measures a frozen encoder: probes, retrieval, captions, reconstruction. Or trains and measures "
+                    "every row of the table that checks the paper's claims.")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--ckpt", help="run folder of train.py; an encoder alone, as published: a file, a folder or a hub "
+                                     "id; or latents, no encoder at all")
+    what.add_argument("--table", metavar="DIR", help="train and measure joint, reconstruction only, understanding only, "
+                                                     "pixels, ... in DIR; what is there already is kept: it resumes")
+    parser.add_argument("--seeds", type=int, default=3, help="of --table: each row is run with seeds 0, 1, ...")
+    parser.add_argument("--flags", default="", help="of --table: settings of train.py for all rows, as one string; "
+                                                    "--steps is 450 where not given")
+    parser.add_argument("--sweep", action="store_true",
+                        help="of --table: also other tau, w_rec, beta and size, seed 0, as a figure")
     parser.add_argument("--data", help="data set to evaluate on (default: the one it was trained on)")
     parser.add_argument("--vae", help="the VAE of an encoder alone: flux, or a file (a run folder knows its own)")
     parser.add_argument("--resolution", type=int,
                         help="picture side for an encoder alone (default: its own, 256 or 224)")
     parser.add_argument("--lpips-vgg", metavar="FILE", help="torchvision's vgg16 weights, to measure LPIPS; or fetch")
     parser.add_argument("--lpips-lin", metavar="FILE", help="LPIPS v0.1's vgg.pth, likewise")
+    parser.add_argument("--inception", metavar="FILE",
+                        help="pytorch-fid's pt_inception-2015-12-05-6726825d.pth, to measure rFID")
     parser.add_argument("--image", type=Path,
                         help="show one picture's caption, nearest labels and reconstruction instead")
     parser.add_argument("--random-init", action="store_true",
                         help="the same model with fresh random weights; writes metrics_random.json")
     parser.add_argument("--n-train", type=int, default=8000, help="pictures for the linear probe and kNN")
-    parser.add_argument("--n-test", type=int, default=1000,
-                        help="held-out pictures; captions and reconstruction use the first 512")
+    parser.add_argument("--n-test", type=int, default=1000, help="held-out pictures for everything but the next")
+    parser.add_argument("--n-reconstruct", type=int, default=512,
+                        help="held-out pictures for captions, reconstruction and rFID")
     parser.add_argument("--batch-size", type=int, default=64, help="changes the speed, not the numbers")
     parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
     args = parser.parse_args()
     try:
-        run(args)
+        if min(args.n_train, args.n_test, args.n_reconstruct, args.batch_size) < 2:
+            raise UserError("--n-train, --n-test, --n-reconstruct and --batch-size must be at least 2")
+        reproduce_table(args) if args.table else run(args)
     except (UserError, DataError, OSError, ValueError) as error:
         raise SystemExit(f"error: {error}") from None
 
