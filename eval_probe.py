@@ -10,7 +10,7 @@ budgets and over several seeds, and asks all of them the same.
 
     held-out images -> VAE -> encoder -> pooled [B,E] -> linear probe, kNN          against labels
                                                       -> zero-shot, retrieval       against text vectors [B,E]
-                                      -> tokens [B,N,W] -> mean [B,W] -> linear probes, of labels and of harder questions
+                                      -> tokens [B,N,W] -> mean -> linear probes        labels, harder questions
                                                         -> caption decoder -> caption_exact, caption_tokens
                                                         -> latent decoder -> VAE -> psnr, ssim, lpips, rfid
 
@@ -75,12 +75,13 @@ def ssim(x: Tensor, y: Tensor) -> Tensor:
     return score.mean((1, 2, 3)).float()
 
 
-def fit_linear(features: Tensor, labels: Tensor, classes: int, decay: float) -> tuple[Tensor, Tensor]:
-    """Multinomial logistic regression with decay/2 * |weights|^2, by at most 100 steps of L-BFGS from zero; in float64,
-    because in fp32 the rounding of a batch's size decides single pictures. Returns weight, bias."""
+def fit_linear(features: Tensor, labels: Tensor, classes: int, decay: float,
+               start: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+    """Multinomial logistic regression with decay/2 * |weights|^2, by at most 100 steps of L-BFGS from `start` or zero;
+    in float64, because in fp32 the rounding of a batch's size decides single pictures. Returns weight, bias."""
     features = features.double()
-    weight = torch.zeros(classes, features.shape[1], dtype=torch.double, requires_grad=True)
-    bias = torch.zeros(classes, dtype=torch.double, requires_grad=True)
+    start = start or (torch.zeros(classes, features.shape[1]), torch.zeros(classes))
+    weight, bias = (part.double().requires_grad_() for part in start)
     optimizer = torch.optim.LBFGS([weight, bias], max_iter=100, history_size=20, line_search_fn="strong_wolfe")
 
     def closure() -> Tensor:
@@ -95,18 +96,20 @@ def fit_linear(features: Tensor, labels: Tensor, classes: int, decay: float) -> 
 
 def linear_probe(train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor, classes: int) -> float:
     """Top-1 accuracy of a linear classifier on standardised features [M,E]; the decay is chosen on every tenth training
-    picture, then all are used."""
+    picture, from strong to weak, each fit starting from the one before; then all pictures are used."""
     mean, std = train.mean(0), train.std(0) + 1e-6
     train, test = (train - mean) / std, (test - mean) / std
     held = torch.arange(len(train)) % 10 == 9
 
-    def accuracy(x: Tensor, y: Tensor, to: Tensor, labels: Tensor, decay: float) -> float:
-        weight, bias = fit_linear(x, y, classes, decay)
-        return ((to @ weight.T + bias).argmax(1) == labels).float().mean().item()
+    def accuracy(line: tuple[Tensor, Tensor], x: Tensor, labels: Tensor) -> float:
+        return ((x @ line[0].T + line[1]).argmax(1) == labels).float().mean().item()
 
-    decays = (1e-5, 1e-4, 1e-3, 1e-2)
-    best = max(decays, key=lambda d: accuracy(train[~held], train_labels[~held], train[held], train_labels[held], d))
-    return accuracy(train, train_labels, test, test_labels, best)
+    tried, line = [], None
+    for decay in (1e-2, 1e-3, 1e-4, 1e-5, 1e-6):
+        line = fit_linear(train[~held], train_labels[~held], classes, decay, line)
+        tried.append((accuracy(line, train[held], train_labels[held]), decay, line))
+    _, decay, line = max(tried, key=lambda found: found[:2])
+    return accuracy(fit_linear(train, train_labels, classes, decay, line), test, test_labels)
 
 
 def knn(train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor, classes: int, k: int = 20,
@@ -276,23 +279,31 @@ def model_device(model: nn.Module) -> torch.device:
 
 
 @torch.no_grad()
-def encode_images(model: OpenVision3 | EncoderAlone, pictures, tokenizer, batch_size: int, limit: int,
-                  what: str) -> dict:
-    """Of the first `limit` pictures: pooled vectors [M,E], means of the tokens [M,W], labels [M], captions and scenes,
-    sorted by the pictures' ids."""
+def read_latents(model: OpenVision3 | EncoderAlone, pictures, tokenizer, batch_size: int, limit: int) -> dict:
+    """Of the first `limit` pictures: latents [M,...], labels [M], captions and scenes, sorted by the pictures' ids."""
     loader = evaluation_loader(pictures, tokenizer, batch_size, limit)
-    pooled, means, labels, captions, scenes, ids = [], [], [], [], [], []
-    for batch in tqdm(loader, desc=f"encode {what}", leave=False, disable=None):
-        features, tokens = model.encoder(model.vae.encode(batch["image"].to(model_device(model))))
-        pooled.append(features.float().cpu())
-        means.append(tokens.float().mean(dim=1).cpu())
+    latents, labels, captions, scenes, ids = [], [], [], [], []
+    for batch in tqdm(loader, desc="VAE", leave=False, disable=None):
+        latents.append(model.vae.encode(batch["image"].to(model_device(model))).cpu())
         labels.append(batch["label"])
         captions += batch["all_captions"]
         scenes += batch["scenes"]
         ids += batch["ids"]
     order = sorted(range(len(ids)), key=ids.__getitem__)  # so that nothing depends on the order of loading
-    return {"pooled": torch.cat(pooled)[order], "tokens": torch.cat(means)[order], "labels": torch.cat(labels)[order],
+    return {"latents": torch.cat(latents)[order], "labels": torch.cat(labels)[order],
             "captions": [captions[i] for i in order], "scenes": [scenes[i] for i in order]}
+
+
+@torch.no_grad()
+def encode_latents(model: OpenVision3 | EncoderAlone, part: dict, batch_size: int) -> dict:
+    """The part with its pooled vectors [M,E] and the means of its tokens [M,W] in place of its latents."""
+    pooled, means = [], []
+    for latents in tqdm(part["latents"].split(batch_size), desc="encoder", leave=False, disable=None):
+        features, tokens = model.encoder(latents.to(model_device(model)))
+        pooled.append(features.float().cpu())
+        means.append(tokens.float().mean(dim=1).cpu())
+    rest = {key: value for key, value in part.items() if key != "latents"}
+    return rest | {"pooled": torch.cat(pooled), "tokens": torch.cat(means)}
 
 
 @torch.no_grad()
@@ -375,15 +386,23 @@ KEYS = ("linear_probe_top1 knn_top1 zero_shot_top1 i2t_r1 i2t_r5 t2i_r1 t2i_r5 c
 
 def evaluate(model: OpenVision3 | EncoderAlone, tokenizer, data: Data, n_train: int, n_test: int,
              n_reconstruct: int = 512, batch_size: int = 64, perceptual: nn.Module | None = None,
-             inception: nn.Module | None = None) -> dict:
-    """All of KEYS and QUESTIONS; None where one cannot be had, with the reason printed."""
+             inception: nn.Module | None = None, memory: dict | None = None) -> dict:
+    """All of KEYS and QUESTIONS; None where one cannot be had, with the reason printed. `memory` keeps latents for the
+    next model on the same data and VAE."""
     began = time.time()
     alone = isinstance(model, EncoderAlone)
     metrics = dict.fromkeys([*KEYS, *QUESTIONS])
-    test = encode_images(model, data.test, tokenizer, batch_size, n_test, "test")
+    memory = {} if memory is None else memory
+
+    def encode(part: str, count: int) -> dict:
+        if part not in memory:
+            memory[part] = read_latents(model, getattr(data, part), tokenizer, batch_size, count)
+        return encode_latents(model, memory[part], batch_size)
+
+    test = encode("test", n_test)
     labelled = bool(data.class_names) and (test["labels"] >= 0).any().item()
     drawn = bool(test["scenes"][0])
-    train = encode_images(model, data.train, tokenizer, batch_size, n_train, "train") if labelled else None
+    train = encode("train", n_train) if labelled else None
 
     def probe(method, features: str, labels: list[Tensor], classes: int) -> float:
         known = [answer >= 0 for answer in labels]
@@ -503,7 +522,8 @@ def probe_alone(args: argparse.Namespace, device: torch.device, into: Path | Non
     model.to(device).eval().requires_grad_(False)
     data = open_data(args.data or "shapes", args.resolution or model.resolution, need_text=False)
     no_words = Tokenizer.train([], 4)  # captions are not read
-    metrics = evaluate(model, no_words, data, **instruments(args, device))
+    memory = args.memory.setdefault(args.vae, {}) if args.table else None
+    metrics = evaluate(model, no_words, data, **instruments(args, device), memory=memory)
     print_table(args.ckpt, metrics)
     here = Path(args.ckpt)
     folder = into or (here if here.is_dir() else here.parent if here.is_file() else Path("runs") / here.name)
@@ -531,7 +551,8 @@ def run(args: argparse.Namespace) -> None:
     own = args.data in (None, config.data)
     columns = (config.config, config.split, config.image_col, config.text_col, config.label_col) if own else ()
     data = open_data(args.data or config.data, config.resolution, *columns, streaming=own and config.streaming)
-    metrics = evaluate(model, tokenizer, data, **tools)
+    memory = args.memory.setdefault(config.vae, {}) if args.table else None  # all rows see the same pictures
+    metrics = evaluate(model, tokenizer, data, **tools, memory=memory)
     print_table(f"{args.ckpt}, step {state['step']}" + (", random weights" if args.random_init else ""), metrics)
     save_json(metrics, Path(args.ckpt) / ("metrics_random.json" if args.random_init else "metrics.json"))
 
@@ -573,7 +594,7 @@ def reproduce_table(args: argparse.Namespace) -> None:
     if args.seeds < 1:
         raise UserError("--seeds must be at least 1")
     out = Path(args.table)
-    args.data = parse_config(shlex.split(args.flags)).data
+    args.data, args.memory = parse_config(shlex.split(args.flags)).data, {}
     results = {name: [] for name in ROWS}
     for seed in range(args.seeds):
         for name, changes in TRAININGS.items():
@@ -676,10 +697,10 @@ def main() -> None:
         description="Measures a frozen encoder: probes, retrieval, captions, reconstruction. Or trains and measures "
                     "every row of the table that checks the paper's claims.")
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--ckpt", help="run folder of train.py; an encoder alone, as published: a file, a folder or a hub "
-                                     "id; or latents, no encoder at all")
-    what.add_argument("--table", metavar="DIR", help="train and measure joint, reconstruction only, understanding only, "
-                                                     "pixels, ... in DIR; what is there already is kept: it resumes")
+    what.add_argument("--ckpt", help="run folder of train.py; an encoder alone, as published: a file, a folder or a "
+                                     "hub id; or latents, no encoder at all")
+    what.add_argument("--table", metavar="DIR", help="train and measure joint, reconstruction only, understanding "
+                                                     "only, pixels, ... in DIR; what is there is kept: it resumes")
     parser.add_argument("--seeds", type=int, default=3, help="of --table: each row is run with seeds 0, 1, ...")
     parser.add_argument("--flags", default="", help="of --table: settings of train.py for all rows, as one string; "
                                                     "--steps is 450 where not given")
