@@ -146,8 +146,9 @@ def whitening(x: Tensor, width: int) -> tuple[Tensor, Tensor]:
     DIFFERS: OpenVision starts from noise. But edges, which tell shapes apart, have a thirtieth of the deviation of
     brightness in the latents; and what either tower makes of different inputs is nine tenths the same, so that the
     contrastive loss is blind to most words and features for hundreds of steps. White, all of them count at once."""
-    mean = x.double().mean(dim=0)                                                      # (D,)
-    variances, directions = torch.linalg.eigh((x.double() - mean).T.cov().cpu())       # (D,), (D, D)
+    samples = x.cpu().double()  # which mps has not
+    mean = samples.mean(dim=0)                                                         # (D,)
+    variances, directions = torch.linalg.eigh((samples - mean).T.cov())                # (D,), (D, D)
     scale = (variances + 0.02 * variances.mean()).clamp(min=1e-6).rsqrt() * max(1, width / len(mean)) ** 0.5
     rotation = nn.init.orthogonal_(torch.empty(len(mean), width, dtype=torch.double))
     if width < len(mean):  # no room for all of them: those of most variance (pixels, 768 numbers a patch)

@@ -4,7 +4,7 @@ eval_probe.py: stage 6, what a frozen encoder knows: every question the project 
 Nothing is trained here but linear classifiers. The encoder is loaded, frozen, put into eval mode, and asked: can a
 straight line through your pooled vectors tell the classes apart, do neighbours share a class, do captions find their
 pictures, can the caption be written, can the picture be painted back? The paper asks the same at its size (sec 4).
-Beside every reconstruction number stands the VAE's own, which no encoder behind it can beat. And `--table` checks the
+Beside every reconstruction number stands the VAE's own, the ceiling of what was asked for. And `--table` checks the
 paper's claims from nothing: it trains the joint objective, each half of it alone, and the same ViT on pixels, at equal
 budgets and over several seeds, and asks all of them the same.
 
@@ -29,6 +29,7 @@ Next:   test_all.py
 """
 import argparse
 import dataclasses
+import itertools
 import json
 import os
 import platform
@@ -36,6 +37,7 @@ import shlex
 import statistics
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -47,7 +49,8 @@ from data import (COLORS, COMPANIONS, SIDES, Data, DataError, Tokenizer, all_wor
                   decode_image, evaluation_loader, open_data, picture_grid, to_image, to_tensor)
 from encoder import find_encoder, load_encoder
 from losses import LPIPS
-from train import OpenVision3, UserError, choose_device, load_run, parse_config, write_atomically
+from train import (Config, OpenVision3, UserError, check_config, choose_device, load_run, parse_config,
+                   read_checkpoint, write_atomically)
 from train import train as run_training
 from vae import AutoencoderKL, Pixels, load_vae, psnr
 
@@ -264,6 +267,8 @@ class EncoderAlone(nn.Module):
         super().__init__()
         self.vae = vae
         if source == "latents":
+            if isinstance(vae, Pixels):
+                raise UserError("latents are those of a VAE; --vae pixels has none")
             self.encoder, self.resolution = Latents(), 64
             return
         self.encoder = load_encoder(source)
@@ -274,8 +279,8 @@ class EncoderAlone(nn.Module):
         self.resolution = self.encoder.side * 16  # its own: 256 or 224 px
 
 
-def model_device(model: nn.Module) -> torch.device:
-    return next(model.vae.parameters(), next(model.parameters(), torch.zeros(()))).device
+def model_device(model: OpenVision3 | EncoderAlone) -> torch.device:
+    return next(itertools.chain(model.parameters(), model.vae.parameters())).device
 
 
 @torch.no_grad()
@@ -373,7 +378,8 @@ def reconstruct_and_caption(model: OpenVision3 | EncoderAlone, pictures, tokeniz
                 features["rfid" + name].append(inception(result).cpu())
         if inception is not None:
             features["input"].append(inception(images).cpu())
-    result = {name: torch.cat(values).double().mean().item() if values else None for name, values in rows.items()}
+    result = {name: torch.cat(values).cpu().double().mean().item() if values else None
+              for name, values in rows.items()}
     for name in ("rfid", "rfid_vae"):
         result[name] = (frechet_distance(torch.cat(features["input"]), torch.cat(features[name]))
                         if features[name] else None)
@@ -404,11 +410,11 @@ def evaluate(model: OpenVision3 | EncoderAlone, tokenizer, data: Data, n_train: 
     drawn = bool(test["scenes"][0])
     train = encode("train", n_train) if labelled else None
 
-    def probe(method, features: str, labels: list[Tensor], classes: int) -> float:
+    def probe(method, features: str, labels: list[Tensor], classes: int) -> float | None:
         known = [answer >= 0 for answer in labels]
         (x, tx), (y, ty) = ([part[features][k] for part, k in zip((train, test), known)],
                             [answer[k] for answer, k in zip(labels, known)])
-        return method(x, y, tx, ty, classes)
+        return method(x, y, tx, ty, classes) if len(x) >= 20 and len(tx) else None  # too few to learn from, or to ask
 
     if labelled:
         labels, K = [train["labels"], test["labels"]], len(data.class_names)
@@ -506,7 +512,7 @@ def instruments(args: argparse.Namespace, device: torch.device) -> dict:
                 perceptual=lpips, inception=inception)
 
 
-def probe_alone(args: argparse.Namespace, device: torch.device, into: Path | None = None) -> None:
+def probe_alone(args: argparse.Namespace, device: torch.device) -> None:
     """An encoder without a run: everything that needs no decoder and no text tower."""
     if args.image or args.random_init:
         raise UserError(f"{args.ckpt} is no run folder of train.py, but --image and --random-init need one")
@@ -522,14 +528,26 @@ def probe_alone(args: argparse.Namespace, device: torch.device, into: Path | Non
     model.to(device).eval().requires_grad_(False)
     data = open_data(args.data or "shapes", args.resolution or model.resolution, need_text=False)
     no_words = Tokenizer.train([], 4)  # captions are not read
-    memory = args.memory.setdefault(args.vae, {}) if args.table else None
-    metrics = evaluate(model, no_words, data, **instruments(args, device), memory=memory)
+    metrics = evaluate(model, no_words, data, **instruments(args, device))
     print_table(args.ckpt, metrics)
     here = Path(args.ckpt)
-    folder = into or (here if here.is_dir() else here.parent if here.is_file() else Path("runs") / here.name)
+    folder = here if here.is_dir() else here.parent if here.is_file() else Path("runs") / here.name
     own = not here.is_file() and not (folder / "last.pt").exists()  # a run's metrics.json is not ours to replace
     folder.mkdir(parents=True, exist_ok=True)
     save_json(metrics, folder / ("metrics.json" if own else f"metrics_{here.stem}_alone.json"))
+
+
+def open_run_data(config: Config) -> Data:
+    """The data set a run was trained on, columns and all."""
+    return open_data(config.data, config.resolution, config.config, config.split, config.image_col, config.text_col,
+                     config.label_col, streaming=config.streaming)
+
+
+def evaluate_run(model: OpenVision3, tokenizer: Tokenizer, data: Data, random_init: bool, **tools) -> dict:
+    if random_init:
+        torch.manual_seed(model.config.seed + 1)
+        model.load_state_dict(OpenVision3(model.config, tokenizer, model.vae).state_dict())
+    return evaluate(model, tokenizer, data, **tools)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -545,14 +563,9 @@ def run(args: argparse.Namespace) -> None:
     if args.image:
         return show_image(model, tokenizer, args.image, state["class_names"])
     tools = instruments(args, device)
-    if args.random_init:
-        torch.manual_seed(config.seed + 1)
-        model.load_state_dict(OpenVision3(config, tokenizer, model.vae).state_dict())
     own = args.data in (None, config.data)
-    columns = (config.config, config.split, config.image_col, config.text_col, config.label_col) if own else ()
-    data = open_data(args.data or config.data, config.resolution, *columns, streaming=own and config.streaming)
-    memory = args.memory.setdefault(config.vae, {}) if args.table else None  # all rows see the same pictures
-    metrics = evaluate(model, tokenizer, data, **tools, memory=memory)
+    data = open_run_data(config) if own else open_data(args.data, config.resolution)
+    metrics = evaluate_run(model, tokenizer, data, args.random_init, **tools)
     print_table(f"{args.ckpt}, step {state['step']}" + (", random weights" if args.random_init else ""), metrics)
     save_json(metrics, Path(args.ckpt) / ("metrics_random.json" if args.random_init else "metrics.json"))
 
@@ -572,68 +585,94 @@ SWEEPS = {"tau": (0.0, 1.0), "w_rec": (0.1, 2.0), "beta": (0.0, 2.0), "size": ("
 COLUMNS = {"linear_probe_top1": "probe", "linear_probe_tokens_top1": "probe, tokens", "knn_top1": "kNN",
            "probe_count": "count", "probe_second_color": "2nd colour", "probe_second_shape": "2nd shape",
            "probe_relation": "relation", "i2t_r1": "R@1 i2t", "t2i_r1": "R@1 t2i", "caption_exact": "caption exact",
-           "psnr": "PSNR", "ssim": "SSIM"}
+           "psnr": "PSNR", "ssim": "SSIM", "rfid": "rFID"}
+ASKED = ("n_train", "n_test", "n_reconstruct", "inception", "lpips_vgg", "lpips_lin")
 
 
-def train_and_measure(args: argparse.Namespace, name: str, seed: int, changes: dict) -> dict:
-    """One training of the table and its metrics; whatever is already there is taken as it is."""
-    folder = Path(args.table) / f"{name}-{seed}"
-    if not (folder / "metrics.json").exists():
-        config = parse_config(["--steps", "450", *shlex.split(args.flags), "--seed", str(seed), "--out", str(folder)])
-        if name == "decoder":
-            changes = changes | dict(init=str(folder.with_name(f"understanding-{seed}")), steps=config.steps // 2)
-        print(f"\n== {folder}: {changes or 'the joint run'}")
-        config = dataclasses.replace(config, resume=(folder / "config.json").exists(), **changes)
-        run_training(config, threading.Event())
-        run(argparse.Namespace(**vars(args) | dict(ckpt=str(folder))))
-    return json.loads((folder / "metrics.json").read_text())
+def measured(args: argparse.Namespace, file: Path, measure) -> dict:
+    """What `measure()` finds, kept in `file` beside the settings it was asked with; under other settings it is asked
+    again."""
+    asked = {name: getattr(args, name) for name in ASKED}
+    if file.exists() and (kept := json.loads(file.read_text()))["asked"] == asked:
+        return kept["metrics"]
+    metrics = measure()
+    print_table(file.stem, metrics)
+    save_json({"asked": asked, "metrics": metrics}, file)
+    return metrics
 
 
 def reproduce_table(args: argparse.Namespace) -> None:
-    """Trains and measures every row over the seeds, writes results.json and the two figures, prints the table."""
+    """Trains and measures every row over the seeds, writes results.json and the figures, prints the table. Trainings
+    resume; those of other flags are refused, as by train.py."""
+    for name in ("data", "vae", "resolution", "image", "random_init"):
+        if getattr(args, name):
+            raise UserError(f"--{name.replace('_', '-')} does not go with --table, whose data and VAE are those of "
+                            "--flags")
     if args.seeds < 1:
         raise UserError("--seeds must be at least 1")
-    out = Path(args.table)
-    args.data, args.memory = parse_config(shlex.split(args.flags)).data, {}
+    out, device = Path(args.table), choose_device(args.device)
+    tools, memory = instruments(args, device), {}
+
+    def train_row(name: str, seed: int, changes: dict) -> Path:
+        folder = out / f"{name}-{seed}"
+        config = parse_config(["--steps", "450", *shlex.split(args.flags), "--seed", str(seed), "--out", str(folder)])
+        if name == "decoder":
+            changes = changes | dict(init=str(out / f"understanding-{seed}"), steps=max(1, config.steps // 2))
+        config = dataclasses.replace(config, resume=(folder / "config.json").exists(), **changes)
+        check_config(config)
+        print(f"\n== {folder}: {changes or 'the joint run'}")
+        run_training(config, threading.Event())
+        return folder
+
+    def measure_run(folder: Path, random_init: bool = False) -> dict:
+        model, tokenizer, _ = load_run(folder, device)
+        seen = memory.setdefault(model.config.vae, {})  # all rows see the same pictures
+        return evaluate_run(model, tokenizer, open_run_data(model.config), random_init, **tools, memory=seen)
+
+    def measure_latents(config: Config) -> dict:
+        model = EncoderAlone("latents", load_vae(config.vae)).to(device).eval()
+        return evaluate(model, Tokenizer.train([], 4), open_run_data(config), **tools, memory=memory.get(config.vae))
+
     results = {name: [] for name in ROWS}
     for seed in range(args.seeds):
         for name, changes in TRAININGS.items():
-            results[name].append(train_and_measure(args, name, seed, changes))
-        random_file = out / f"joint-{seed}" / "metrics_random.json"
-        if not random_file.exists():
-            run(argparse.Namespace(**vars(args) | dict(ckpt=str(random_file.parent), random_init=True)))
-        results["random"].append(json.loads(random_file.read_text()))
-    joint = json.loads((out / "joint-0" / "config.json").read_text())
-    latents_file = out / "latents" / "metrics.json"
-    if not latents_file.exists():
-        alone = dict(ckpt="latents", vae=joint["vae"], resolution=joint["resolution"])
-        probe_alone(argparse.Namespace(**vars(args) | alone), choose_device(args.device), latents_file.parent)
-    results["latents"].append(json.loads(latents_file.read_text()))
+            folder = train_row(name, seed, changes)
+            results[name].append(measured(args, out / f"{folder.name}.json", partial(measure_run, folder)))
+        results["random"].append(measured(args, out / f"random-{seed}.json", partial(measure_run, folder, True)))
+    joint = Config(**read_checkpoint(out / "joint-0")["config"])
+    if joint.vae != "pixels":
+        results["latents"].append(measured(args, out / "latents.json", partial(measure_latents, joint)))
+    results["decoder"] = [{key: value if key.startswith(("psnr", "ssim", "lpips", "rfid", "n_")) else None
+                           for key, value in row.items()} for row in results["decoder"]]  # the rest is not its own
     sweeps = {}
     for name, values in SWEEPS.items() if args.sweep else ():
-        points = [(value, train_and_measure(args, f"{name}-{value}", 0, {name: value})) for value in values]
-        sweeps[name] = sorted([*points, (joint[name], results["joint"][0])], key=lambda point: str(point[0]))
-    rows = {name: summary(seeds) for name, seeds in results.items()}
-    save_json({"command": f"python eval_probe.py --table {args.table} --seeds {args.seeds}"
-                          + (f" --flags {shlex.quote(args.flags)}" if args.flags else "") + " --sweep" * args.sweep,
-               "config": joint, "environment": {
-                   "torch": torch.__version__, "python": platform.python_version(), "machine": platform.machine(),
-                   "cores": os.cpu_count(), "device": torch.cuda.get_device_name() if torch.cuda.is_available()
-                   else "cpu"}, "rows": rows, "sweeps": sweeps}, out / "results.json")
+        points = [(getattr(joint, name), results["joint"][0])]
+        for value in values:
+            folder = train_row(f"{name}-{value}", 0, {name: value})
+            points.append((value, measured(args, out / f"{folder.name}.json", partial(measure_run, folder))))
+        sweeps[name] = sorted(points, key=lambda point: str(point[0]))
+    rows = {name: summary(seeds) for name, seeds in results.items() if seeds}
+    environment = {"torch": torch.__version__, "python": platform.python_version(), "machine": platform.machine(),
+                   "cores": os.cpu_count(), "evaluated on": str(device), "trained on": joint.device}
+    save_json({"arguments": {key: getattr(args, key) for key in ("seeds", "flags", "sweep", *ASKED)},
+               "config": dataclasses.asdict(joint), "environment": environment, "rows": rows, "sweeps": sweeps},
+              out / "results.json")
     save_branches(out)
     if sweeps:
         save_sensitivity(sweeps, out / "sensitivity.png")
-    print(f"\n| {joint['data']}, {joint['steps']} steps, {args.seeds} seed(s) | {' | '.join(COLUMNS.values())} |\n"
-          f"|---|{'---|' * len(COLUMNS)}")
+    columns = {key: title for key, title in COLUMNS.items() if any(row[key] for row in rows.values())}
+    print(f"\n| {joint.data}, {joint.steps} steps, {args.seeds} seed(s) | {' | '.join(columns.values())} |\n"
+          f"|---|{'---|' * len(columns)}")
     for name, row in rows.items():
-        cells = [shown(row[key], 2 if key == "psnr" else 3) for key in COLUMNS]
+        cells = [shown(row[key], 2 if key in ("psnr", "rfid") else 3) for key in columns]
         print(f"| {ROWS[name]} | {' | '.join(cells)} |")
-    print(f"the VAE alone: PSNR {rows['joint']['psnr_vae']['mean']:.2f}, SSIM {rows['joint']['ssim_vae']['mean']:.3f}")
+    if rows["joint"]["psnr_vae"]:
+        print(f"the VAE alone: PSNR {shown(rows['joint']['psnr_vae'], 2)}, SSIM {shown(rows['joint']['ssim_vae'], 3)}")
 
 
 def summary(seeds: list[dict]) -> dict:
     """Of each metric: all seeds' values, their mean, their standard deviation (null for a single one)."""
-    columns = {key: [seed[key] for seed in seeds] for key in seeds[0]}
+    columns = {key: [seed[key] for seed in seeds] for key in seeds[0] if key != "seconds"}
     return {key: None if None in values else {
         "mean": statistics.mean(values), "spread": statistics.stdev(values) if len(values) > 1 else None,
         "seeds": values} for key, values in columns.items()}
@@ -683,7 +722,8 @@ def save_sensitivity(sweeps: dict, path: Path) -> None:
                            ("caption_exact", "caption exact")):
             above.plot(labels, [metrics[key] for _, metrics in points], "o-", label=label)
         below.plot(labels, [metrics["psnr"] for _, metrics in points], "ks-", label="PSNR, dB")
-        below.axhline(points[0][1]["psnr_vae"], linestyle=":", color="grey", label="the VAE alone")
+        if points[0][1]["psnr_vae"]:
+            below.axhline(points[0][1]["psnr_vae"], linestyle=":", color="grey", label="the VAE alone")
         below.set_xlabel(name)
     axes[0][0].legend(fontsize=8)
     axes[1][0].legend(fontsize=8)
@@ -709,7 +749,7 @@ def main() -> None:
     parser.add_argument("--data", help="data set to evaluate on (default: the one it was trained on)")
     parser.add_argument("--vae", help="the VAE of an encoder alone: flux, or a file (a run folder knows its own)")
     parser.add_argument("--resolution", type=int,
-                        help="picture side for an encoder alone (default: its own, 256 or 224)")
+                        help="picture side for an encoder alone (default: its own, 256 or 224; latents: 64)")
     parser.add_argument("--lpips-vgg", metavar="FILE", help="torchvision's vgg16 weights, to measure LPIPS; or fetch")
     parser.add_argument("--lpips-lin", metavar="FILE", help="LPIPS v0.1's vgg.pth, likewise")
     parser.add_argument("--inception", metavar="FILE",

@@ -1224,7 +1224,8 @@ def test_frechet_distance_of_known_gaussians():
 def test_table_is_trained_once_and_resumes(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(eval_probe, "RETRIEVAL_PAIRS", 16)
     monkeypatch.setattr(eval_probe, "SWEEPS", {"tau": (1.0,)})
-    monkeypatch.setattr(train, "whiten", lambda *_: None)
+    monkeypatch.setattr(train, "whiten", lambda *_: None)  # not what is tested here, and slow
+    monkeypatch.setattr(eval_probe, "linear_probe", lambda *_: 0.5)
     flags = " ".join(map(str, TINY_RUN)).replace("--steps 4", "--steps 2")
     asked = ["eval_probe.py", "--table", str(tmp_path / "table"), "--seeds", "1", "--sweep", "--flags", flags,
              "--n-train", "64", "--n-test", "32", "--n-reconstruct", "8"]
@@ -1239,14 +1240,18 @@ def test_table_is_trained_once_and_resumes(tmp_path, monkeypatch, capsys):
     assert all(torch.equal(understanding[name], decoder[name]) for name in understanding)
     for picture in ("branches.png", "sensitivity.png"):
         assert Image.open(tmp_path / "table" / picture).size[0] > 300
-    (tmp_path / "table" / "joint-0" / "metrics.json").unlink()
+    (tmp_path / "table" / "joint-0.json").unlink()
     capsys.readouterr()
+    measured = []
+    evaluate = eval_probe.evaluate
+    monkeypatch.setattr(eval_probe, "evaluate", lambda *a, **k: measured.append(1) or evaluate(*a, **k))
     eval_probe.main()
     again, said = json.loads((tmp_path / "table" / "results.json").read_text()), capsys.readouterr().out
-    assert said.count("is finished: 2 steps") == 1 and "| joint |" in said
-    for name in first["rows"]:
-        assert again["rows"][name]["psnr"] == first["rows"][name]["psnr"]
-    assert "--seeds" in complaint(monkeypatch, eval_probe, *asked[1:], "--seeds", 0)
+    assert said.count("is finished: 2 steps") == 5 and len(measured) == 1 and "| joint |" in said
+    assert again["rows"] == first["rows"]
+    assert "--steps 1 (was 2)" in complaint(monkeypatch, eval_probe, *asked[1:], "--flags", flags + " --steps 1")
+    for wrong in (("--seeds", 0), ("--data", "shapes"), ("--random-init",)):
+        assert wrong[0] in complaint(monkeypatch, eval_probe, *asked[1:], *wrong)
 
 
 def test_one_folder_from_training_to_one_picture(folder, tmp_path, monkeypatch, capsys):

@@ -90,7 +90,7 @@ class Config:
     weight_decay: float = field(0.1, "decoupled decay, on matrices only")
     clip: float = field(1.0, "largest gradient norm; larger ones are scaled down to it")
     w_rec: float = field(0.5, "weight of reconstruction (paper Table 1); 0: the encoder learns nothing from it")
-    w_und: float = field(1.0, "weight of understanding (paper Table 1); 0: likewise")
+    w_und: float = field(1.0, "weight of understanding (paper Table 1); 0: it teaches only the pooled vector's matrix")
     beta: float = field(0.4, "weight of latent L1 within reconstruction (paper Table 1)")
     alpha: float = field(1.0, "weight of the contrastive term within understanding (paper Table 1)")
     lpips_weight: float = field(0.0, "weight of LPIPS (paper Table 1: 0, in finetuning 0.5); needs the two files below")
@@ -468,7 +468,7 @@ def cost_card(c: Config) -> None:
         eye = PerceptualDistance() if c.lpips_weight > 0 else None
     model.config, model.frozen[1] = c, eye
     calls = {"VAE encoder": (vae.encoder, 1, lambda: vae.encode(images)),
-             "encoder": (model.encoder, 3, lambda: model.encoder(latents)),
+             "encoder": (model.encoder, 1 if c.freeze_encoder else 3, lambda: model.encoder(latents)),
              "latent decoder": (model.latent_decoder, 3, lambda: model.latent_decoder(tokens)),
              "VAE decoder": (vae.decoder, 2 / c.pixel_every, lambda: vae.decode(latents)),
              "caption decoder": (model.caption_decoder, 3, lambda: model.caption_decoder(tokens, ids[:, 1:])),
