@@ -50,6 +50,14 @@ SIZES = {
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def rotate(x: Tensor, angles: Tensor) -> Tensor:
+    """Rotary positions (only generate.py's network has them): x [B,H,N,D], angles [N,D/2]; number i and number i + D/2
+    of a token are turned as a pair."""
+    first, second = x.chunk(2, dim=-1)                                              # (B, H, N, D/2) each
+    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+
 class Attention(nn.Module):
     """Multi-head self-attention. in_proj and out_proj are named and laid out as in the released checkpoints."""
 
@@ -60,11 +68,14 @@ class Attention(nn.Module):
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
         self.out_proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """x [B,N,W]; mask [N,N], True where a row may look, or None where everyone sees everything."""
+    def forward(self, x: Tensor, mask: Tensor | None = None, angles: Tensor | None = None) -> Tensor:
+        """x [B,N,W]; mask [N,N], True where a row may look, or None where everyone sees everything; angles [N,W/H/2]
+        of rotary positions, or None."""
         B, N, W = x.shape
         qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)                   # (B, N, 3*W)
         q, k, v = qkv.view(B, N, 3, self.heads, W // self.heads).permute(2, 0, 3, 1, 4)  # (B, H, N, W/H) each
+        if angles is not None:
+            q, k = rotate(q, angles), rotate(k, angles)
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)                 # (B, H, N, W/H)
         return self.out_proj(x.transpose(1, 2).reshape(B, N, W))                    # (B, N, W)
 

@@ -40,6 +40,7 @@ import data
 import decoders
 import encoder
 import eval_probe
+import generate
 import losses
 import train
 import vae
@@ -1267,6 +1268,154 @@ def test_one_folder_from_training_to_one_picture(folder, tmp_path, monkeypatch, 
     assert "nearest labels" in capsys.readouterr().out and (tmp_path / "photo_recon.png").is_file()
     assert "photo.txt" in complaint(
         monkeypatch, eval_probe, "--ckpt", tmp_path / "run", "--image", tmp_path / "photo.txt")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# generate.py
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def small_generator(awake: bool = False) -> generate.DiTDH:
+    torch.manual_seed(0)
+    network = generate.DiTDH(token_dim=24, side=2, classes=3, base=(32, 2, 2), head=(48, 1, 2))
+    if awake:  # as after some training: nothing that starts at zero is zero any more
+        for name, p in network.named_parameters():
+            torch.nn.init.normal_(p, std=0.2) if "modulation" in name or name.startswith("out.") else None
+    return network
+
+
+def test_generator_has_raes_size_and_starts_at_its_expectation():
+    with torch.device("meta"):
+        large = generate.DiTDH(768, 16, 1000, generate.SIZES["XL"]["base"], generate.SIZES["XL"]["head"])
+    assert sum(p.numel() for p in large.parameters()) == pytest.approx(838.7e6, rel=2e-3)
+    network, x = small_generator(), torch.randn(512, 4, 24)
+    assert network(x, torch.rand(512), torch.zeros(512).long()).abs().max() == 0
+    assert generate.flow_loss(network, x, torch.zeros(512).long()).item() == pytest.approx(2, abs=0.1)
+
+
+def test_rotary_positions_depend_on_distance_alone():
+    angles = generate.rotary_angles(4, 16)
+    q, k = torch.randn(16), torch.randn(16)
+    turned = [encoder.rotate(v.expand(1, 1, 16, 16), angles)[0, 0] for v in (q, k)]
+    products = turned[0] @ turned[1].T                                             # (16, 16) by place
+    assert torch.allclose(products[0, 5], products[5, 10], atol=1e-5)              # one row and one column further
+    assert torch.allclose(products[1, 2], products[13, 14], atol=1e-5) and not torch.allclose(
+        products[0, 1], products[0, 4], atol=1e-3)
+
+
+def test_time_is_shifted_towards_noise():
+    assert generate.shift_time(torch.tensor([0.25, 0.5, 0.75]), 256 * 768).tolist() == pytest.approx(
+        [0.698, 0.874, 0.954], abs=1e-3)
+    t = torch.linspace(0, 1, 5)
+    assert torch.equal(generate.shift_time(t, 16 * 192), t)  # small samples are not shifted the other way
+
+
+def test_sampler_follows_a_known_field():
+    torch.manual_seed(0)
+    goal, start = torch.randn(3, 4, 24), torch.randn(3, 4, 24)
+
+    def one_point(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:  # the velocity that leads everything to one point
+        return (x - goal) / t[:, None, None]
+
+    for points in (2, 5, 50):
+        end = generate.euler(one_point, start, points)
+        assert torch.allclose(end, goal, atol=1e-3 * (start - goal).abs().max().item() * 2)
+
+    def curved(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:  # x(t) = x(1) exp(t - t^2)
+        return x * (1 - 2 * t[:, None, None])
+
+    last = generate.shift_time(torch.tensor(0.001), 96).item()
+    exact = start * math.exp(last - last**2)
+    errors = [(generate.euler(curved, start, points) - exact).abs().max().item() for points in (3, 6, 12, 24, 48)]
+    assert all(b < 0.7 * a for a, b in zip(errors, errors[1:])), errors
+
+
+def test_guidance_and_noise():
+    network, labels = small_generator(awake=True).eval(), torch.tensor([0, 1, 2, 0, 1])
+    bad = small_generator().eval()
+    noise = generate.noise_for(range(5), (4, 24), seed=3)
+    with torch.no_grad():
+        plain = generate.euler(lambda x, t: network(x, t, labels), noise, 5)
+        assert torch.equal(generate.euler(generate.guided(network, labels, 1.0), noise, 5), plain)
+        t, nobody = torch.full((5,), 0.5), torch.full((5,), 3)
+        free, auto = (generate.guided(network, labels, 2.0, worse)(noise, t) for worse in (None, bad))
+        good = network(noise, t, labels)
+        assert torch.allclose(free, 2 * good - network(noise, t, nobody), atol=1e-5) and not torch.allclose(free, good)
+        assert torch.allclose(auto, 2 * good, atol=1e-5)  # a network fresh from its constructor says 0
+        parts = [generate.euler(generate.guided(network, labels[i : i + 2], 1.0),
+                                generate.noise_for(range(i, min(i + 2, 5)), (4, 24), seed=3), 5) for i in (0, 2, 4)]
+        assert torch.allclose(torch.cat(parts), plain, atol=1e-5)
+
+
+def test_eight_token_maps_are_learned_by_heart():
+    torch.manual_seed(0)
+    network = generate.DiTDH(token_dim=24, side=2, classes=8, base=(64, 2, 2), head=(96, 1, 2))
+    x, labels, losses = torch.randn(8, 4, 24), torch.arange(8), []
+    optimizer = torch.optim.AdamW(network.parameters(), 3e-3, weight_decay=0)
+    for step in range(400):
+        optimizer.param_groups[0]["lr"] = 3e-3 * min(1, (400 - step) / 200)
+        loss = generate.flow_loss(network, x.repeat(8, 1, 1), labels.repeat(8), drop=0.0)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[0] == pytest.approx(2, abs=0.2) and np.mean(losses[-20:]) < 0.1
+    samples = generate.euler(generate.guided(network, labels, 1.0), generate.noise_for(range(8), (4, 24), 0), 50)
+    assert ((samples - x).flatten(1).norm(dim=1) / x.flatten(1).norm(dim=1)).max() < 0.1
+
+
+def test_precision_and_recall_by_hand():
+    torch.manual_seed(0)
+    real = torch.randn(400, 4)
+    assert generate.precision_recall(real, real) == (1.0, 1.0)
+    assert generate.precision_recall(real, real + 100) == (0.0, 0.0)
+    precision, recall = generate.precision_recall(real, 0.1 * torch.randn(400, 4))  # true ones, but all alike
+    assert precision > 0.95 and recall < 0.3
+
+
+def test_generator_from_training_to_samples(tmp_path, monkeypatch, capsys):
+    run_train(monkeypatch, *TINY_RUN, "--out", tmp_path / "run")
+    flags = ["--ckpt", tmp_path / "run", "--steps", 4, "--batch-size", 8, "--pool", 96, "--n-samples", 10,
+             "--points", 3, "--log-every", 1, "--save-every", 2, "--sample-every", 3]
+
+    def go(*more) -> None:
+        monkeypatch.setattr(sys, "argv", ["generate.py", *map(str, (*flags, *more))])
+        generate.main()
+
+    monkeypatch.setattr(generate, "read_pictures", lambda *a, read=generate.read_pictures: read(*a[:3], 96, a[4]))
+    go()
+    found = json.loads((tmp_path / "run" / "generate.json").read_text())
+    keys = "fd fd_features n_samples class_accuracy classifier_accuracy precision recall seconds"
+    assert set(keys.split()) <= set(found) and found["fd_features"] == "classifier" and found["fd"] > 0
+    arrays = np.load(tmp_path / "run" / "samples.npz")
+    assert arrays["arr_0"].shape == (10, 32, 32, 3) and arrays["arr_0"].dtype == np.uint8
+    assert arrays["arr_1"].shape == (10,) and len(set(arrays["arr_1"])) == 10
+    straight = torch.load(tmp_path / "run" / "generator.pt", weights_only=True)
+    assert "--resume" in complaint(monkeypatch, generate, *flags)
+    (tmp_path / "run" / "generator.pt").unlink()
+    save = generate.write_atomically
+
+    def save_then_die(path, write):
+        save(path, write)
+        if path.name == "generator.pt":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(generate, "write_atomically", save_then_die)
+    with pytest.raises(KeyboardInterrupt):
+        go()
+    monkeypatch.setattr(generate, "write_atomically", save)
+    assert "--lr" in complaint(monkeypatch, generate, *flags, "--resume", "--lr", 0.5)
+    go("--resume")
+    resumed = torch.load(tmp_path / "run" / "generator.pt", weights_only=True)
+    for part in ("network", "ema"):
+        assert all(torch.equal(straight[part][name], resumed[part][name]) for name in straight[part])
+    log = [json.loads(line) for line in (tmp_path / "run" / "generate.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in log if "loss" in row] == [1, 2, 3, 4]
+    go("--space", "latents", "--online", "--n-samples", 4)
+    assert (tmp_path / "run" / "samples_latents.png").is_file()
+    assert "other tokens" in complaint(monkeypatch, generate, *flags, "--resume", "--guidance", 2,
+                                       "--bad", tmp_path / "run" / "generator_latents.pt")
+    assert "does nothing" in complaint(monkeypatch, generate, *flags, "--resume", "--bad", "x.pt")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
