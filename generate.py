@@ -519,10 +519,12 @@ def generate(args: argparse.Namespace, stop: threading.Event) -> None:
     progress = tqdm(total=args.steps, initial=start, desc="generate", disable=None if main else True, mininterval=1)
     clock, logged, losses = time.time(), start, []
     share = args.batch_size // world
-    order = TrainingOrder(len(data.train), args.batch_size, args.seed, start, args.steps, rank, world)
-    online = iter(torch.utils.data.DataLoader(  # without crops and mirroring. DIFFERS: RAE mirrors half of them
-        data.train, batch_sampler=([i for _, i in batch] for batch in order), num_workers=args.workers,
-        collate_fn=Collate(tokenizer), worker_init_fn=outlive_sigterm)) if args.online else None
+    online = None
+    if args.online:  # whole pictures, in train.py's order. DIFFERS: RAE mirrors half of them
+        order = TrainingOrder(len(data.train), args.batch_size, args.seed, start, args.steps, rank, world)
+        online = iter(torch.utils.data.DataLoader(
+            data.train, batch_sampler=([i for _, i in batch] for batch in order), num_workers=args.workers,
+            collate_fn=Collate(tokenizer), worker_init_fn=outlive_sigterm))
     autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=args.dtype == "bfloat16")
 
     # 4. Train
