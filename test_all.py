@@ -1730,11 +1730,12 @@ def test_weights_from_the_hub(hub, tmp_path, monkeypatch, capsys):
     # an encoder alone, from its hub id to its numbers
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["eval_probe.py", "--ckpt", "UCSC-VLAA/openvision3-vit-tiny", "--vae", "flux",
-                                      "--n-train", "200", "--n-test", "32"])
+                                      "--n-train", "200", "--n-test", "32", "--n-reconstruct", "32"])
     eval_probe.main()
     metrics = json.loads((tmp_path / "runs" / "openvision3-vit-tiny" / "metrics.json").read_text())
     assert {k for k, v in metrics.items() if v is not None} == {
-        "linear_probe_top1", "knn_top1", "psnr_vae", "ssim_vae", "n_train", "n_test", "seconds"}
+        "linear_probe_top1", "linear_probe_tokens_top1", "knn_top1", *eval_probe.QUESTIONS, "psnr_vae", "ssim_vae",
+        "n_train", "n_test", "n_reconstruct", "seconds"}
     assert "null, this is an encoder alone" in capsys.readouterr().out
     assert "--vae flux" in complaint(monkeypatch, eval_probe, "--ckpt", "UCSC-VLAA/openvision3-vit-tiny")
 
