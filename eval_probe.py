@@ -80,11 +80,10 @@ def ssim(x: Tensor, y: Tensor) -> Tensor:
 
 def fit_linear(features: Tensor, labels: Tensor, classes: int, decay: float,
                start: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
-    """Multinomial logistic regression with decay/2 * |weights|^2, by at most 100 steps of L-BFGS from `start` or zero;
-    in float64, because in fp32 the rounding of a batch's size decides single pictures. Returns weight, bias."""
-    features = features.double()
+    """Multinomial logistic regression with decay/2 * |weights|^2, by at most 100 steps of L-BFGS from `start` or zero,
+    in the precision of the features. Returns weight, bias."""
     start = start or (torch.zeros(classes, features.shape[1]), torch.zeros(classes))
-    weight, bias = (part.double().requires_grad_() for part in start)
+    weight, bias = (part.to(features.dtype, copy=True).requires_grad_() for part in start)
     optimizer = torch.optim.LBFGS([weight, bias], max_iter=100, history_size=20, line_search_fn="strong_wolfe")
 
     def closure() -> Tensor:
@@ -112,7 +111,8 @@ def linear_probe(train: Tensor, train_labels: Tensor, test: Tensor, test_labels:
         line = fit_linear(train[~held], train_labels[~held], classes, decay, line)
         tried.append((accuracy(line, train[held], train_labels[held]), decay, line))
     _, decay, line = max(tried, key=lambda found: found[:2])
-    return accuracy(fit_linear(train, train_labels, classes, decay, line), test, test_labels)
+    line = fit_linear(train.double(), train_labels, classes, decay, line)  # in fp32 rounding decides single pictures
+    return accuracy(line, test, test_labels)
 
 
 def knn(train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor, classes: int, k: int = 20,
