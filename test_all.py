@@ -738,7 +738,7 @@ def test_whitened_towers_see_everything_from_the_first_step():
 def test_sixteen_samples_are_learned_by_heart():
     model, tokenizer = small_model(resolution=32, tau=0.0)
     batch = shapes_batch(16, tokenizer, 32)
-    steps = 450
+    steps = 330
     config = train.Config(steps=steps, warmup=20, lr=1.5e-3, weight_decay=0.0)
     optimizer = train.make_optimizer(model, config)
     for step in range(steps):
