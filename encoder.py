@@ -68,14 +68,20 @@ class Attention(nn.Module):
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
         self.out_proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, angles: Tensor | None = None) -> Tensor:
-        """x [B,N,W]; mask [N,N], True where a row may look, or None where everyone sees everything; angles [N,W/H/2]
-        of rotary positions, or None."""
+    def forward(self, x: Tensor, mask: Tensor | None = None, angles: Tensor | None = None,
+                cache: dict | None = None) -> Tensor:
+        """x [B,N,W]; mask [N,N] or [B,1,N,N], True where a row may look, or None where everyone sees everything; angles
+        [N,W/H/2] of rotary positions, or None; cache: keys and values of what came before, to which x's are added, so
+        that a text written word by word is read once (a column of the mask for each of them)."""
         B, N, W = x.shape
         qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)                   # (B, N, 3*W)
         q, k, v = qkv.view(B, N, 3, self.heads, W // self.heads).permute(2, 0, 3, 1, 4)  # (B, H, N, W/H) each
         if angles is not None:
             q, k = rotate(q, angles), rotate(k, angles)
+        if cache is not None:
+            if cache:
+                k, v = torch.cat([cache["k"], k], dim=2), torch.cat([cache["v"], v], dim=2)
+            cache.update(k=k, v=v)
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)                 # (B, H, N, W/H)
         return self.out_proj(x.transpose(1, 2).reshape(B, N, W))                    # (B, N, W)
 
@@ -103,8 +109,8 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(width, eps=1e-6)
         self.mlp = MLP(width, gelu)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        x = x + self.attn(self.ln_1(x), mask)
+    def forward(self, x: Tensor, mask: Tensor | None = None, cache: dict | None = None) -> Tensor:
+        x = x + self.attn(self.ln_1(x), mask, cache=cache)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -129,10 +135,10 @@ class Transformer(nn.Module):
             for linear in (block.attn.out_proj, block.mlp.c_fc, block.mlp.c_proj):
                 nn.init.zeros_(linear.bias)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        for block in self.resblocks:
+    def forward(self, x: Tensor, mask: Tensor | None = None, caches: list[dict] | None = None) -> Tensor:
+        for block, cache in zip(self.resblocks, caches or [None] * len(self.resblocks)):
             again = self.recompute and torch.is_grad_enabled()
-            x = checkpoint(block, x, mask, use_reentrant=False) if again else block(x, mask)
+            x = checkpoint(block, x, mask, use_reentrant=False) if again else block(x, mask, cache)
         return x
 
 

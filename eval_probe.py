@@ -25,10 +25,11 @@ Run:    python eval_probe.py --ckpt runs/laptop                # table on screen
 Source: paper sec 4 and figs 4-5; linear probe on standardised features with the decay chosen on a tenth of the training
         part; kNN as in DINO (20 neighbours, cosine, temperature 0.07); SSIM of Wang et al. 2004; FID of Heusel et al.
         2017 with pytorch-fid's weights and resizing.
-Next:   test_all.py
+Next:   generate.py
 """
 import argparse
 import dataclasses
+import hashlib
 import itertools
 import json
 import os
@@ -42,6 +43,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -52,7 +54,7 @@ from losses import LPIPS
 from train import (Config, OpenVision3, UserError, check_config, choose_device, load_run, parse_config,
                    read_checkpoint, write_atomically)
 from train import train as run_training
-from vae import AutoencoderKL, Pixels, load_vae, psnr
+from vae import AutoencoderKL, Pixels, find_vae, load_vae, psnr
 
 RETRIEVAL_PAIRS = 256
 
@@ -196,7 +198,8 @@ class Branches(nn.Module):
 
 
 def inception_block(kind: str, width: int) -> str:
-    """The five kinds of block of Inception v3 (Szegedy et al. 2015), as FID's weights have them."""
+    """The five kinds of block of Inception v3 (Szegedy et al. 2015), as FID's weights have them. `width` is what varies
+    within a kind; of kind E 1 stands for pooling by the maximum."""
     return {
         "A": "branch1x1:64,1 | branch5x5_1:48,1 branch5x5_2:64,5 "
              f"| branch3x3dbl_1:64,1 branch3x3dbl_2:96,3 branch3x3dbl_3:96,3 | avg branch_pool:{width},1",
@@ -589,10 +592,11 @@ COLUMNS = {"linear_probe_top1": "probe", "linear_probe_tokens_top1": "probe, tok
 ASKED = ("n_train", "n_test", "n_reconstruct", "inception", "lpips_vgg", "lpips_lin")
 
 
-def measured(args: argparse.Namespace, file: Path, measure) -> dict:
-    """What `measure()` finds, kept in `file` beside the settings it was asked with; under other settings it is asked
-    again."""
+def measured(args: argparse.Namespace, file: Path, weights: Path, measure) -> dict:
+    """What `measure()` finds, kept in `file` beside the settings it was asked with and the digest of the weights it was
+    about; under other ones it is asked again."""
     asked = {name: getattr(args, name) for name in ASKED}
+    asked["weights"] = hashlib.sha256(weights.read_bytes()).hexdigest()
     if file.exists() and (kept := json.loads(file.read_text()))["asked"] == asked:
         return kept["metrics"]
     metrics = measure()
@@ -624,10 +628,14 @@ def reproduce_table(args: argparse.Namespace) -> None:
         run_training(config, threading.Event())
         return folder
 
-    def measure_run(folder: Path, random_init: bool = False) -> dict:
+    def measure_run(folder: Path, random_init: bool) -> dict:
         model, tokenizer, _ = load_run(folder, device)
         seen = memory.setdefault(model.config.vae, {})  # all rows see the same pictures
         return evaluate_run(model, tokenizer, open_run_data(model.config), random_init, **tools, memory=seen)
+
+    def measure_folder(folder: Path, random_init: bool = False) -> dict:
+        file = out / f"{'random-' if random_init else ''}{folder.name}.json"
+        return measured(args, file, folder / "encoder.safetensors", partial(measure_run, folder, random_init))
 
     def measure_latents(config: Config) -> dict:
         model = EncoderAlone("latents", load_vae(config.vae)).to(device).eval()
@@ -637,11 +645,12 @@ def reproduce_table(args: argparse.Namespace) -> None:
     for seed in range(args.seeds):
         for name, changes in TRAININGS.items():
             folder = train_row(name, seed, changes)
-            results[name].append(measured(args, out / f"{folder.name}.json", partial(measure_run, folder)))
-        results["random"].append(measured(args, out / f"random-{seed}.json", partial(measure_run, folder, True)))
+            results[name].append(measure_folder(folder))
+        results["random"].append(measure_folder(out / f"joint-{seed}", random_init=True))
     joint = Config(**read_checkpoint(out / "joint-0")["config"])
     if joint.vae != "pixels":
-        results["latents"].append(measured(args, out / "latents.json", partial(measure_latents, joint)))
+        results["latents"].append(measured(args, out / "latents.json", find_vae(joint.vae),
+                                           partial(measure_latents, joint)))
     results["decoder"] = [{key: value if key.startswith(("psnr", "ssim", "lpips", "rfid", "n_")) else None
                            for key, value in row.items()} for row in results["decoder"]]  # the rest is not its own
     sweeps = {}
@@ -649,7 +658,7 @@ def reproduce_table(args: argparse.Namespace) -> None:
         points = [(getattr(joint, name), results["joint"][0])]
         for value in values:
             folder = train_row(f"{name}-{value}", 0, {name: value})
-            points.append((value, measured(args, out / f"{folder.name}.json", partial(measure_run, folder))))
+            points.append((value, measure_folder(folder)))
         sweeps[name] = sorted(points, key=lambda point: str(point[0]))
     rows = {name: summary(seeds) for name, seeds in results.items() if seeds}
     environment = {"torch": torch.__version__, "python": platform.python_version(), "machine": platform.machine(),
@@ -687,11 +696,8 @@ def shown(number: dict | None, digits: int) -> str:
 
 def save_branches(out: Path) -> None:
     """The paper's figures 4 and 5: each loss over the steps of seed 0, with and without the other branch."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, 4, figsize=(14, 3), constrained_layout=True)
+    figure = Figure(figsize=(14, 3), layout="constrained")
+    axes = figure.subplots(1, 4)
     for axis, term in zip(axes, ("pixel", "latent", "caption", "contrastive")):
         for name, style in (("joint", "-"), ("reconstruction", "--"), ("understanding", ":")):
             rows = [json.loads(line) for line in (out / f"{name}-0" / "log.jsonl").read_text().splitlines()]
@@ -704,18 +710,13 @@ def save_branches(out: Path) -> None:
         axis.set_yscale("log")
     axes[0].legend(fontsize=8)
     write_atomically(out / "branches.png", lambda temporary: figure.savefig(temporary, dpi=110, format="png"))
-    plt.close(figure)
     print(f"wrote {out / 'branches.png'}")
 
 
 def save_sensitivity(sweeps: dict, path: Path) -> None:
     """One column per setting: accuracies above, PSNR below."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(2, len(sweeps), figsize=(3.2 * len(sweeps), 4.6), sharey="row", sharex="col",
-                                constrained_layout=True, squeeze=False)
+    figure = Figure(figsize=(3.2 * len(sweeps), 4.6), layout="constrained")
+    axes = figure.subplots(2, len(sweeps), sharey="row", sharex="col", squeeze=False)
     for (above, below), (name, points) in zip(axes.T, sweeps.items()):
         labels = [str(value) for value, _ in points]
         for key, label in (("linear_probe_top1", "linear probe"), ("i2t_r1", "R@1 i2t"),
@@ -728,7 +729,6 @@ def save_sensitivity(sweeps: dict, path: Path) -> None:
     axes[0][0].legend(fontsize=8)
     axes[1][0].legend(fontsize=8)
     write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=110, format="png"))
-    plt.close(figure)
     print(f"wrote {path}")
 
 
@@ -741,7 +741,7 @@ def main() -> None:
                                      "hub id; or latents, no encoder at all")
     what.add_argument("--table", metavar="DIR", help="train and measure joint, reconstruction only, understanding "
                                                      "only, pixels, ... in DIR; what is there is kept: it resumes")
-    parser.add_argument("--seeds", type=int, default=3, help="of --table: each row is run with seeds 0, 1, ...")
+    parser.add_argument("--seeds", type=int, help="of --table: each row is run with seeds 0, 1, ...; 3 of them")
     parser.add_argument("--flags", default="", help="of --table: settings of train.py for all rows, as one string; "
                                                     "--steps is 450 where not given")
     parser.add_argument("--sweep", action="store_true",
@@ -768,6 +768,11 @@ def main() -> None:
     try:
         if min(args.n_train, args.n_test, args.n_reconstruct, args.batch_size) < 2:
             raise UserError("--n-train, --n-test, --n-reconstruct and --batch-size must be at least 2")
+        if args.ckpt and (args.flags or args.sweep or args.seeds is not None):
+            raise UserError("--seeds, --flags and --sweep belong to --table")
+        if args.image and args.random_init:
+            raise UserError("--image shows the trained run: leave --random-init out")
+        args.seeds = 3 if args.seeds is None else args.seeds
         reproduce_table(args) if args.table else run(args)
     except (UserError, DataError, OSError, ValueError) as error:
         raise SystemExit(f"error: {error}") from None

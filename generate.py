@@ -18,7 +18,7 @@ Run:    python generate.py --ckpt runs/laptop              # after train.py; sam
         torchrun --nproc-per-node 8 generate.py --ckpt runs/gpu --size S --online --steps 100000
 Source: paper sec 4.3; RAE (arXiv 2510.11690): statistics per place and channel, DiT^DH, time shift, AutoGuidance;
         improved precision and recall (arXiv 1904.06991).
-Next:   eval_vlm.py
+Next:   test_all.py
 """
 import argparse
 import copy
@@ -35,6 +35,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -148,21 +149,17 @@ def shift_time(t: Tensor, numbers: int) -> Tensor:
     return a * t / (1 + (a - 1) * t)
 
 
-def flow_loss(network: nn.Module, x: Tensor, labels: Tensor, drop: float = 0.1) -> Tensor:
+def flow_loss(network: nn.Module, x: Tensor, labels: Tensor, nobody: int, drop: float = 0.1) -> Tensor:
     """Mean squared error of the velocity on standardised tokens x [B,N,C]. At initialisation the network says 0, so
-    that the loss is E|noise - x|^2 = 1 + 1 = 2 a number. A tenth of the labels is hidden, for guidance."""
+    that the loss is E|noise - x|^2 = 1 + 1 = 2 a number. A tenth of the labels is replaced by `nobody`, K, for
+    guidance."""
     B, N, C = x.shape
     t = shift_time(torch.rand(B, device=x.device) * 0.999, N * C)                          # (B,)
     noise = torch.randn_like(x)
-    labels = torch.where(torch.rand(B, device=x.device) < drop, torch.full_like(labels, network_classes(network)),
-                         labels)
+    labels = torch.where(torch.rand(B, device=x.device) < drop, nobody, labels)            # (B,)
     mix = t[:, None, None]
     velocity = network((1 - mix) * x + mix * noise, t, labels)                             # (B, N, C)
     return (velocity.float() - (noise - x)).square().mean()
-
-
-def network_classes(network: nn.Module) -> int:
-    return (network.module if isinstance(network, DistributedDataParallel) else network).classes
 
 
 def noise_for(indices: range, shape: tuple[int, int], seed: int) -> Tensor:
@@ -175,7 +172,7 @@ def noise_for(indices: range, shape: tuple[int, int], seed: int) -> Tensor:
 def euler(velocity, x: Tensor, points: int) -> Tensor:
     """Follows velocity(x, t) from t = 1 to (almost) 0 through `points` times, that is points - 1 straight steps."""
     times = shift_time(1 - torch.linspace(0, 0.999, points), x[0].numel()).tolist()
-    for now, following in zip(times, times[1:] if points > 1 else [0.0]):
+    for now, following in zip(times, times[1:]):
         x = x + (following - now) * velocity(x, torch.full((len(x),), now, device=x.device))
     return x
 
@@ -218,6 +215,12 @@ class Space(nn.Module):
         model = self.frozen[0]
         latents = model.vae.encode(images)                                                 # (B, 16, R/8, R/8)
         return model.encoder(latents)[1] if self.kind == "tokens" else F.pixel_unshuffle(latents, 2).flatten(2).mT
+
+    def measure(self, tokens: Tensor) -> None:
+        """Fits mean and variance to tokens [M,N,C]."""
+        parts = tokens.split(1000)  # fp16, on the CPU
+        self.mean.copy_(sum(part.float().sum(dim=0) for part in parts) / len(tokens))
+        self.variance.copy_(sum((part.float() - self.mean.cpu()).square().sum(dim=0) for part in parts) / len(tokens))
 
     def standardise(self, tokens: Tensor) -> Tensor:
         return (tokens - self.mean) / (self.variance + 1e-5).sqrt()
@@ -344,10 +347,10 @@ def save_sheet(rows_of_pictures: list[Tensor], captions: list[str], path: Path, 
     """Eight columns a strip; `rows_of_pictures` are uint8 [M,3,R,R] each, shown one under another."""
     columns = [[to_image(picture / 127.5 - 1) for picture in column] for column in zip(*rows_of_pictures)]
     strips = [picture_grid(columns[i : i + 8], captions[i : i + 8], rows, cell=96) for i in range(0, len(columns), 8)]
-    size = max(strip.width for strip in strips), sum(strip.height - 26 for strip in strips)
-    sheet = Image.new("RGB", size, "white")
+    height = strips[0].height - 26  # two of the four lines for a caption are enough for a class name
+    sheet = Image.new("RGB", (strips[0].width, height * len(strips)), "white")
     for i, strip in enumerate(strips):
-        sheet.paste(strip, (0, i * (strip.height - 26)))
+        sheet.paste(strip, (0, i * height))
     write_atomically(path, lambda temporary: sheet.save(temporary, format="png"))
 
 
@@ -364,8 +367,8 @@ def measure(images: Tensor, labels: Tensor, held_out: dict, space: Space, judge:
     result = dict.fromkeys(("fd", "fd_features", "class_accuracy", "classifier_accuracy", "precision", "recall",
                             "fd_reconstruction")) | {"n_real": len(held_out["images"])}
     if judge is None and inception is None:
-        print("fd, class_accuracy, precision, recall: null, without labels there is no classifier; the Frechet "
-              "distance can be had with --inception FILE")
+        print("fd, class_accuracy, precision, recall: null, there are too few labelled pictures (64) or classes (2) to "
+              "train a judge on; the Frechet distance can be had with --inception FILE")
         return result
     device = space.mean.device
     back = torch.cat([((space.paint(space.standardise(space.read(part.to(device) / 127.5 - 1))) + 1) * 127.5).round()
@@ -479,9 +482,7 @@ def generate(args: argparse.Namespace, stop: threading.Event) -> None:
     for part in (real, held_out):
         part["labels"] = torch.where(part["labels"] < 0, K, part["labels"])
     fresh = Space(model, args.space).to(device)  # DIFFERS: RAE's statistics are over all training pictures
-    fresh.mean.copy_(sum(part.float().sum(dim=0) for part in real["tokens"].split(1000)) / len(real["tokens"]))
-    fresh.variance.copy_(sum((part.float() - fresh.mean.cpu()).square().sum(dim=0)
-                             for part in real["tokens"].split(1000)) / len(real["tokens"]))
+    fresh.measure(real["tokens"])
     space.load_state_dict(resumed["space"] if resumed else fresh.state_dict())
     if resumed and not torch.allclose(space.mean, fresh.mean, rtol=1e-2, atol=1e-2):
         raise UserError(f"{checkpoint} was trained on other tokens than {args.ckpt} gives now: remove it to start anew")
@@ -541,7 +542,7 @@ def generate(args: argparse.Namespace, stop: threading.Event) -> None:
             group["lr"] = learning_rate(step, args)
         torch.manual_seed((args.seed * args.steps + step) * world + rank + 1)  # times and noise, after a resume too
         with autocast():
-            loss = flow_loss(parallel, space.standardise(tokens), labels)
+            loss = flow_loss(parallel, space.standardise(tokens), labels, K)
         optimizer.zero_grad()
         loss.backward()
         norm = nn.utils.clip_grad_norm_(network.parameters(), 1.0)
@@ -622,12 +623,9 @@ def tell(row: dict, log: Path, steps: int) -> None:
 
 def save_curve(log: Path, path: Path) -> None:
     """Loss and class accuracy over the steps."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     rows = [json.loads(line) for line in log.read_text().splitlines()]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(7, 2.6), constrained_layout=True)
+    figure = Figure(figsize=(7, 2.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
     losses = [row for row in rows if "loss" in row]
     left.plot([row["step"] for row in losses], [row["loss"] for row in losses])
     left.set_title("velocity loss (2 at the start)")
@@ -638,7 +636,6 @@ def save_curve(log: Path, path: Path) -> None:
     for axis in (left, right):
         axis.set_xlabel("step")
     write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=110, format="png"))
-    plt.close(figure)
 
 
 def main() -> None:

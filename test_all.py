@@ -683,9 +683,7 @@ def test_a_branch_of_weight_zero_only_watches():
 
 
 def test_pixels_take_the_latents_place(tmp_path, monkeypatch):
-    codec = vae.load_vae("pixels")
     x = shapes(2, 32)
-    assert torch.equal(codec.decode(codec.encode(x)), x)
     run_train(monkeypatch, *TINY_RUN, "--vae", "pixels", "--out", tmp_path / "run")
     model, tokenizer, _ = train.load_run(tmp_path / "run", torch.device("cpu"))
     assert model.encoder.conv1.weight.shape == (192, 3, 16, 16)
@@ -1251,6 +1249,7 @@ def test_table_is_trained_once_and_resumes(tmp_path, monkeypatch, capsys):
     assert said.count("is finished: 2 steps") == 5 and len(measured) == 1 and "| joint |" in said
     assert again["rows"] == first["rows"]
     assert "--steps 1 (was 2)" in complaint(monkeypatch, eval_probe, *asked[1:], "--flags", flags + " --steps 1")
+    assert "--sweep" in complaint(monkeypatch, eval_probe, "--ckpt", tmp_path / "table" / "joint-0", "--sweep")
     for wrong in (("--seeds", 0), ("--data", "shapes"), ("--random-init",)):
         assert wrong[0] in complaint(monkeypatch, eval_probe, *asked[1:], *wrong)
 
@@ -1290,7 +1289,7 @@ def test_generator_has_raes_size_and_starts_at_its_expectation():
     assert sum(p.numel() for p in large.parameters()) == pytest.approx(838.7e6, rel=2e-3)
     network, x = small_generator(), torch.randn(512, 4, 24)
     assert network(x, torch.rand(512), torch.zeros(512).long()).abs().max() == 0
-    assert generate.flow_loss(network, x, torch.zeros(512).long()).item() == pytest.approx(2, abs=0.1)
+    assert generate.flow_loss(network, x, torch.zeros(512).long(), 3).item() == pytest.approx(2, abs=0.1)
 
 
 def test_rotary_positions_depend_on_distance_alone():
@@ -1354,7 +1353,7 @@ def test_eight_token_maps_are_learned_by_heart():
     optimizer = torch.optim.AdamW(network.parameters(), 3e-3, weight_decay=0)
     for step in range(400):
         optimizer.param_groups[0]["lr"] = 3e-3 * min(1, (400 - step) / 200)
-        loss = generate.flow_loss(network, x.repeat(8, 1, 1), labels.repeat(8), drop=0.0)
+        loss = generate.flow_loss(network, x.repeat(8, 1, 1), labels.repeat(8), 8, drop=0.0)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -40,6 +40,7 @@ from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -423,17 +424,13 @@ def save_grid(model: OpenVision3, tokenizer: Tokenizer, batch: dict, path: Path)
 
 def save_curves(log: Path, path: Path, batch_size: int, vocab_size: int) -> None:
     """One small plot per loss term over the steps, with chance level where it is known."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     rows = [json.loads(line) for line in log.read_text().splitlines()]
     if not rows:
         return  # nothing logged yet
     chance = {"contrastive": math.log(batch_size), "caption": math.log(vocab_size)}
     names = [n for n in ("loss", "pixel", "latent", "lpips", "caption", "contrastive") if any(row[n] for row in rows)]
-    figure, axes = plt.subplots(1, len(names), figsize=(3 * len(names), 2.6), constrained_layout=True)
-    for axis, name in zip(axes, names):
+    figure = Figure(figsize=(3 * len(names), 2.6), layout="constrained")
+    for axis, name in zip(figure.subplots(1, len(names)), names):
         axis.plot([row["step"] for row in rows], [row[name] for row in rows], linewidth=1)
         if name in chance:
             axis.axhline(chance[name], linestyle=":", color="grey", linewidth=1)
@@ -442,7 +439,6 @@ def save_curves(log: Path, path: Path, batch_size: int, vocab_size: int) -> None
         axis.set_xlabel("step")
         axis.set_ylim(bottom=0)
     write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=110, format="png"))
-    plt.close(figure)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
