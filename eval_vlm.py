@@ -443,7 +443,8 @@ def read_conversations(file: Path, images: Path) -> list[tuple[Path, str, str]]:
     try:
         turns = []
         for row in read_json(file):
-            for asked, answered in zip(row["conversations"][::2], row["conversations"][1::2]) if "image" in row else ():
+            talk = row["conversations"] if "image" in row else row["conversations"][:0]
+            for asked, answered in zip(talk[::2], talk[1::2]):
                 turns.append((find_picture(images, row["image"]), asked["value"].replace("<image>", "").strip(),
                               answered["value"]))
     except (KeyError, TypeError, AttributeError):
@@ -651,8 +652,7 @@ def chat(space: Space, resolution: int, file: Path, device: torch.device, image:
     print(free_answers(model, Album(space, resolution), asked)[0])
 
 
-def make_model(args: argparse.Namespace, tokenizer: Tokenizer, texts: list[str], token_dim: int,
-               places: int) -> VisionLanguageModel:
+def make_model(args: argparse.Namespace, texts: list[str], token_dim: int, places: int) -> VisionLanguageModel:
     """The language model asked for, and a projector of random weights."""
     torch.manual_seed(args.seed)
     if args.lm:
@@ -697,19 +697,20 @@ def run(args: argparse.Namespace) -> None:
     rng = random.Random("words")
     texts += [f"{question_prompt(q.text)} {word}" for i in range(min(2000, len(census)))
               for q in census.choices(i, rng) + census.presences(i, NEGATIVES, rng) for word in (q.answer, *q.options)]
-    answerer = make_model(args, tokenizer, texts, *reversed(space.mean.shape)).to(device)
+    answerer = make_model(args, texts, *reversed(space.mean.shape)).to(device)
     lessons = Lessons(answerer, album, census, known["captions"], args)
     parameters = sum(p.numel() for p in answerer.parameters())
-    print(f"{args.ckpt}, {args.space}: {len(census):,} pictures of {space.mean.shape[0]} tokens of {space.mean.shape[1]}; "
-          f"language model {args.lm or 'from scratch'}, {parameters / 1e6:.1f} M parameters with the projector; "
-          f"{len(choices):,} choices and {len(presences):,} presences to ask")
+    N, C = space.mean.shape
+    print(f"{args.ckpt}, {args.space}: {len(census):,} pictures of {N} tokens of {C}; language model "
+          f"{args.lm or 'from scratch'}, {parameters / 1e6:.1f} M parameters with the projector; {len(choices):,} "
+          f"choices and {len(presences):,} presences to ask")
     language_steps, alignment_steps, instruction_steps = args.steps
     if not args.lm:
         fit(answerer, [answerer.language], lessons.language, "language", language_steps, args.lr, args)
     fit(answerer, [answerer.projector], lessons.alignment, "alignment", alignment_steps, 1e-3, args)
     fit(answerer, [answerer], lessons.instruction, "instruction", instruction_steps, args.lr, args)
     answerer.eval()
-    state = {"model": answerer.state_dict(), "space": space.state_dict(), "lm": args.lm, "token_dim": space.mean.shape[1]}
+    state = {"model": answerer.state_dict(), "space": space.state_dict(), "lm": args.lm, "token_dim": C}
     if not args.lm:
         state |= {"tokenizer": answerer.words.tokenizer.state(), "length": len(answerer.language.positions)}
     write_atomically(file, lambda path: torch.save(state, path))
@@ -728,7 +729,8 @@ def run(args: argparse.Namespace) -> None:
         print(f"| {key} | {f'{value:.3f}' if isinstance(value, float) else 'null' if value is None else value} |")
     save_json(result, out / f"vlm{tag}.json")
     save_sheet(answerer, held_out, data, choices, out / f"vlm{tag}.png")
-    print(f"wrote {out / f'vlm{tag}.json'} and .png; ask it: python eval_vlm.py --ckpt {args.ckpt} --chat IMAGE QUESTION")
+    print(f"wrote {out / f'vlm{tag}.json'} and .png; ask it yourself: python eval_vlm.py --ckpt {args.ckpt} "
+          f"--chat IMAGE QUESTION")
 
 
 def save_sheet(model: VisionLanguageModel, album: Album, data: Data, choices: list[Asked], path: Path) -> None:

@@ -40,6 +40,7 @@ import data
 import decoders
 import encoder
 import eval_probe
+import eval_vlm
 import generate
 import losses
 import train
@@ -1418,6 +1419,213 @@ def test_generator_from_training_to_samples(tmp_path, monkeypatch, capsys):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# eval_vlm.py
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Letters:
+    """Words of one letter each, for tests."""
+    bos, eos = 30, 31
+
+    def encode(self, text: str) -> list[int]:
+        return [ord(letter) % 30 for letter in text]
+
+    def decode(self, ids: list[int]) -> str:
+        return " ".join(map(str, ids))
+
+
+def small_answerer(seed: int = 0) -> eval_vlm.VisionLanguageModel:
+    torch.manual_seed(seed)
+    model = eval_vlm.VisionLanguageModel(eval_vlm.LanguageModel(32, 64, 32, 2, 2), Letters(), 12)
+    for parameter in model.language.parameters():  # larger weights, so that nothing passes because nothing matters
+        parameter.data.mul_(3)
+    return model.eval()
+
+
+def test_questions_about_scenes_are_true():
+    seen = {}
+    for i in range(300):
+        scene = json.loads(data.shapes_example("train", i, 16)["scene"])
+        by_shape = {item["shape"]: item for item in scene["objects"]}
+        assert len(by_shape) == len(scene["objects"])
+        for q in eval_vlm.scene_choices(scene, random.Random(i)):
+            assert len(set(q.options)) == 4 and q.answer in q.options
+            seen.setdefault(q.kind, []).append(q.options.index(q.answer))
+            words = q.text.rstrip("?").replace(",", "").split()
+            if q.kind == "color":
+                assert by_shape[words[-1]]["color"] == q.answer
+            elif q.kind == "shape":
+                assert [item["shape"] for item in scene["objects"] if item["color"] in words] == [q.answer]
+            elif q.kind == "relation":
+                one, other = by_shape[words[3]], by_shape[words[-1]]
+                distance = {"left": other["x"] - one["x"], "right": one["x"] - other["x"],
+                            "above": other["y"] - one["y"], "below": one["y"] - other["y"]}
+                assert q.answer == max(distance, key=distance.get)
+            elif q.kind == "count":
+                assert eval_vlm.NUMBERS.index(q.answer) + 1 == len(by_shape)
+            else:
+                assert [q.answer] == [item["size"] for item in scene["objects"]]
+    assert set(seen) == {"color", "shape", "relation", "count", "size"}
+    assert all(np.bincount(places, minlength=4).min() > 0.15 * len(places) for places in seen.values())
+
+
+def test_presence_questions_are_balanced_true_and_of_three_kinds():
+    examples = [data.shapes_example("train", i, 16) for i in range(200)]
+    census = eval_vlm.Census([e["scene"] for e in examples], [e["label"] for e in examples], data.CLASS_NAMES)
+    for i in range(200):
+        things = census.things(i)
+        questions = census.presences(i, eval_vlm.NEGATIVES, random.Random(i))
+        assert [q.answer for q in questions] == ["yes", "no"] * 3
+        for q in questions:
+            name = re.fullmatch(r"Is there an? (.+) in the picture\?", q.text)[1]
+            assert (name in things) == (q.answer == "yes")
+            if q.kind == "presence adversarial" and q.answer == "no":
+                assert any(set(name.split()) & set(thing.split()) for thing in things)
+            if q.kind == "presence popular" and q.answer == "no":
+                assert census.common.index(name) < len(census.common) // 2
+    labelled = eval_vlm.Census([""] * 4, [0, 1, 1, -1], ["old_shoe", "hat"])
+    assert labelled.common == ["hat", "old shoe"] and not labelled.choices(3, random.Random(0))
+    assert [q.text for q in labelled.presences(0, eval_vlm.NEGATIVES, random.Random(0))] == [
+        "Is there an old shoe in the picture?", "Is there a hat in the picture?"] * 2  # no adversary for labels
+    with pytest.raises(train.UserError, match="two classes"):
+        eval_vlm.Census(["", ""], [0, 0], ["hat"])
+
+
+def test_the_loss_is_on_answers_only():
+    model, tokens = small_answerer(), torch.randn(2, 4, 12)
+    prompts, answers = [[1, 2, 3], [4, 5]], [[6, 31], [7, 8, 31]]
+    targets = eval_vlm.answer_targets(prompts, answers)
+    assert targets.tolist() == [[-100, -100, -100, 6, 31], [-100, -100, 7, 8, 31]]
+    assert torch.equal(eval_vlm.answer_targets([[9, 2, 3], [4, 9]], answers), targets)  # another question
+    assert not torch.equal(eval_vlm.answer_targets(prompts, [[9, 31], [7, 8, 31]]), targets)  # another answer
+    by_hand = []
+    for row in range(2):  # one row at a time, no padding, every probability by itself
+        ids = torch.tensor([prompts[row] + answers[row]])
+        logits = model.language(*model.embed(tokens[row : row + 1], ids)).log_softmax(-1)[0]
+        for place in range(len(prompts[row]), ids.shape[1]):
+            by_hand.append(-logits[1 + 4 + place - 1, ids[0, place]])
+    assert model.loss(tokens, prompts, answers).item() == pytest.approx(torch.stack(by_hand).mean().item(), rel=1e-5)
+    fresh = eval_vlm.VisionLanguageModel(eval_vlm.LanguageModel(500, 64, 64, 2, 1), Letters(), 12)
+    assert fresh.loss(tokens, prompts, answers).item() == pytest.approx(math.log(500), abs=0.1)
+
+
+def test_padding_on_either_side_changes_nothing():
+    model, tokens, rows = small_answerer(), torch.randn(2, 4, 12), [[1, 2, 3, 4, 5], [6, 7]]
+    alone = model.language(*model.embed(tokens[1:], torch.tensor([rows[1]])))               # (1, 1+4+2, V)
+    for left in (False, True):
+        logits = model.language(*model.embed(tokens, eval_vlm.pack(rows, left=left)))
+        assert torch.isfinite(logits).all()
+        text = logits[1, -2:] if left else logits[1, 5:7]
+        assert torch.allclose(text, alone[0, 5:], atol=1e-5) and torch.allclose(logits[1, :5], alone[0, :5], atol=1e-5)
+
+
+def test_scores_are_those_of_brute_force_and_follow_the_options():
+    model, tokens = small_answerer(), torch.randn(3, 4, 12)
+    prompts = [[1, 2], [3, 4, 5, 6], [7]]
+    options = [[[8, 31], [9, 10, 11, 31], [12, 31]], [[1, 31], [2, 31], [3, 3, 31]], [[5, 6, 31], [7, 31], [8, 31]]]
+    scores = model.score(tokens, prompts, options)
+    for b in range(3):
+        for k in range(3):
+            whole = torch.tensor([prompts[b] + options[b][k]])
+            with torch.no_grad():
+                logits = model.language(*model.embed(tokens[b : b + 1], whole)).log_softmax(-1)[0]
+            each = logits[-whole.shape[1] - 1 : -1].gather(1, whole[0, :, None])[len(prompts[b]) :, 0]
+            assert scores[b, k].item() == pytest.approx(each.mean().item(), abs=1e-5)
+    order = [2, 0, 1]
+    assert torch.allclose(model.score(tokens, prompts, [[row[k] for k in order] for row in options]),
+                          scores[:, order], atol=1e-5)
+
+
+def test_cached_answers_are_those_written_from_the_start_each_time():
+    model, tokens, prompts = small_answerer(3), torch.randn(3, 4, 12), [[1, 2], [3, 4, 5, 6], [7]]
+    written = model.generate(tokens, prompts, longest=8)
+    for b in range(3):
+        row = []
+        with torch.no_grad():
+            while len(row) < 8:
+                logits = model.language(*model.embed(tokens[b : b + 1], torch.tensor([prompts[b] + row])))
+                following = logits[0, -1].argmax()
+                if following == Letters.eos:
+                    break
+                row.append(following.item())
+        assert written[b] == row
+    assert max(map(len, written)) > 2
+
+
+def test_presence_metrics():
+    said, true = torch.tensor([1, 1, 1, 0, 0, 0]).bool(), torch.tensor([1, 1, 0, 1, 0, 0]).bool()
+    found = eval_vlm.presence_metrics(said, true)
+    assert found == pytest.approx(dict(accuracy=4 / 6, precision=2 / 3, recall=2 / 3, f1=2 / 3, yes_rate=0.5))
+    assert eval_vlm.presence_metrics(torch.zeros(4).bool(), torch.ones(4).bool())["f1"] == 0
+
+
+def test_a_few_questions_are_learned_by_heart():
+    """The answers depend on the picture alone: the question is the same."""
+    torch.manual_seed(0)
+    model, tokens = small_answerer(), torch.randn(8, 4, 12)
+    optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
+    answers = [[i, 31] for i in range(8)]
+    for _ in range(150):
+        loss = model.loss(tokens, [[9, 9]] * 8, answers)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss < 0.05 and model.eval().generate(tokens, [[9, 9]] * 8) == [[i] for i in range(8)]
+
+
+def test_questions_from_training_to_chat(tmp_path, monkeypatch, capsys):
+    run_train(monkeypatch, *TINY_RUN, "--out", tmp_path / "run")
+    weights = (tmp_path / "run" / "encoder.safetensors").read_bytes()
+    flags = ["--ckpt", tmp_path / "run", "--steps", 2, 2, 2, "--batch-size", 8, "--pool", 40, "--n-pictures", 16]
+
+    def go(*more) -> dict:
+        monkeypatch.setattr(sys, "argv", ["eval_vlm.py", *map(str, (*flags, *more))])
+        eval_vlm.main()
+        return capsys.readouterr().out
+
+    go()
+    assert (tmp_path / "run" / "encoder.safetensors").read_bytes() == weights
+    found = json.loads((tmp_path / "run" / "vlm.json").read_text())
+    keys = ("choice_accuracy choice_blind pope_accuracy pope_f1 pope_yes_rate pope_blind_f1 exact_match n_questions "
+            "seconds")
+    assert set(keys.split()) <= set(found) and all(found[key] is not None for key in keys.split())
+    first = torch.load(tmp_path / "run" / "vlm.pt", weights_only=True)["model"]
+    go()  # the same command, the same weights
+    again = torch.load(tmp_path / "run" / "vlm.pt", weights_only=True)["model"]
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    go("--space", "latents", "--random-init")
+    assert (tmp_path / "run" / "vlm_latents_random.png").is_file()
+    Image.new("RGB", (50, 40), "red").save(tmp_path / "a.png")
+    go("--chat", tmp_path / "a.png", "What color is the circle?")
+    assert "cannot be read as a picture" in complaint(monkeypatch, eval_vlm, *flags, "--chat", HERE / "train.py", "Is?")
+    (tmp_path / "run" / "vlm.pt").unlink()
+    assert "train one with" in complaint(monkeypatch, eval_vlm, *flags, "--chat", tmp_path / "a.png", "Is?")
+    assert "--images" in complaint(monkeypatch, eval_vlm, *flags, "--pope", "x.json")
+
+    # files in the layouts of POPE, SEED-Bench and LLaVA
+    pope, seed, talks = tmp_path / "coco_pope_random.json", tmp_path / "seed.json", tmp_path / "llava.json"
+    pope.write_text("\n".join(json.dumps({"question_id": i, "image": "a.png", "text": "Is there a dog in the image?",
+                                          "label": label}) for i, label in enumerate(("yes", "no", "no"))))
+    seed.write_text(json.dumps({"questions": [
+        {"answer": "B", "choice_a": "One", "choice_b": "Two", "choice_c": "Three", "choice_d": "Four", "data_id": "a",
+         "data_type": "image", "question": "How many towels are in the image?", "question_id": "1",
+         "question_type_id": 5},
+        {"answer": "A", "data_type": "video", "data_id": "none", "question": "?"}],
+        "question_type": {"Instances Counting": 5}}))
+    talks.write_text(json.dumps([{"id": "1", "image": "a.png", "conversations": [
+        {"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A red thing."},
+        {"from": "human", "value": "Sure?"}, {"from": "gpt", "value": "Yes."}]}, {"id": "2", "conversations": []}]))
+    assert eval_vlm.read_conversations(talks, tmp_path) == [(tmp_path / "a.png", "What is it?", "A red thing."),
+                                                            (tmp_path / "a.png", "Sure?", "Yes.")]
+    go("--pope", pope, "--seed-bench", seed, "--align", talks, "--instruct", talks, "--images", tmp_path)
+    found = json.loads((tmp_path / "run" / "vlm.json").read_text())
+    assert found["pope_file_n_questions"] == 3 and found["seed_bench_file_choice_instances_counting"] in (0, 1)
+    assert "has none of random" in complaint(monkeypatch, eval_vlm, *flags, "--pope", talks, "--images", tmp_path)
+    assert "no picture" in complaint(monkeypatch, eval_vlm, *flags, "--pope", pope, "--images", HERE)
+    assert "LLaVA's layout" in complaint(monkeypatch, eval_vlm, *flags, "--instruct", seed, "--images", tmp_path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Weights from elsewhere, and to elsewhere: against the libraries themselves
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -1440,6 +1648,36 @@ def assert_same(ours: torch.Tensor, theirs: torch.Tensor, share: float) -> None:
     difference, scale = (ours - theirs).abs().max().item(), theirs.abs().max().item()
     print(f"largest difference {difference:.2e}, {difference / scale:.1e} of the scale {scale:.3g}")  # pytest -s
     assert difference <= share * scale
+
+
+def test_a_language_model_of_transformers(tmp_path):
+    transformers, tokenizers = reference("transformers"), reference("tokenizers")
+    config = transformers.LlamaConfig(vocab_size=40, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                                      num_attention_heads=2, num_key_value_heads=1, bos_token_id=30, eos_token_id=31)
+    torch.manual_seed(0)
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path)
+    letters = tokenizers.Tokenizer(tokenizers.models.WordLevel({letter: i for i, letter in enumerate(
+        "abcdefghijklmnopqrstuvwxyz ?:.")} | {"<s>": 30, "</s>": 31}, unk_token="?"))
+    letters.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
+    transformers.PreTrainedTokenizerFast(tokenizer_object=letters, bos_token="<s>", eos_token="</s>").save_pretrained(
+        tmp_path)
+    language = eval_vlm.HuggingFaceLM(str(tmp_path))
+    assert (language.bos, language.eos, language.width) == (30, 31, 32) and language.encode("ab c") == [0, 1, 26, 2]
+    model, tokens = eval_vlm.VisionLanguageModel(language, language, 12).eval(), torch.randn(2, 4, 12)
+    prompts, options = [[1, 2, 3, 4], [5]], [[[6, 31], [7, 8, 31]], [[9, 31], [10, 11, 31]]]
+    scores = model.score(tokens, prompts, options)
+    for b in range(2):  # the model's own loss, one row, nothing cached, nothing padded
+        for k in range(2):
+            whole = torch.tensor([prompts[b] + options[b][k]])
+            x, _ = model.embed(tokens[b : b + 1], whole)
+            labels = torch.cat([torch.full((1, x.shape[1] - len(options[b][k])), -100),
+                                torch.tensor([options[b][k]])], dim=1)
+            with torch.no_grad():
+                expected = -language.model(inputs_embeds=x, labels=labels).loss.item()
+            assert scores[b, k].item() == pytest.approx(expected, abs=1e-5)
+    assert model.generate(tokens, prompts)[1] == model.generate(tokens[1:], prompts[1:])[0]  # padding or none
+    with pytest.raises(train.UserError, match="could not be loaded"):
+        eval_vlm.HuggingFaceLM(str(tmp_path / "nothing"))
 
 
 def open_clip_tower(grid: int, width: int, depth: int, heads: int, embed_dim: int) -> torch.nn.Module:
