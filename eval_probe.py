@@ -36,6 +36,7 @@ import os
 import platform
 import shlex
 import statistics
+import sys
 import threading
 import time
 from functools import partial
@@ -765,6 +766,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=64, help="changes the speed, not the numbers")
     parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
     args = parser.parse_args()
+    sys.stdout.reconfigure(line_buffering=True)  # under nohup each line is written as it comes
     try:
         if min(args.n_train, args.n_test, args.n_reconstruct, args.batch_size) < 2:
             raise UserError("--n-train, --n-test, --n-reconstruct and --batch-size must be at least 2")

@@ -26,9 +26,10 @@ import json
 import math
 import os
 import signal
+import sys
 import threading
 import time
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -39,19 +40,21 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from data import (Collate, DataError, Tokenizer, TrainingOrder, evaluation_loader, open_data, outlive_sigterm,
+from data import (Collate, Data, DataError, Tokenizer, TrainingOrder, evaluation_loader, open_data, outlive_sigterm,
                   picture_grid, to_image)
 from encoder import Attention, sincos_positions
 from eval_probe import Inception, frechet_distance, save_json
 from train import OpenVision3, UserError, choose_device, keep_log_until, load_run, write_atomically
 
 # Width, depth, heads of the base and of the head, and the settings that go with them: RAE's S and XL to the number.
-# DIFFERS: laptop is ours, with a larger rate and a shorter average for a few hundred steps.
-SIZES = {"laptop": dict(base=(192, 4, 3), head=(256, 1, 4), lr=1e-3, ema=0.99, batch_size=128),
-         "S": dict(base=(384, 12, 6), head=(2048, 2, 16), lr=2e-4, ema=0.9995, batch_size=1024),
-         "XL": dict(base=(1152, 28, 16), head=(2048, 2, 16), lr=2e-4, ema=0.9995, batch_size=1024)}
+# DIFFERS: laptop is ours, with a larger rate, a shorter average, and times shifted by 3, where the formula says 1: a
+# token of 192 numbers stands for 64, so that it shines through noise; what is to be learned lies close to pure noise.
+SIZES = {"laptop": dict(base=(192, 4, 3), head=(256, 1, 4), lr=2e-3, ema=0.99, batch_size=64, shift=3.0),
+         "S": dict(base=(384, 12, 6), head=(2048, 2, 16), lr=2e-4, ema=0.9995, batch_size=1024, shift=None),
+         "XL": dict(base=(1152, 28, 16), head=(2048, 2, 16), lr=2e-4, ema=0.9995, batch_size=1024, shift=None)}
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The network: DiT^DH
@@ -102,7 +105,7 @@ class DiTDH(nn.Module):
         self.classes = classes
         self.register_buffer("frequencies", torch.randn(256))
         self.time = nn.Sequential(nn.Linear(512, W), nn.SiLU(), nn.Linear(W, W))
-        self.label = nn.Embedding(classes + 1, W)
+        self.label = nn.Embedding(classes + 1, W)  # DIFFERS: of deviation 1; at RAE's 0.02 no class for 500 steps
         self.base_in, self.head_in = nn.Linear(token_dim, W), nn.Linear(token_dim, V)
         self.base = nn.ModuleList(ConditionedBlock(W, base_heads) for _ in range(base_depth))
         self.base_to_head = nn.Linear(W, V) if W != V else nn.Identity()
@@ -115,7 +118,7 @@ class DiTDH(nn.Module):
         for name, p in self.named_parameters():  # the rest keeps PyTorch's
             if name.endswith("in_proj_weight"):
                 nn.init.uniform_(p, -(p.shape[1] ** -0.5), p.shape[1] ** -0.5)
-            elif name.startswith(("time.", "label.")) and p.ndim == 2:
+            elif name.startswith("time.") and p.ndim == 2:
                 nn.init.normal_(p, std=0.02)
             elif "modulation" in name or name.startswith("out.") or name in ("base_in.bias", "head_in.bias"):
                 nn.init.zeros_(p)
@@ -142,19 +145,22 @@ class DiTDH(nn.Module):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def shift_time(t: Tensor, numbers: int) -> Tensor:
-    """Pushes t towards noise: the more numbers a sample has (tokens x channels), the more noise it takes to hide it.
-    a = sqrt(numbers / 4096), never below 1 (RAE's code refuses that); t' = a t / (1 + (a - 1) t)."""
-    a = max(1.0, math.sqrt(numbers / 4096))
-    return a * t / (1 + (a - 1) * t)
+def time_shift(numbers: int) -> float:
+    """RAE's: the more numbers a sample has (tokens x channels), the more noise it takes to hide it. Never below 1."""
+    return max(1.0, math.sqrt(numbers / 4096))
 
 
-def flow_loss(network: nn.Module, x: Tensor, labels: Tensor, nobody: int, drop: float = 0.1) -> Tensor:
+def shift_time(t: Tensor, shift: float) -> Tensor:
+    """Pushes times towards noise: a t / (1 + (a - 1) t) with a = shift."""
+    return shift * t / (1 + (shift - 1) * t)
+
+
+def flow_loss(network: nn.Module, x: Tensor, labels: Tensor, nobody: int, shift: float, drop: float = 0.1) -> Tensor:
     """Mean squared error of the velocity on standardised tokens x [B,N,C]. At initialisation the network says 0, so
     that the loss is E|noise - x|^2 = 1 + 1 = 2 a number. A tenth of the labels is replaced by `nobody`, K, for
     guidance."""
-    B, N, C = x.shape
-    t = shift_time(torch.rand(B, device=x.device) * 0.999, N * C)                          # (B,)
+    B = len(x)
+    t = shift_time(torch.randn(B, device=x.device).sigmoid() * 0.999, shift)               # (B,)
     noise = torch.randn_like(x)
     labels = torch.where(torch.rand(B, device=x.device) < drop, nobody, labels)            # (B,)
     mix = t[:, None, None]
@@ -169,9 +175,9 @@ def noise_for(indices: range, shape: tuple[int, int], seed: int) -> Tensor:
 
 
 @torch.no_grad()
-def euler(velocity, x: Tensor, points: int) -> Tensor:
+def euler(velocity, x: Tensor, points: int, shift: float) -> Tensor:
     """Follows velocity(x, t) from t = 1 to (almost) 0 through `points` times, that is points - 1 straight steps."""
-    times = shift_time(1 - torch.linspace(0, 0.999, points), x[0].numel()).tolist()
+    times = shift_time(1 - torch.linspace(0, 0.999, points), shift).tolist()
     for now, following in zip(times, times[1:]):
         x = x + (following - now) * velocity(x, torch.full((len(x),), now, device=x.device))
     return x
@@ -270,11 +276,11 @@ class Classifier(nn.Module):
         return self.out(self.features(images))                                             # (B, K)
 
 
-def train_classifier(real: dict, classes: int, device: torch.device, epochs: int = 5) -> Classifier:
+def train_classifier(real: dict, classes: int, device: torch.device, epochs: int = 2) -> Classifier:
     """On the real training pictures (uint8) and their labels; the same judge for all seeds of the generator."""
     torch.manual_seed(0)
     judge = Classifier(classes).to(device, memory_format=torch.channels_last).train()
-    known = (real["labels"] < classes).nonzero()[:, 0]
+    known = (real["labels"] < classes).nonzero()[:, 0][:8000]
     steps = epochs * (len(known) // 64)
     optimizer = torch.optim.AdamW(judge.parameters(), lr=2e-3, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=max(2, steps))
@@ -329,7 +335,7 @@ def draw_samples(network: DiTDH, space: Space, labels: Tensor, args: argparse.Na
     for first in range(0, len(labels), batch_size):
         wanted = labels[first : first + batch_size].to(device)
         noise = noise_for(range(first, first + len(wanted)), tuple(space.mean.shape), args.seed).to(device)
-        x = euler(guided(network, wanted, args.guidance, bad), noise, args.points)
+        x = euler(guided(network, wanted, args.guidance, bad), noise, args.points, args.shift)
         tokens = x if tokens is None else tokens
         images.append(((space.paint(x) + 1) * 127.5).round().byte().cpu())
         bar.update(len(wanted))
@@ -421,25 +427,58 @@ def learning_rate(step: int, args: argparse.Namespace) -> float:
     return args.lr * (1 - 0.9 * max(0.0, (step / args.steps - 0.5) / 0.5))
 
 
-def check_bad(bad: dict, network: DiTDH, space: Space) -> None:
+def check_bad(bad: dict, classes: int, space: Space) -> None:
     """A worse network guides only where it speaks of the same tokens."""
     fits = (bad["shape"]["token_dim"], bad["shape"]["side"], bad["shape"]["classes"]) == (
-        space.mean.shape[1], space.side, network.classes)
+        space.mean.shape[1], space.side, classes)
     if not fits or not torch.allclose(bad["space"]["mean"], space.mean.cpu(), rtol=1e-3, atol=1e-3):
         raise UserError("--bad is a generator of other tokens; give one that was trained on the same run and --space")
 
 
-def generate(args: argparse.Namespace, stop: threading.Event) -> None:
-    # 1. The frozen stage and its data
-    began = time.time()
+@dataclass
+class Stage:
+    """The frozen run and what the generator learns from; `labels` of K stand for no class."""
+    out: Path                  # the run's folder
+    tag: str                   # of file names: "" or "_latents"
+    device: torch.device
+    rank: int
+    world: int
+    space: Space
+    data: Data
+    tokenizer: Tokenizer
+    real: dict                 # training pictures: images, tokens, labels
+    held_out: dict
+    class_names: list[str]
+    judge: Classifier | None
+    resumed: dict | None       # the checkpoint to go on from
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.out / f"generator{self.tag}.pt"
+
+
+def find_resumed(checkpoint: Path, args: argparse.Namespace, device: torch.device) -> dict | None:
+    """The checkpoint to go on from, if that was asked for; what does not go together is an error."""
+    if not args.resume:
+        if checkpoint.exists():
+            raise UserError(f"{checkpoint} is already there: --resume goes on with it (or samples again, where it is "
+                            "finished); remove it to start anew")
+        return None
+    if not checkpoint.exists():
+        print(f"there is no {checkpoint} yet: it starts from step 0")
+        return None
+    state = load_generator(checkpoint, device)[0]
+    changed = [f"--{key.replace('_', '-')} {getattr(args, key)} (was {was})" for key, was in state["settings"].items()
+               if getattr(args, key) != was]
+    if changed:
+        raise UserError(f"--resume takes the flags the run began with; changed: {', '.join(changed)}")
+    return state
+
+
+def open_stage(args: argparse.Namespace) -> Stage:
+    """Loads the run, encodes its pictures once, fits the statistics and the judge."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    main = rank == 0
     device = choose_device(args.device)
-    for name in ("lr", "ema", "batch_size"):
-        if getattr(args, name) is None:
-            setattr(args, name, SIZES[args.size][name])
-    if args.bad and args.guidance == 1:
-        raise UserError("--bad does nothing at --guidance 1; RAE takes 1.42")
     if args.batch_size % world:
         raise UserError(f"--batch-size {args.batch_size} must be a multiple of the {world} processes")
     if world > 1:
@@ -453,96 +492,86 @@ def generate(args: argparse.Namespace, stop: threading.Event) -> None:
     if own and config.streaming:
         raise UserError("this run streamed its data; the generator needs it on this machine: name a copy with --data")
     args.data = args.data or config.data
+    resumed = find_resumed(out / f"generator{tag}.pt", args, device)
     columns = (config.config, config.split, config.image_col, config.text_col, config.label_col) if own else ()
     data = open_data(args.data, config.resolution, *columns, need_text=False)
-    checkpoint, settings = out / f"generator{tag}.pt", {key: getattr(args, key) for key in KEPT}
-    resumed = load_generator(checkpoint, device)[0] if args.resume and checkpoint.exists() else None
-    if args.resume and not resumed and main:
-        print(f"there is no {checkpoint} yet: it starts from step 0")
-    if checkpoint.exists() and not args.resume:
-        raise UserError(f"{checkpoint} is already there: --resume goes on with it (or samples again, where it is "
-                        "finished); remove it to start anew")
-    if resumed and resumed["settings"] != settings:
-        changed = [f"--{k.replace('_', '-')} {settings[k]} (was {v})" for k, v in resumed["settings"].items()
-                   if settings[k] != v]
-        raise UserError(f"--resume takes the flags the run began with; changed: {', '.join(changed)}")
-    bad_state, bad = load_generator(Path(args.bad), device) if args.bad else (None, None)
-    inception = Inception(args.inception).to(device) if args.inception else None
-
-    # 2. Tokens, their statistics, the judge
     K = len(data.class_names or [])
+    if args.guidance is None:
+        args.guidance = 1.42 if args.bad else 3.0 if K else 1.0
+    if args.guidance != 1 and not K and not args.bad:
+        raise UserError("--guidance without classes needs a worse network: --bad")
     space = Space(model, args.space).to(device)
     if SIZES[args.size]["head"][0] < space.mean.shape[1]:
         raise UserError(f"--size {args.size} has a head of width {SIZES[args.size]['head'][0]}; tokens of width "
                         f"{space.mean.shape[1]} need one at least as wide, or not even one picture can be learned")
-    if args.guidance != 1 and not K and bad is None:
-        raise UserError("--guidance without classes needs a worse network: --bad")
     real = read_pictures(space, data.train, tokenizer, min(len(data.train), args.pool), "training pictures")
     held_out = read_pictures(space, data.test, tokenizer, max(2000, args.n_samples), "held-out pictures")
     for part in (real, held_out):
         part["labels"] = torch.where(part["labels"] < 0, K, part["labels"])
-    fresh = Space(model, args.space).to(device)  # DIFFERS: RAE's statistics are over all training pictures
-    fresh.measure(real["tokens"])
-    space.load_state_dict(resumed["space"] if resumed else fresh.state_dict())
-    if resumed and not torch.allclose(space.mean, fresh.mean, rtol=1e-2, atol=1e-2):
-        raise UserError(f"{checkpoint} was trained on other tokens than {args.ckpt} gives now: remove it to start anew")
+    space.measure(real["tokens"])  # DIFFERS: RAE's statistics are over all training pictures
+    if resumed:
+        if not torch.allclose(space.mean.cpu(), resumed["space"]["mean"], rtol=1e-2, atol=1e-2):
+            raise UserError(f"{out / f'generator{tag}.pt'} was trained on other tokens than {args.ckpt} gives now: "
+                            "remove it to start anew")
+        space.load_state_dict(resumed["space"])
     enough = K > 1 and (real["labels"] < K).sum() >= 64
-    judge = train_classifier(real, K, device) if enough and main else None
+    judge = train_classifier(real, K, device) if enough and rank == 0 else None
+    return Stage(out, tag, device, rank, world, space, data, tokenizer, real, held_out, data.class_names or [], judge,
+                 resumed)
 
-    # 3. The network
+
+def training_batches(args: argparse.Namespace, stage: Stage, start: int):
+    """(tokens [B,N,C], labels [B]) of one process for each step from `start` on: picks from the pool, or --online."""
+    K, share = len(stage.class_names), args.batch_size // stage.world
+    if args.online:  # whole pictures, in train.py's order. DIFFERS: RAE mirrors half of them
+        order = TrainingOrder(len(stage.data.train), args.batch_size, args.seed, start, args.steps, stage.rank,
+                              stage.world)
+        for batch in DataLoader(stage.data.train, batch_sampler=([i for _, i in batch] for batch in order),
+                                num_workers=args.workers, collate_fn=Collate(stage.tokenizer),
+                                worker_init_fn=outlive_sigterm):
+            yield stage.space.read(batch["image"].to(stage.device)), torch.where(batch["label"] < 0, K, batch["label"])
+    for step in range(start, args.steps if not args.online else 0):
+        picks = torch.Generator().manual_seed(args.seed * args.steps + step)  # the same for any number of processes
+        chosen = torch.randint(len(stage.real["tokens"]), (args.batch_size,), generator=picks)
+        chosen = chosen[stage.rank * share : (stage.rank + 1) * share]
+        yield stage.real["tokens"][chosen].float().to(stage.device), stage.real["labels"][chosen]
+
+
+def train_generator(args: argparse.Namespace, stage: Stage, bad: DiTDH | None,
+                    stop: threading.Event) -> DiTDH | None:
+    """Flow matching to the last step; returns the averaged network, or None where it was stopped before."""
+    device, main, space, K = stage.device, stage.rank == 0, stage.space, len(stage.class_names)
     torch.manual_seed(args.seed)
     towers = {part: SIZES[args.size][part] for part in ("base", "head")}
     shape = dict(token_dim=space.mean.shape[1], side=space.side, classes=K, **towers)
     network = DiTDH(**shape).to(device)
-    if bad is not None:
-        check_bad(bad_state, network, space)
     average = copy.deepcopy(network).eval().requires_grad_(False)
     optimizer = torch.optim.AdamW(network.parameters(), args.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     start = 0
-    if resumed:
-        network.load_state_dict(resumed["network"])
-        average.load_state_dict(resumed["ema"])
-        optimizer.load_state_dict(resumed["optimizer"])
-        start = resumed["step"]
+    if stage.resumed:
+        network.load_state_dict(stage.resumed["network"])
+        average.load_state_dict(stage.resumed["ema"])
+        optimizer.load_state_dict(stage.resumed["optimizer"])
+        start = stage.resumed["step"]
     if args.compile or (args.compile is None and device.type == "cuda"):
         network.compile()
-    parallel = DistributedDataParallel(network) if world > 1 else network
-    log = out / f"generate{tag}.jsonl"
-    shown = wanted_labels(args.n_samples, K, args.seed)
-    names = [data.class_names[i] if K else "" for i in shown]
+    parallel = DistributedDataParallel(network) if stage.world > 1 else network
+    log, (N, C) = stage.out / f"generate{stage.tag}.jsonl", space.mean.shape
+    shown = wanted_labels(128, K, args.seed)
     if main:
         keep_log_until(log, start)
-        N, C = space.mean.shape
-        print(f"{args.data}: {len(real['tokens']):,} token maps of {N} x {C}, {K} classes; "
+        print(f"{args.data}: {len(stage.real['tokens']):,} token maps of {N} x {C}, {K} classes; "
               f"{sum(p.numel() for p in network.parameters()) / 1e6:.1f} M parameters; time shift "
-              f"{max(1.0, math.sqrt(N * C / 4096)):.2f}; the loss starts at 2.0; {args.steps - start:,} steps of "
-              f"{args.batch_size} on {world} x {device} in {args.dtype}")
+              f"{args.shift:.2f}; the loss starts at 2.0; {args.steps - start:,} steps of "
+              f"{args.batch_size} on {stage.world} x {device} in {args.dtype}")
     progress = tqdm(total=args.steps, initial=start, desc="generate", disable=None if main else True, mininterval=1)
     clock, logged, losses = time.time(), start, []
-    share = args.batch_size // world
-    online = None
-    if args.online:  # whole pictures, in train.py's order. DIFFERS: RAE mirrors half of them
-        order = TrainingOrder(len(data.train), args.batch_size, args.seed, start, args.steps, rank, world)
-        online = iter(torch.utils.data.DataLoader(
-            data.train, batch_sampler=([i for _, i in batch] for batch in order), num_workers=args.workers,
-            collate_fn=Collate(tokenizer), worker_init_fn=outlive_sigterm))
-    autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=args.dtype == "bfloat16")
-
-    # 4. Train
-    for step in range(start, args.steps):
-        torch.manual_seed(args.seed * args.steps + step)  # picks, the same for any number of processes
-        if online is None:
-            chosen = torch.randint(len(real["tokens"]), (args.batch_size,))[rank * share : (rank + 1) * share]
-            tokens, labels = real["tokens"][chosen].float().to(device), real["labels"][chosen].to(device)
-        else:
-            batch = next(online)
-            tokens, labels = space.read(batch["image"].to(device)), batch["label"].to(device)
-            labels = torch.where(labels < 0, K, labels)
+    for step, (tokens, labels) in enumerate(training_batches(args, stage, start), start):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args)
-        torch.manual_seed((args.seed * args.steps + step) * world + rank + 1)  # times and noise, after a resume too
-        with autocast():
-            loss = flow_loss(parallel, space.standardise(tokens), labels, K)
+        torch.manual_seed((args.seed * args.steps + step) * stage.world + stage.rank)  # times and noise
+        with torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
+            loss = flow_loss(parallel, space.standardise(tokens), labels.to(device), K, args.shift)
         optimizer.zero_grad()
         loss.backward()
         norm = nn.utils.clip_grad_norm_(network.parameters(), 1.0)
@@ -555,62 +584,98 @@ def generate(args: argparse.Namespace, stop: threading.Event) -> None:
             slow.lerp_(fast.detach(), 1 - decay)
         losses.append(loss.detach())
         progress.update()
-        stopping = torch.tensor(float(stop.is_set()), device=device)
-        if world > 1:
-            dist.all_reduce(stopping)
+        stopping = over_processes(torch.tensor(float(stop.is_set()), device=device), stage.world) > 0
         if done % args.log_every == 0 or done == args.steps:
-            value = torch.stack(losses).mean()
-            if world > 1:
-                dist.all_reduce(value)
-                value /= world
+            value = over_processes(torch.stack(losses).mean(), stage.world) / stage.world
             row = {"step": done, "loss": value.item(), "lr": learning_rate(step, args), "grad_norm": norm.item(),
                    "images_per_s": round(args.batch_size * (done - logged) / (time.time() - clock), 1)}
-            tell(row, log, args.steps) if main else None
+            if main:
+                tell(row, log, args.steps)
             logged, losses, clock = done, [], time.time()
         pause = time.time()
         if main and (done % args.sample_every == 0 or done == args.steps):
-            images = draw_samples(average, space, shown[:128], args, bad)[0]
-            save_sheet([images[:32]], names[:32], out / f"samples{tag}_{done:06d}.png")
-            if judge is not None:
-                right = (judged(judge, images)[1] == shown[:128]).float().mean().item()
+            images = draw_samples(average, space, shown, args, bad)[0]
+            save_sheet([images[:32]], class_titles(shown[:32], stage), stage.out / f"samples{stage.tag}_{done:06d}.png")
+            if stage.judge is not None:
+                right = (judged(stage.judge, images)[1] == shown).float().mean().item()
                 tell({"step": done, "class_accuracy": right}, log, args.steps)
         if main and (done % args.save_every == 0 or done == args.steps or stopping):
-            state = {"step": done, "settings": settings, "shape": shape, "network": network.state_dict(),
-                     "ema": average.state_dict(), "optimizer": optimizer.state_dict(), "space": space.state_dict()}
-            write_atomically(checkpoint, lambda path: torch.save(state, path))
+            state = {"step": done, "settings": {key: getattr(args, key) for key in KEPT}, "shape": shape,
+                     "network": network.state_dict(), "ema": average.state_dict(),
+                     "optimizer": optimizer.state_dict(), "space": space.state_dict()}
+            write_atomically(stage.checkpoint, lambda path: torch.save(state, path))
         clock += time.time() - pause
         if stopping and done < args.steps:
             tqdm.write(f"stopped after step {done} as asked; the same command with --resume goes on")
-            return
+            return None
     progress.close()
-    if world > 1:
-        dist.barrier()
-        dist.destroy_process_group()
-    if not main:
-        return
+    return average
 
-    # 5. Sample and measure
-    images, tokens = draw_samples(average, space, shown, args, bad)
-    result = measure(images, shown, held_out, space, judge, inception)
-    save_sheet([images[:48]], names[:48], out / f"samples{tag}.png")
-    known = torch.cat([space.standardise(part.to(device).float()).half().cpu() for part in real["tokens"].split(1000)])
+
+def over_processes(value: Tensor, world: int) -> Tensor:
+    """Its sum over all of them."""
+    if world > 1:
+        dist.all_reduce(value)
+    return value
+
+
+def class_titles(labels: Tensor, stage: Stage) -> list[str]:
+    return [(*stage.class_names, "")[i] for i in labels.tolist()]
+
+
+def sample_and_measure(args: argparse.Namespace, stage: Stage, average: DiTDH, bad: DiTDH | None,
+                       inception: nn.Module | None) -> dict:
+    """Draws --n-samples pictures and writes samples.png, samples.npz, neighbours.png, the curves; returns the
+    numbers."""
+    out, tag, space, K = stage.out, stage.tag, stage.space, len(stage.class_names)
+    labels = wanted_labels(args.n_samples, K, args.seed)
+    titles = class_titles(labels[:48], stage)
+    images, tokens = draw_samples(average, space, labels, args, bad)
+    result = measure(images, labels, stage.held_out, space, stage.judge, inception)
+    save_sheet([images[:48]], titles, out / f"samples{tag}.png")
+    known = torch.cat([space.standardise(part.to(stage.device).float()).half().cpu()
+                       for part in stage.real["tokens"].split(1000)])
     closest = nearest(tokens[:48].cpu(), known.float())
-    save_sheet([images[:48], real["images"][closest]], names[:48], out / f"neighbours{tag}.png", ("sample", "nearest"))
-    arrays = {"arr_0": images.permute(0, 2, 3, 1).numpy(), "arr_1": shown.numpy() if K else np.full(len(shown), -1)}
+    save_sheet([images[:48], stage.real["images"][closest]], titles, out / f"neighbours{tag}.png",
+               ("sample", "nearest"))
+    arrays = {"arr_0": images.permute(0, 2, 3, 1).numpy(), "arr_1": labels.numpy() if K else np.full(len(labels), -1)}
     with open(out / f"samples{tag}.npz.tmp", "wb") as file:
         np.savez_compressed(file, **arrays)
     os.replace(out / f"samples{tag}.npz.tmp", out / f"samples{tag}.npz")
-    save_curve(log, out / f"generate{tag}_curves.png")
-    if device.type == "cuda":
+    save_curve(out / f"generate{tag}.jsonl", out / f"generate{tag}_curves.png")
+    print(f"wrote {out / f'samples{tag}.png'}, neighbours{tag}.png (each with the nearest of {len(known):,} training "
+          f"pictures), samples{tag}.npz, generate{tag}_curves.png")
+    return result
+
+
+def generate(args: argparse.Namespace, stop: threading.Event) -> None:
+    began = time.time()
+    for name in ("lr", "ema", "batch_size"):
+        if getattr(args, name) is None:
+            setattr(args, name, SIZES[args.size][name])
+    if args.bad and args.guidance == 1:
+        raise UserError("--bad does nothing at --guidance 1; RAE takes 1.42")
+    bad_state, bad = load_generator(Path(args.bad), choose_device(args.device)) if args.bad else (None, None)
+    inception = Inception(args.inception).to(choose_device(args.device)) if args.inception else None
+    stage = open_stage(args)
+    args.shift = SIZES[args.size]["shift"] or time_shift(stage.space.mean.numel())
+    if bad is not None:
+        check_bad(bad_state, len(stage.class_names), stage.space)
+    average = train_generator(args, stage, bad, stop)
+    if stage.world > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+    if average is None or stage.rank > 0:
+        return
+    result = sample_and_measure(args, stage, average, bad, inception)
+    if stage.device.type == "cuda":
         result["peak_memory_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
-    result |= {"n_samples": len(images), "seconds": round(time.time() - began, 1), "guidance": args.guidance,
-               "points": args.points, **settings}
+    result |= {"n_samples": args.n_samples, "seconds": round(time.time() - began, 1), "guidance": args.guidance,
+               "points": args.points, "shift": args.shift, **{key: getattr(args, key) for key in KEPT}}
     print(f"\n| {args.ckpt}, {args.space} | |\n|---|---|")
     for key, value in result.items():
         print(f"| {key} | {'null' if value is None else f'{value:.3f}' if isinstance(value, float) else value} |")
-    save_json(result, out / f"generate{tag}.json")
-    print(f"wrote {out / f'samples{tag}.png'}, neighbours{tag}.png (each with the nearest of {len(known):,} training "
-          f"pictures), samples{tag}.npz, generate{tag}_curves.png")
+    save_json(result, stage.out / f"generate{stage.tag}.json")
 
 
 def tell(row: dict, log: Path, steps: int) -> None:
@@ -647,7 +712,7 @@ def main() -> None:
     parser.add_argument("--space", default="tokens", choices=("tokens", "latents"),
                         help="tokens of the encoder; or the VAE's latents themselves, in patches of 2x2")
     parser.add_argument("--size", default="laptop", choices=SIZES, help="row of generate.SIZES")
-    parser.add_argument("--steps", type=int, default=900, help="optimizer steps")
+    parser.add_argument("--steps", type=int, default=1300, help="optimizer steps")
     parser.add_argument("--batch-size", type=int, help="token maps per step, over all processes (the size's own)")
     parser.add_argument("--lr", type=float, help="peak learning rate (the size's own)")
     parser.add_argument("--ema", type=float, help="decay of the averaged weights (the size's own)")
@@ -657,7 +722,8 @@ def main() -> None:
     parser.add_argument("--online", action="store_true",
                         help="train on all pictures instead, encoding every batch anew")
     parser.add_argument("--n-samples", type=int, default=512, help="pictures to draw and to measure at the end")
-    parser.add_argument("--guidance", type=float, default=1.0, help="1: none; above: further from the worse answer")
+    parser.add_argument("--guidance", type=float, help="1: none; above: further from the worse answer (default: 3 "
+                                                       "away from the answer without class; 1.42 with --bad)")
     parser.add_argument("--bad", metavar="FILE", help="generator.pt of a worse run, for AutoGuidance; without it the "
                                                       "worse answer is the one without class")
     parser.add_argument("--points", type=int, default=50, help="points in time, one more than Euler steps")
@@ -672,8 +738,9 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=0, help="loader processes, with --online")
     parser.add_argument("--log-every", type=int, default=20, help="steps between log lines")
     parser.add_argument("--save-every", type=int, default=300, help="steps between checkpoints")
-    parser.add_argument("--sample-every", type=int, default=150, help="steps between sample sheets")
+    parser.add_argument("--sample-every", type=int, default=260, help="steps between sample sheets")
     args = parser.parse_args()
+    sys.stdout.reconfigure(line_buffering=True)  # under nohup each line is written as it comes
     stop = threading.Event()
     before = signal.signal(signal.SIGTERM, lambda *_: stop.set())  # what schedulers send before they kill
     try:

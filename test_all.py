@@ -1290,7 +1290,7 @@ def test_generator_has_raes_size_and_starts_at_its_expectation():
     assert sum(p.numel() for p in large.parameters()) == pytest.approx(838.7e6, rel=2e-3)
     network, x = small_generator(), torch.randn(512, 4, 24)
     assert network(x, torch.rand(512), torch.zeros(512).long()).abs().max() == 0
-    assert generate.flow_loss(network, x, torch.zeros(512).long(), 3).item() == pytest.approx(2, abs=0.1)
+    assert generate.flow_loss(network, x, torch.zeros(512).long(), 3, 1.0).item() == pytest.approx(2, abs=0.1)
 
 
 def test_rotary_positions_depend_on_distance_alone():
@@ -1304,10 +1304,10 @@ def test_rotary_positions_depend_on_distance_alone():
 
 
 def test_time_is_shifted_towards_noise():
-    assert generate.shift_time(torch.tensor([0.25, 0.5, 0.75]), 256 * 768).tolist() == pytest.approx(
-        [0.698, 0.874, 0.954], abs=1e-3)
-    t = torch.linspace(0, 1, 5)
-    assert torch.equal(generate.shift_time(t, 16 * 192), t)  # small samples are not shifted the other way
+    t = torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0])
+    assert generate.shift_time(t, generate.time_shift(256 * 768)).tolist() == pytest.approx(
+        [0, 0.698, 0.874, 0.954, 1], abs=1e-3)
+    assert torch.equal(generate.shift_time(t, generate.time_shift(16 * 192)), t)  # small ones not the other way
 
 
 def test_sampler_follows_a_known_field():
@@ -1318,15 +1318,15 @@ def test_sampler_follows_a_known_field():
         return (x - goal) / t[:, None, None]
 
     for points in (2, 5, 50):
-        end = generate.euler(one_point, start, points)
+        end = generate.euler(one_point, start, points, 1.0)
         assert torch.allclose(end, goal, atol=1e-3 * (start - goal).abs().max().item() * 2)
 
     def curved(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:  # x(t) = x(1) exp(t - t^2)
         return x * (1 - 2 * t[:, None, None])
 
-    last = generate.shift_time(torch.tensor(0.001), 96).item()
+    last = generate.shift_time(torch.tensor(0.001), 1.0).item()
     exact = start * math.exp(last - last**2)
-    errors = [(generate.euler(curved, start, points) - exact).abs().max().item() for points in (3, 6, 12, 24, 48)]
+    errors = [(generate.euler(curved, start, points, 1.0) - exact).abs().max().item() for points in (3, 6, 12, 24, 48)]
     assert all(b < 0.7 * a for a, b in zip(errors, errors[1:])), errors
 
 
@@ -1335,15 +1335,16 @@ def test_guidance_and_noise():
     bad = small_generator().eval()
     noise = generate.noise_for(range(5), (4, 24), seed=3)
     with torch.no_grad():
-        plain = generate.euler(lambda x, t: network(x, t, labels), noise, 5)
-        assert torch.equal(generate.euler(generate.guided(network, labels, 1.0), noise, 5), plain)
+        plain = generate.euler(lambda x, t: network(x, t, labels), noise, 5, 1.0)
+        assert torch.equal(generate.euler(generate.guided(network, labels, 1.0), noise, 5, 1.0), plain)
         t, nobody = torch.full((5,), 0.5), torch.full((5,), 3)
         free, auto = (generate.guided(network, labels, 2.0, worse)(noise, t) for worse in (None, bad))
         good = network(noise, t, labels)
         assert torch.allclose(free, 2 * good - network(noise, t, nobody), atol=1e-5) and not torch.allclose(free, good)
         assert torch.allclose(auto, 2 * good, atol=1e-5)  # a network fresh from its constructor says 0
         parts = [generate.euler(generate.guided(network, labels[i : i + 2], 1.0),
-                                generate.noise_for(range(i, min(i + 2, 5)), (4, 24), seed=3), 5) for i in (0, 2, 4)]
+                                generate.noise_for(range(i, min(i + 2, 5)), (4, 24), seed=3), 5, 1.0)
+                 for i in (0, 2, 4)]
         assert torch.allclose(torch.cat(parts), plain, atol=1e-5)
 
 
@@ -1354,13 +1355,13 @@ def test_eight_token_maps_are_learned_by_heart():
     optimizer = torch.optim.AdamW(network.parameters(), 3e-3, weight_decay=0)
     for step in range(400):
         optimizer.param_groups[0]["lr"] = 3e-3 * min(1, (400 - step) / 200)
-        loss = generate.flow_loss(network, x.repeat(8, 1, 1), labels.repeat(8), 8, drop=0.0)
+        loss = generate.flow_loss(network, x.repeat(8, 1, 1), labels.repeat(8), 8, 1.0, drop=0.0)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
     assert losses[0] == pytest.approx(2, abs=0.2) and np.mean(losses[-20:]) < 0.1
-    samples = generate.euler(generate.guided(network, labels, 1.0), generate.noise_for(range(8), (4, 24), 0), 50)
+    samples = generate.euler(generate.guided(network, labels, 1.0), generate.noise_for(range(8), (4, 24), 0), 50, 1.0)
     assert ((samples - x).flatten(1).norm(dim=1) / x.flatten(1).norm(dim=1)).max() < 0.1
 
 
@@ -1415,7 +1416,7 @@ def test_generator_from_training_to_samples(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "run" / "samples_latents.png").is_file()
     assert "other tokens" in complaint(monkeypatch, generate, *flags, "--resume", "--guidance", 2,
                                        "--bad", tmp_path / "run" / "generator_latents.pt")
-    assert "does nothing" in complaint(monkeypatch, generate, *flags, "--resume", "--bad", "x.pt")
+    assert "does nothing" in complaint(monkeypatch, generate, *flags, "--resume", "--bad", "x.pt", "--guidance", 1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

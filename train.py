@@ -30,6 +30,7 @@ import math
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
 from contextlib import nullcontext
@@ -733,6 +734,7 @@ def train(c: Config, stop: threading.Event) -> None:
 
 
 def main() -> None:
+    sys.stdout.reconfigure(line_buffering=True)  # under nohup each line is written as it comes
     stop, problem = threading.Event(), None
     before = signal.signal(signal.SIGTERM, lambda *_: stop.set())  # what schedulers send before they kill
     try:
