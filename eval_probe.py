@@ -48,11 +48,11 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from data import (COLORS, COMPANIONS, SIDES, Data, DataError, Tokenizer, all_wordings, centre_crop, class_prompts,
+from data import (COLORS, COMPANIONS, SIDES, Data, Tokenizer, all_wordings, centre_crop, class_prompts,
                   decode_image, evaluation_loader, open_data, picture_grid, to_image, to_tensor)
 from encoder import find_encoder, load_encoder
 from losses import LPIPS
-from train import (Config, OpenVision3, UserError, check_config, choose_device, load_run, parse_config,
+from train import (Config, OpenVision3, UserError, check_config, choose_device, load_run, parse_config, plain_errors,
                    read_checkpoint, write_atomically)
 from train import train as run_training
 from vae import AutoencoderKL, Pixels, find_vae, load_vae, psnr
@@ -767,7 +767,7 @@ def main() -> None:
     parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
     args = parser.parse_args()
     sys.stdout.reconfigure(line_buffering=True)  # under nohup each line is written as it comes
-    try:
+    with plain_errors():
         if min(args.n_train, args.n_test, args.n_reconstruct, args.batch_size) < 2:
             raise UserError("--n-train, --n-test, --n-reconstruct and --batch-size must be at least 2")
         if args.ckpt and (args.flags or args.sweep or args.seeds is not None):
@@ -776,8 +776,6 @@ def main() -> None:
             raise UserError("--image shows the trained run: leave --random-init out")
         args.seeds = 3 if args.seeds is None else args.seeds
         reproduce_table(args) if args.table else run(args)
-    except (UserError, DataError, OSError, ValueError) as error:
-        raise SystemExit(f"error: {error}") from None
 
 
 if __name__ == "__main__":

@@ -18,14 +18,13 @@ Run:    python generate.py --ckpt runs/laptop              # after train.py; sam
         torchrun --nproc-per-node 8 generate.py --ckpt runs/gpu --size S --online --steps 100000
 Source: paper sec 4.3; RAE (arXiv 2510.11690): statistics per place and channel, DiT^DH, time shift, AutoGuidance;
         improved precision and recall (arXiv 1904.06991).
-Next:   test_all.py
+Next:   eval_vlm.py
 """
 import argparse
 import copy
 import json
 import math
 import os
-import signal
 import sys
 import threading
 import time
@@ -43,11 +42,12 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from data import (Collate, Data, DataError, Tokenizer, TrainingOrder, evaluation_loader, open_data, outlive_sigterm,
-                  picture_grid, to_image)
+from data import (Collate, Data, Tokenizer, TrainingOrder, evaluation_loader, open_data, outlive_sigterm, picture_grid,
+                  to_image)
 from encoder import Attention, sincos_positions
 from eval_probe import Inception, frechet_distance, save_json
-from train import OpenVision3, UserError, choose_device, keep_log_until, load_run, write_atomically
+from train import (OpenVision3, UserError, choose_device, keep_log_until, load_run, plain_errors, stop_signal,
+                   write_atomically)
 
 # Width, depth, heads of the base and of the head, and the settings that go with them: RAE's S and XL to the number.
 # DIFFERS: laptop is ours, with a larger rate, a shorter average, and times shifted by 3, where the formula says 1: a
@@ -105,7 +105,7 @@ class DiTDH(nn.Module):
         self.classes = classes
         self.register_buffer("frequencies", torch.randn(256))
         self.time = nn.Sequential(nn.Linear(512, W), nn.SiLU(), nn.Linear(W, W))
-        self.label = nn.Embedding(classes + 1, W)  # DIFFERS: of deviation 1; at RAE's 0.02 no class for 500 steps
+        self.label = nn.Embedding(classes + 1, W)  # DIFFERS: deviation 1; RAE's 0.02 is not heard for 500 steps
         self.base_in, self.head_in = nn.Linear(token_dim, W), nn.Linear(token_dim, V)
         self.base = nn.ModuleList(ConditionedBlock(W, base_heads) for _ in range(base_depth))
         self.base_to_head = nn.Linear(W, V) if W != V else nn.Identity()
@@ -176,7 +176,7 @@ def noise_for(indices: range, shape: tuple[int, int], seed: int) -> Tensor:
 
 @torch.no_grad()
 def euler(velocity, x: Tensor, points: int, shift: float) -> Tensor:
-    """Follows velocity(x, t) from t = 1 to (almost) 0 through `points` times, that is points - 1 straight steps."""
+    """Follows velocity(x, t) from t = 1 to (almost) 0 in points - 1 straight steps."""
     times = shift_time(1 - torch.linspace(0, 0.999, points), shift).tolist()
     for now, following in zip(times, times[1:]):
         x = x + (following - now) * velocity(x, torch.full((len(x),), now, device=x.device))
@@ -207,7 +207,7 @@ class Space(nn.Module):
 
     def __init__(self, model: OpenVision3, kind: str):
         super().__init__()
-        self.frozen, self.kind = [model], kind
+        self.frozen, self.kind = [model], kind  # in a list: not one of this module's own weights
         if kind == "latents" and model.vae.downsampling != 8:
             raise UserError("--space latents: this run has no VAE, its pictures are its latents")
         self.side = model.config.resolution // 16
@@ -362,23 +362,27 @@ def save_sheet(rows_of_pictures: list[Tensor], captions: list[str], path: Path, 
 
 def nearest(samples: Tensor, known: Tensor) -> Tensor:
     """Index of the nearest known token map for each sample, [M]: by Euclidean distance of standardised tokens."""
-    distances = [torch.cdist(samples.flatten(1), part.flatten(1)) for part in known.split(1000)]
+    distances = [torch.cdist(samples.flatten(1), part.float().flatten(1)) for part in known.split(1000)]
     return torch.cat(distances, dim=1).argmin(dim=1)
 
 
-def measure(images: Tensor, labels: Tensor, held_out: dict, space: Space, judge: Classifier | None,
+def measure(images: Tensor, labels: Tensor, real: dict, held_out: dict, space: Space, judge: Classifier | None,
             inception: nn.Module | None) -> dict:
-    """Of samples uint8 [M,3,R,R]: the keys of the contract; and for scale the distance of held-out pictures that only
-    went through the tokens and back (fd_reconstruction), and how many pictures stood for the real ones (n_real)."""
+    """Of samples uint8 [M,3,R,R]: Frechet distance to held-out pictures, precision, recall, class accuracy; for scale
+    the same distance of as many training pictures as there are samples (fd_real: what a perfect generator would have),
+    and of those training pictures after going through the tokens and back (fd_reconstruction)."""
     result = dict.fromkeys(("fd", "fd_features", "class_accuracy", "classifier_accuracy", "precision", "recall",
-                            "fd_reconstruction")) | {"n_real": len(held_out["images"])}
+                            "fd_real", "fd_reconstruction")) | {"n_real": len(held_out["images"])}
+    if min(len(images), len(held_out["images"])) < 2:
+        print("fd, class_accuracy, precision, recall: null, a single picture has no distribution")
+        return result
     if judge is None and inception is None:
         print("fd, class_accuracy, precision, recall: null, there are too few labelled pictures (64) or classes (2) to "
               "train a judge on; the Frechet distance can be had with --inception FILE")
         return result
-    device = space.mean.device
+    device, known = space.mean.device, real["images"][: len(images)]
     back = torch.cat([((space.paint(space.standardise(space.read(part.to(device) / 127.5 - 1))) + 1) * 127.5).round()
-                      .byte().cpu() for part in held_out["images"].split(64)])
+                      .byte().cpu() for part in known.split(64)])
 
     def features(pictures: Tensor) -> Tensor:
         if inception is None:
@@ -387,6 +391,7 @@ def measure(images: Tensor, labels: Tensor, held_out: dict, space: Space, judge:
 
     true, fake = features(held_out["images"]), features(images)
     result |= {"fd": frechet_distance(true, fake), "fd_features": "classifier" if inception is None else "inception",
+               "fd_real": frechet_distance(true, features(known)),
                "fd_reconstruction": frechet_distance(true, features(back))}
     result["precision"], result["recall"] = precision_recall(true, fake)
     if inception is not None and min(len(images), len(true)) >= 50_000:
@@ -403,11 +408,12 @@ def measure(images: Tensor, labels: Tensor, held_out: dict, space: Space, judge:
 # The program
 # ---------------------------------------------------------------------------------------------------------------------
 
-KEPT = ("size", "space", "steps", "batch_size", "lr", "ema", "seed", "pool", "online", "data")  # by a resume
+# The flags that --resume must find unchanged
+KEPT = ("size", "space", "steps", "batch_size", "lr", "ema", "seed", "pool", "online", "data")
 
 
-def load_generator(path: Path, device: torch.device) -> tuple[dict, DiTDH]:
-    """A checkpoint of this program and its averaged network, ready to sample."""
+def load_generator(path: Path) -> tuple[dict, DiTDH]:
+    """A checkpoint of this program and its averaged network, ready to sample, on the CPU."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         network = DiTDH(**state["shape"])
@@ -415,7 +421,7 @@ def load_generator(path: Path, device: torch.device) -> tuple[dict, DiTDH]:
     except Exception as error:  # no file, cut off, something else
         raise UserError(f"{path} is no checkpoint of generate.py ({type(error).__name__}): train one with python "
                         "generate.py --ckpt DIR") from None
-    return state, network.to(device).eval().requires_grad_(False)
+    return state, network.eval().requires_grad_(False)
 
 
 def learning_rate(step: int, args: argparse.Namespace) -> float:
@@ -436,8 +442,8 @@ def check_bad(bad: dict, classes: int, space: Space) -> None:
 
 
 @dataclass
-class Stage:
-    """The frozen run and what the generator learns from; `labels` of K stand for no class."""
+class Lesson:
+    """The frozen run and what the generator learns from it; `labels` of K stand for no class."""
     out: Path                  # the run's folder
     tag: str                   # of file names: "" or "_latents"
     device: torch.device
@@ -457,7 +463,7 @@ class Stage:
         return self.out / f"generator{self.tag}.pt"
 
 
-def find_resumed(checkpoint: Path, args: argparse.Namespace, device: torch.device) -> dict | None:
+def find_resumed(checkpoint: Path, args: argparse.Namespace) -> dict | None:
     """The checkpoint to go on from, if that was asked for; what does not go together is an error."""
     if not args.resume:
         if checkpoint.exists():
@@ -465,9 +471,10 @@ def find_resumed(checkpoint: Path, args: argparse.Namespace, device: torch.devic
                             "finished); remove it to start anew")
         return None
     if not checkpoint.exists():
-        print(f"there is no {checkpoint} yet: it starts from step 0")
+        if os.environ.get("RANK", "0") == "0":
+            print(f"there is no {checkpoint} yet: it starts from step 0")
         return None
-    state = load_generator(checkpoint, device)[0]
+    state = load_generator(checkpoint)[0]
     changed = [f"--{key.replace('_', '-')} {getattr(args, key)} (was {was})" for key, was in state["settings"].items()
                if getattr(args, key) != was]
     if changed:
@@ -475,8 +482,9 @@ def find_resumed(checkpoint: Path, args: argparse.Namespace, device: torch.devic
     return state
 
 
-def open_stage(args: argparse.Namespace) -> Stage:
-    """Loads the run, encodes its pictures once, fits the statistics and the judge."""
+def open_lesson(args: argparse.Namespace) -> Lesson:
+    """Joins the other processes, settles what the flags left open, loads the run and the checkpoint to go on from,
+    encodes the pictures once, fits the statistics and the judge."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = choose_device(args.device)
     if args.batch_size % world:
@@ -492,7 +500,7 @@ def open_stage(args: argparse.Namespace) -> Stage:
     if own and config.streaming:
         raise UserError("this run streamed its data; the generator needs it on this machine: name a copy with --data")
     args.data = args.data or config.data
-    resumed = find_resumed(out / f"generator{tag}.pt", args, device)
+    resumed = find_resumed(out / f"generator{tag}.pt", args)
     columns = (config.config, config.split, config.image_col, config.text_col, config.label_col) if own else ()
     data = open_data(args.data, config.resolution, *columns, need_text=False)
     K = len(data.class_names or [])
@@ -505,8 +513,9 @@ def open_stage(args: argparse.Namespace) -> Stage:
         raise UserError(f"--size {args.size} has a head of width {SIZES[args.size]['head'][0]}; tokens of width "
                         f"{space.mean.shape[1]} need one at least as wide, or not even one picture can be learned")
     real = read_pictures(space, data.train, tokenizer, min(len(data.train), args.pool), "training pictures")
-    held_out = read_pictures(space, data.test, tokenizer, max(2000, args.n_samples), "held-out pictures")
-    for part in (real, held_out):
+    held_out = {} if rank else read_pictures(space, data.test, tokenizer, max(2000, args.n_samples),
+                                             "held-out pictures")
+    for part in (real, held_out) if rank == 0 else (real,):
         part["labels"] = torch.where(part["labels"] < 0, K, part["labels"])
     space.measure(real["tokens"])  # DIFFERS: RAE's statistics are over all training pictures
     if resumed:
@@ -516,31 +525,33 @@ def open_stage(args: argparse.Namespace) -> Stage:
         space.load_state_dict(resumed["space"])
     enough = K > 1 and (real["labels"] < K).sum() >= 64
     judge = train_classifier(real, K, device) if enough and rank == 0 else None
-    return Stage(out, tag, device, rank, world, space, data, tokenizer, real, held_out, data.class_names or [], judge,
+    return Lesson(out, tag, device, rank, world, space, data, tokenizer, real, held_out, data.class_names or [], judge,
                  resumed)
 
 
-def training_batches(args: argparse.Namespace, stage: Stage, start: int):
+def training_batches(args: argparse.Namespace, lesson: Lesson, start: int):
     """(tokens [B,N,C], labels [B]) of one process for each step from `start` on: picks from the pool, or --online."""
-    K, share = len(stage.class_names), args.batch_size // stage.world
+    K, share = len(lesson.class_names), args.batch_size // lesson.world
     if args.online:  # whole pictures, in train.py's order. DIFFERS: RAE mirrors half of them
-        order = TrainingOrder(len(stage.data.train), args.batch_size, args.seed, start, args.steps, stage.rank,
-                              stage.world)
-        for batch in DataLoader(stage.data.train, batch_sampler=([i for _, i in batch] for batch in order),
-                                num_workers=args.workers, collate_fn=Collate(stage.tokenizer),
+        order = TrainingOrder(len(lesson.data.train), args.batch_size, args.seed, start, args.steps, lesson.rank,
+                              lesson.world)
+        for batch in DataLoader(lesson.data.train, batch_sampler=([i for _, i in batch] for batch in order),
+                                num_workers=args.workers, collate_fn=Collate(lesson.tokenizer),
                                 worker_init_fn=outlive_sigterm):
-            yield stage.space.read(batch["image"].to(stage.device)), torch.where(batch["label"] < 0, K, batch["label"])
-    for step in range(start, args.steps if not args.online else 0):
-        picks = torch.Generator().manual_seed(args.seed * args.steps + step)  # the same for any number of processes
-        chosen = torch.randint(len(stage.real["tokens"]), (args.batch_size,), generator=picks)
-        chosen = chosen[stage.rank * share : (stage.rank + 1) * share]
-        yield stage.real["tokens"][chosen].float().to(stage.device), stage.real["labels"][chosen]
+            labels = torch.where(batch["label"] < 0, K, batch["label"])
+            yield lesson.space.read(batch["image"].to(lesson.device)), labels
+    else:
+        for step in range(start, args.steps):
+            picks = torch.Generator().manual_seed((args.seed + 1) * 10_000_019 + step)  # the same for all processes
+            chosen = torch.randint(len(lesson.real["tokens"]), (args.batch_size,), generator=picks)
+            chosen = chosen[lesson.rank * share : (lesson.rank + 1) * share]
+            yield lesson.real["tokens"][chosen].float().to(lesson.device), lesson.real["labels"][chosen]
 
 
-def train_generator(args: argparse.Namespace, stage: Stage, bad: DiTDH | None,
+def train_generator(args: argparse.Namespace, lesson: Lesson, bad: DiTDH | None,
                     stop: threading.Event) -> DiTDH | None:
     """Flow matching to the last step; returns the averaged network, or None where it was stopped before."""
-    device, main, space, K = stage.device, stage.rank == 0, stage.space, len(stage.class_names)
+    device, main, space, K = lesson.device, lesson.rank == 0, lesson.space, len(lesson.class_names)
     torch.manual_seed(args.seed)
     towers = {part: SIZES[args.size][part] for part in ("base", "head")}
     shape = dict(token_dim=space.mean.shape[1], side=space.side, classes=K, **towers)
@@ -548,28 +559,28 @@ def train_generator(args: argparse.Namespace, stage: Stage, bad: DiTDH | None,
     average = copy.deepcopy(network).eval().requires_grad_(False)
     optimizer = torch.optim.AdamW(network.parameters(), args.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     start = 0
-    if stage.resumed:
-        network.load_state_dict(stage.resumed["network"])
-        average.load_state_dict(stage.resumed["ema"])
-        optimizer.load_state_dict(stage.resumed["optimizer"])
-        start = stage.resumed["step"]
+    if lesson.resumed:
+        network.load_state_dict(lesson.resumed["network"])
+        average.load_state_dict(lesson.resumed["ema"])
+        optimizer.load_state_dict(lesson.resumed["optimizer"])
+        start, lesson.resumed = lesson.resumed["step"], None  # its memory is free again
     if args.compile or (args.compile is None and device.type == "cuda"):
         network.compile()
-    parallel = DistributedDataParallel(network) if stage.world > 1 else network
-    log, (N, C) = stage.out / f"generate{stage.tag}.jsonl", space.mean.shape
+    parallel = DistributedDataParallel(network) if lesson.world > 1 else network
+    log, (N, C) = lesson.out / f"generate{lesson.tag}.jsonl", space.mean.shape
     shown = wanted_labels(128, K, args.seed)
     if main:
         keep_log_until(log, start)
-        print(f"{args.data}: {len(stage.real['tokens']):,} token maps of {N} x {C}, {K} classes; "
+        print(f"{args.data}: {len(lesson.real['tokens']):,} token maps of {N} x {C}, {K} classes; "
               f"{sum(p.numel() for p in network.parameters()) / 1e6:.1f} M parameters; time shift "
               f"{args.shift:.2f}; the loss starts at 2.0; {args.steps - start:,} steps of "
-              f"{args.batch_size} on {stage.world} x {device} in {args.dtype}")
+              f"{args.batch_size} on {lesson.world} x {device} in {args.dtype}")
     progress = tqdm(total=args.steps, initial=start, desc="generate", disable=None if main else True, mininterval=1)
     clock, logged, losses = time.time(), start, []
-    for step, (tokens, labels) in enumerate(training_batches(args, stage, start), start):
+    for step, (tokens, labels) in enumerate(training_batches(args, lesson, start), start):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args)
-        torch.manual_seed((args.seed * args.steps + step) * stage.world + stage.rank)  # times and noise
+        torch.manual_seed((args.seed * args.steps + step) * lesson.world + lesson.rank)  # times and noise
         with torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
             loss = flow_loss(parallel, space.standardise(tokens), labels.to(device), K, args.shift)
         optimizer.zero_grad()
@@ -584,9 +595,9 @@ def train_generator(args: argparse.Namespace, stage: Stage, bad: DiTDH | None,
             slow.lerp_(fast.detach(), 1 - decay)
         losses.append(loss.detach())
         progress.update()
-        stopping = over_processes(torch.tensor(float(stop.is_set()), device=device), stage.world) > 0
+        stopping = over_processes(torch.tensor(float(stop.is_set()), device=device), lesson.world) > 0
         if done % args.log_every == 0 or done == args.steps:
-            value = over_processes(torch.stack(losses).mean(), stage.world) / stage.world
+            value = over_processes(torch.stack(losses).mean(), lesson.world) / lesson.world
             row = {"step": done, "loss": value.item(), "lr": learning_rate(step, args), "grad_norm": norm.item(),
                    "images_per_s": round(args.batch_size * (done - logged) / (time.time() - clock), 1)}
             if main:
@@ -595,15 +606,16 @@ def train_generator(args: argparse.Namespace, stage: Stage, bad: DiTDH | None,
         pause = time.time()
         if main and (done % args.sample_every == 0 or done == args.steps):
             images = draw_samples(average, space, shown, args, bad)[0]
-            save_sheet([images[:32]], class_titles(shown[:32], stage), stage.out / f"samples{stage.tag}_{done:06d}.png")
-            if stage.judge is not None:
-                right = (judged(stage.judge, images)[1] == shown).float().mean().item()
+            save_sheet([images[:32]], class_titles(shown[:32], lesson),
+                       lesson.out / f"samples{lesson.tag}_{done:06d}.png")
+            if lesson.judge is not None:
+                right = (judged(lesson.judge, images)[1] == shown).float().mean().item()
                 tell({"step": done, "class_accuracy": right}, log, args.steps)
         if main and (done % args.save_every == 0 or done == args.steps or stopping):
             state = {"step": done, "settings": {key: getattr(args, key) for key in KEPT}, "shape": shape,
                      "network": network.state_dict(), "ema": average.state_dict(),
                      "optimizer": optimizer.state_dict(), "space": space.state_dict()}
-            write_atomically(stage.checkpoint, lambda path: torch.save(state, path))
+            write_atomically(lesson.checkpoint, lambda path: torch.save(state, path))
         clock += time.time() - pause
         if stopping and done < args.steps:
             tqdm.write(f"stopped after step {done} as asked; the same command with --resume goes on")
@@ -619,29 +631,32 @@ def over_processes(value: Tensor, world: int) -> Tensor:
     return value
 
 
-def class_titles(labels: Tensor, stage: Stage) -> list[str]:
-    return [(*stage.class_names, "")[i] for i in labels.tolist()]
+def save_arrays(path: Path, arrays: dict) -> None:
+    with open(path, "wb") as file:  # given a name, numpy would add .npz to it
+        np.savez_compressed(file, **arrays)
 
 
-def sample_and_measure(args: argparse.Namespace, stage: Stage, average: DiTDH, bad: DiTDH | None,
+def class_titles(labels: Tensor, lesson: Lesson) -> list[str]:
+    return [(*lesson.class_names, "")[i] for i in labels.tolist()]
+
+
+def sample_and_measure(args: argparse.Namespace, lesson: Lesson, average: DiTDH, bad: DiTDH | None,
                        inception: nn.Module | None) -> dict:
     """Draws --n-samples pictures and writes samples.png, samples.npz, neighbours.png, the curves; returns the
     numbers."""
-    out, tag, space, K = stage.out, stage.tag, stage.space, len(stage.class_names)
+    out, tag, space, K = lesson.out, lesson.tag, lesson.space, len(lesson.class_names)
     labels = wanted_labels(args.n_samples, K, args.seed)
-    titles = class_titles(labels[:48], stage)
+    titles = class_titles(labels[:48], lesson)
     images, tokens = draw_samples(average, space, labels, args, bad)
-    result = measure(images, labels, stage.held_out, space, stage.judge, inception)
+    result = measure(images, labels, lesson.real, lesson.held_out, space, lesson.judge, inception)
     save_sheet([images[:48]], titles, out / f"samples{tag}.png")
-    known = torch.cat([space.standardise(part.to(stage.device).float()).half().cpu()
-                       for part in stage.real["tokens"].split(1000)])
-    closest = nearest(tokens[:48].cpu(), known.float())
-    save_sheet([images[:48], stage.real["images"][closest]], titles, out / f"neighbours{tag}.png",
+    known = torch.cat([space.standardise(part.to(lesson.device).float()).half().cpu()
+                       for part in lesson.real["tokens"].split(1000)])
+    closest = nearest(tokens[:48].cpu(), known)
+    save_sheet([images[:48], lesson.real["images"][closest]], titles, out / f"neighbours{tag}.png",
                ("sample", "nearest"))
     arrays = {"arr_0": images.permute(0, 2, 3, 1).numpy(), "arr_1": labels.numpy() if K else np.full(len(labels), -1)}
-    with open(out / f"samples{tag}.npz.tmp", "wb") as file:
-        np.savez_compressed(file, **arrays)
-    os.replace(out / f"samples{tag}.npz.tmp", out / f"samples{tag}.npz")
+    write_atomically(out / f"samples{tag}.npz", lambda path: save_arrays(path, arrays))
     save_curve(out / f"generate{tag}.jsonl", out / f"generate{tag}_curves.png")
     print(f"wrote {out / f'samples{tag}.png'}, neighbours{tag}.png (each with the nearest of {len(known):,} training "
           f"pictures), samples{tag}.npz, generate{tag}_curves.png")
@@ -655,27 +670,30 @@ def generate(args: argparse.Namespace, stop: threading.Event) -> None:
             setattr(args, name, SIZES[args.size][name])
     if args.bad and args.guidance == 1:
         raise UserError("--bad does nothing at --guidance 1; RAE takes 1.42")
-    bad_state, bad = load_generator(Path(args.bad), choose_device(args.device)) if args.bad else (None, None)
-    inception = Inception(args.inception).to(choose_device(args.device)) if args.inception else None
-    stage = open_stage(args)
-    args.shift = SIZES[args.size]["shift"] or time_shift(stage.space.mean.numel())
+    bad_state, bad = load_generator(Path(args.bad)) if args.bad else (None, None)
+    inception = Inception(args.inception) if args.inception else None
+    lesson = open_lesson(args)
+    args.shift = SIZES[args.size]["shift"] or time_shift(lesson.space.mean.numel())
+    if inception is not None:
+        inception.to(lesson.device)
     if bad is not None:
-        check_bad(bad_state, len(stage.class_names), stage.space)
-    average = train_generator(args, stage, bad, stop)
-    if stage.world > 1:
+        check_bad(bad_state, len(lesson.class_names), lesson.space)
+        bad.to(lesson.device)
+    average = train_generator(args, lesson, bad, stop)
+    if lesson.world > 1:
         dist.barrier()
         dist.destroy_process_group()
-    if average is None or stage.rank > 0:
+    if average is None or lesson.rank > 0:
         return
-    result = sample_and_measure(args, stage, average, bad, inception)
-    if stage.device.type == "cuda":
+    result = sample_and_measure(args, lesson, average, bad, inception)
+    if lesson.device.type == "cuda":
         result["peak_memory_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
     result |= {"n_samples": args.n_samples, "seconds": round(time.time() - began, 1), "guidance": args.guidance,
                "points": args.points, "shift": args.shift, **{key: getattr(args, key) for key in KEPT}}
     print(f"\n| {args.ckpt}, {args.space} | |\n|---|---|")
     for key, value in result.items():
         print(f"| {key} | {'null' if value is None else f'{value:.3f}' if isinstance(value, float) else value} |")
-    save_json(result, stage.out / f"generate{stage.tag}.json")
+    save_json(result, lesson.out / f"generate{lesson.tag}.json")
 
 
 def tell(row: dict, log: Path, steps: int) -> None:
@@ -716,7 +734,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, help="token maps per step, over all processes (the size's own)")
     parser.add_argument("--lr", type=float, help="peak learning rate (the size's own)")
     parser.add_argument("--ema", type=float, help="decay of the averaged weights (the size's own)")
-    parser.add_argument("--pool", type=int, default=16_000,
+    parser.add_argument("--pool", type=int, default=12_000,
                         help="training pictures that are encoded once and kept: for the statistics, the judge, the "
                              "nearest neighbours, and to train on")
     parser.add_argument("--online", action="store_true",
@@ -738,12 +756,10 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=0, help="loader processes, with --online")
     parser.add_argument("--log-every", type=int, default=20, help="steps between log lines")
     parser.add_argument("--save-every", type=int, default=300, help="steps between checkpoints")
-    parser.add_argument("--sample-every", type=int, default=260, help="steps between sample sheets")
+    parser.add_argument("--sample-every", type=int, default=325, help="steps between sample sheets")
     args = parser.parse_args()
     sys.stdout.reconfigure(line_buffering=True)  # under nohup each line is written as it comes
-    stop = threading.Event()
-    before = signal.signal(signal.SIGTERM, lambda *_: stop.set())  # what schedulers send before they kill
-    try:
+    with stop_signal() as stop, plain_errors():
         for name, low in dict(steps=1, batch_size=1, n_samples=2, points=2, pool=2, workers=0, log_every=1,
                               save_every=1, sample_every=1, seed=0).items():
             if getattr(args, name) is not None and getattr(args, name) < low:
@@ -753,10 +769,6 @@ def main() -> None:
             if value is not None and not 0 <= value < high:
                 raise UserError(f"--{name} {value} must be at least 0 and below {high}")
         generate(args, stop)
-    except (UserError, DataError, OSError, ValueError) as error:
-        raise SystemExit(f"error: {error}") from None
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 if __name__ == "__main__":

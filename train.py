@@ -33,7 +33,7 @@ import signal
 import sys
 import threading
 import time
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -733,13 +733,12 @@ def train(c: Config, stop: threading.Event) -> None:
         dist.destroy_process_group()
 
 
-def main() -> None:
-    sys.stdout.reconfigure(line_buffering=True)  # under nohup each line is written as it comes
-    stop, problem = threading.Event(), None
-    before = signal.signal(signal.SIGTERM, lambda *_: stop.set())  # what schedulers send before they kill
+@contextmanager
+def plain_errors():
+    """What the user of a program can mend ends it with one sentence; loader processes end with it."""
+    problem = None
     try:
-        config = parse_config()
-        cost_card(config) if config.dry_run else train(config, stop)
+        yield
     except (UserError, DataError, OSError, ValueError) as error:
         problem = str(error)
     except RuntimeError as error:  # raised by a signal, wherever the program is
@@ -749,9 +748,26 @@ def main() -> None:
     finally:
         for worker in multiprocessing.active_children():
             worker.kill()  # they do not listen to SIGTERM (data.py)
-        signal.signal(signal.SIGTERM, before)
     if problem:
         raise SystemExit(f"error: {problem}")
+
+
+@contextmanager
+def stop_signal():
+    """An event that is set by SIGTERM, which schedulers send before they kill."""
+    stop = threading.Event()
+    before = signal.signal(signal.SIGTERM, lambda *_: stop.set())
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def main() -> None:
+    sys.stdout.reconfigure(line_buffering=True)  # under nohup each line is written as it comes
+    with stop_signal() as stop, plain_errors():
+        config = parse_config()
+        cost_card(config) if config.dry_run else train(config, stop)
 
 
 if __name__ == "__main__":
