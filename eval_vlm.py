@@ -23,8 +23,10 @@ Next:   test_all.py
 """
 import argparse
 import copy
+import hashlib
 import json
 import math
+import os
 import random
 import sys
 import time
@@ -38,12 +40,12 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from data import (COLORS, COMPANIONS, RADIUS, SHAPES, SIDES, Data, DataError, Tokenizer, centre_crop, decode_image,
+from data import (COLORS, COMPANIONS, RADIUS, SHAPES, SIDES, Data, Tokenizer, centre_crop, decode_image,
                   evaluation_loader, open_data, picture_grid, to_image, to_tensor)
 from encoder import Transformer
 from eval_probe import open_run_data, save_json
 from generate import Space
-from train import OpenVision3, UserError, choose_device, load_run, write_atomically
+from train import OpenVision3, UserError, choose_device, load_run, plain_errors, write_atomically
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Questions with true answers
@@ -64,7 +66,7 @@ class Question:
 
 
 def choice(kind: str, text: str, answer: str, others, rng: random.Random) -> Question:
-    wrong = [other for other in others if other != answer]
+    wrong = [other for other in dict.fromkeys(others) if other != answer]
     options = [answer, *rng.sample(wrong, min(3, len(wrong)))]
     rng.shuffle(options)
     return Question(kind, text, answer, tuple(options))
@@ -77,9 +79,9 @@ def presence(kind: str, name: str, here: bool) -> Question:
 
 
 def scene_choices(scene: dict, rng: random.Random) -> list[Question]:
-    """Questions of SEED-Bench's kind about a drawn scene. No two objects of a scene have the same shape. What would
-    give the answer away without the picture is left out: most scenes have one object, so that only a third of them is
-    asked for the number, and companions are always small, so that sizes are asked of single objects."""
+    """Questions of SEED-Bench's kind about a drawn scene. No two objects of a scene have the same shape. Most scenes
+    have one object, so that only a third of these is asked for the number; companions are always small, so that sizes
+    are asked of single objects. "four" and "tiny" are offered and never true: who knows that guesses one in three."""
     objects, questions = scene["objects"], []
     colors = Counter(item["color"] for item in objects)
     for item in objects:
@@ -100,19 +102,17 @@ def scene_choices(scene: dict, rng: random.Random) -> list[Question]:
 
 
 class Census:
-    """What can be asked about the pictures of a data set, and what is common in it. For drawn scenes a thing is an
-    object, "red circle"; otherwise a class name."""
+    """What can be asked about pictures. For drawn scenes a thing is an object, "red circle"; otherwise a class name.
+    `common`: the things of the training pictures, the most frequent first; None where these are the training
+    pictures."""
 
-    def __init__(self, scenes: list[str], labels: list[int], class_names: list[str] | None):
+    def __init__(self, scenes: list[str], labels: list[int], class_names: list[str] | None,
+                 common: list[str] | None = None):
         self.scenes, self.labels = [json.loads(scene) if scene else None for scene in scenes], labels
-        self.class_names = [name.replace("_", " ") for name in class_names or []]
+        self.class_names = [name.replace("_", " ").strip() or "thing" for name in class_names or []]
         counts = Counter(thing for i in range(len(labels)) for thing in self.things(i))
-        self.common = [thing for thing, _ in counts.most_common()]
-        if len(self.common) < 2:
-            raise UserError("questions need drawn scenes, or labels of at least two classes; this data set has none")
-
-    def __len__(self) -> int:
-        return len(self.labels)
+        self.common = common or [thing for thing, _ in counts.most_common()]
+        self.askable = [i for i in range(len(labels)) if self.things(i)] if len(self.common) > 1 else []
 
     def things(self, i: int) -> list[str]:
         if self.scenes[i]:
@@ -124,15 +124,15 @@ class Census:
         easily taken for `here`, which is there. POPE's adversary is what often occurs together with it; in drawn scenes
         nothing does, so that it is the same shape in another color, or another shape in that color; None for class
         names. Like is exchanged for like, a companion for a companion: there are more of them, which would tell."""
-        candidates = self.common[: max(2, len(self.common) // 2)] if kind == "popular" else self.common
+        candidates = self.common
         if self.scenes[i]:
             color, shape = here.split()
             candidates = [thing for thing in candidates if (thing.split()[1] in SHAPES) == (shape in SHAPES)]
-            if kind == "adversarial":
-                candidates = [thing for thing in candidates
-                              if (thing.split()[0] == color) != (thing.split()[1] == shape)]
+        if kind == "popular":
+            candidates = candidates[: max(2, len(candidates) // 2)]
         elif kind == "adversarial":
-            return None
+            candidates = [thing for thing in candidates if self.scenes[i]
+                          and (thing.split()[0] == color) != (thing.split()[1] == shape)]
         candidates = [thing for thing in candidates if thing not in self.things(i)]
         return rng.choice(candidates) if candidates else None
 
@@ -159,7 +159,9 @@ class Census:
 
 SIZES = {"laptop": (192, 3, 3)}  # width, depth, heads of the language model from scratch
 PADDING, SILENT = -1, -100  # in ids: nothing stands here; in targets: nothing is asked here
-BLIND = 0.1  # DIFFERS: so many pictures of step 2 are noise, so that the control without picture is one it has learned
+# DIFFERS: this share of the pictures in the instruction step is noise, so that the model knows the control without one
+BLIND = 0.1
+LONGEST = 256  # ids of an answer or a caption; what is longer is cut
 
 
 class Words:
@@ -196,22 +198,25 @@ class LanguageModel(nn.Module):
     def new_cache(self) -> list[dict]:
         return [{} for _ in self.transformer.resblocks]
 
-    def forward(self, x: Tensor, seen: Tensor, cache: list[dict] | None = None) -> Tensor:
-        """With a cache, x are the next places only; `seen` always covers all."""
+    def forward(self, x: Tensor, seen: Tensor, cache: list[dict] | None = None, last: bool = False) -> Tensor:
+        """With a cache, x are the next places only; `seen` always covers all. `last`: logits of the last place only."""
         S, new = seen.shape[1], x.shape[1]
         positions = (seen.cumsum(1) - 1).clamp(min=0)[:, S - new :]                        # (B, new)
         if S > len(self.positions):
             raise UserError(f"{S} places, picture and text, but the language model reads at most "
                             f"{len(self.positions)}; ask something shorter")
-        past = torch.ones(S, S, dtype=torch.bool, device=x.device).tril()
-        mask = past & seen[:, None] | torch.eye(S, dtype=torch.bool, device=x.device)      # padding sees itself: no NaN
+        past = torch.ones(S, S, dtype=torch.bool, device=x.device).tril()                  # (S, S)
+        itself = torch.eye(S, dtype=torch.bool, device=x.device)  # padding too: who sees nothing becomes NaN
+        mask = (past & seen[:, None]) | itself                                             # (B, S, S)
         x = self.transformer(x + self.positions[positions], mask[:, None, S - new :], cache)  # (B, new, W)
+        x = x[:, -1:] if last else x
         with torch.autocast(x.device.type, enabled=False):
-            return self.head(self.ln_final(x.float()))                                     # (B, new, V)
+            return self.head(self.ln_final(x.float()))                                     # (B, new or 1, V)
 
 
 class HuggingFaceLM(nn.Module):
-    """Any causal language model of `transformers`, by name or folder, behind the same four methods."""
+    """A causal language model of `transformers` whose memory is attention (Llama, Qwen, GPT-2, ...), by name or folder,
+    with the methods of LanguageModel and of Words."""
 
     def __init__(self, name: str):
         super().__init__()
@@ -231,6 +236,8 @@ class HuggingFaceLM(nn.Module):
         self.cache_kind = transformers.DynamicCache
         self.width = self.model.get_input_embeddings().embedding_dim
         self.eos = self.tokenizer.eos_token_id
+        if self.eos is None:
+            raise UserError(f"--lm {name}: its tokenizer has no end-of-text token, which ends the answers")
         self.bos = self.eos if self.tokenizer.bos_token_id is None else self.tokenizer.bos_token_id
 
     def encode(self, text: str) -> list[int]:
@@ -245,10 +252,10 @@ class HuggingFaceLM(nn.Module):
     def new_cache(self):
         return self.cache_kind()
 
-    def forward(self, x: Tensor, seen: Tensor, cache=None) -> Tensor:
+    def forward(self, x: Tensor, seen: Tensor, cache=None, last: bool = False) -> Tensor:
         positions = (seen.cumsum(1) - 1).clamp(min=0)[:, seen.shape[1] - x.shape[1] :]
         return self.model(inputs_embeds=x, attention_mask=seen.long(), position_ids=positions, past_key_values=cache,
-                          use_cache=cache is not None).logits.float()
+                          use_cache=cache is not None, logits_to_keep=int(last)).logits.float()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -256,11 +263,10 @@ class HuggingFaceLM(nn.Module):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def pack(rows: list[list[int]], left: bool = False) -> Tensor:
-    """Lists of ids -> [B,T], filled up with PADDING at the right, or at the left."""
+def pack(rows: list[list[int]]) -> Tensor:
+    """Lists of ids -> [B,T], filled up with PADDING."""
     T = max(map(len, rows))
-    return torch.tensor([[PADDING] * (T - len(row)) * left + row + [PADDING] * (T - len(row)) * (not left)
-                         for row in rows])
+    return torch.tensor([row + [PADDING] * (T - len(row)) for row in rows])
 
 
 def question_prompt(question: str) -> str:
@@ -274,18 +280,24 @@ class VisionLanguageModel(nn.Module):
         super().__init__()
         W = language.width
         self.projector = nn.Sequential(nn.Linear(token_dim, W), nn.GELU(), nn.Linear(W, W))
-        self.language, self.words = language, words
+        self.language, self.speech = language, [words]  # in a list: a HuggingFaceLM is both, and saved once
 
-    def embed(self, tokens: Tensor | None, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """[bos | image | text] as embeddings [B,1+N+T,W], and which of them hold something [B,1+N+T]."""
-        parts = [self.language.embed(torch.full_like(ids[:, :1], self.words.bos))]         # (B, 1, W)
-        if tokens is not None:
-            parts.append(self.projector(tokens).to(parts[0].dtype))                        # (B, N, W)
-        before = sum(part.shape[1] for part in parts)
-        seen = torch.cat([torch.ones_like(ids[:, :1]).bool().expand(-1, before), ids != PADDING], dim=1)
-        return torch.cat([*parts, self.language.embed(ids.clamp(min=0))], dim=1), seen
+    @property
+    def words(self):
+        return self.speech[0]
 
-    def loss(self, tokens: Tensor | None, prompts: list[list[int]], answers: list[list[int]]) -> Tensor:
+    def embed(self, tokens: Tensor, ids: Tensor, align: bool = False) -> tuple[Tensor, Tensor]:
+        """[bos | image | text] as embeddings [B,S,W], and which of them hold something [B,S]. `align`: padding comes
+        first, so that all texts end, and can go on, at the last place."""
+        start = self.language.embed(torch.full_like(ids[:, :1], self.words.bos))           # (B, 1, W)
+        x = torch.cat([start, self.projector(tokens).to(start.dtype), self.language.embed(ids.clamp(min=0))], dim=1)
+        seen = torch.cat([ids.new_ones(len(ids), 1 + tokens.shape[1]).bool(), ids != PADDING], dim=1)
+        if align:
+            order = seen.int().argsort(dim=1, stable=True)                                 # (B, S): padding, the rest
+            x, seen = x.gather(1, order[..., None].expand_as(x)), seen.gather(1, order)
+        return x, seen
+
+    def loss(self, tokens: Tensor, prompts: list[list[int]], answers: list[list[int]]) -> Tensor:
         """Cross entropy of the answers' ids (end included), each given what stands before it; ln V at the start.
         Prompts may be empty: then the text is the answer."""
         device = next(self.parameters()).device
@@ -299,9 +311,9 @@ class VisionLanguageModel(nn.Module):
     def score(self, tokens: Tensor, prompts: list[list[int]], options: list[list[list[int]]]) -> Tensor:
         """Mean log probability of each option's ids, [B,K], as SEED-Bench ranks them. The prompt is read once."""
         device = tokens.device
-        x, seen = self.embed(tokens, pack(prompts, left=True).to(device))
+        x, seen = self.embed(tokens, pack(prompts).to(device), align=True)
         cache = self.language.new_cache()
-        first = self.language(x, seen, cache)[:, -1:]                                      # (B, 1, V)
+        first = self.language(x, seen, cache, last=True)                                   # (B, 1, V)
         scores = []
         for k in range(len(options[0])):
             ids = pack([row[k] for row in options]).to(device)                             # (B, T)
@@ -316,13 +328,13 @@ class VisionLanguageModel(nn.Module):
         return torch.stack(scores, dim=1)                                                  # (B, K)
 
     @torch.no_grad()
-    def generate(self, tokens: Tensor, prompts: list[list[int]], longest: int = 16) -> list[list[int]]:
-        """Greedy answers, up to and without the end."""
-        x, seen = self.embed(tokens, pack(prompts, left=True).to(tokens.device))
+    def generate(self, tokens: Tensor, prompts: list[list[int]], longest: int) -> list[list[int]]:
+        """Greedy answers of at most `longest` ids, up to and without the end."""
+        x, seen = self.embed(tokens, pack(prompts).to(tokens.device), align=True)
         cache, written = self.language.new_cache(), []
         ended = torch.zeros(len(prompts), dtype=torch.bool, device=tokens.device)
         while len(written) < longest and not ended.all():
-            following = self.language(x, seen, cache)[:, -1].argmax(-1)                    # (B,)
+            following = self.language(x, seen, cache, last=True)[:, -1].argmax(-1)         # (B,)
             written.append(following)
             ended |= following == self.words.eos
             x = self.language.embed(following[:, None])                                    # (B, 1, W)
@@ -429,10 +441,10 @@ def read_seed_bench(file: Path, images: Path) -> list[Asked]:
         asked = []
         for row in content["questions"]:
             if row.get("data_type", "image") == "image":
-                options = tuple(str(row[f"choice_{letter}"]) for letter in "abcd")
+                options = {letter: str(row[f"choice_{letter.lower()}"]) for letter in "ABCD"}
                 kind = names.get(row.get("question_type_id"), "choice").lower().replace(" ", "_")
                 asked.append((find_picture(images, row["data_id"]),
-                              Question(kind, row["question"], options["ABCD".index(row["answer"])], options)))
+                              Question(kind, row["question"], options[row["answer"]], tuple(options.values()))))
         return asked
     except (KeyError, TypeError, AttributeError, ValueError):
         raise UserError(f"--seed-bench {file} is not in SEED-Bench's layout") from None
@@ -444,8 +456,8 @@ def read_conversations(file: Path, images: Path) -> list[tuple[Path, str, str]]:
     try:
         turns = []
         for row in read_json(file):
-            talk = row["conversations"] if "image" in row else row["conversations"][:0]
-            for asked, answered in zip(talk[::2], talk[1::2]):
+            talk = row["conversations"]
+            for asked, answered in zip(talk[::2], talk[1::2]) if "image" in row else ():
                 turns.append((find_picture(images, row["image"]), asked["value"].replace("<image>", "").strip(),
                               answered["value"]))
     except (KeyError, TypeError, AttributeError):
@@ -464,87 +476,101 @@ def presence_metrics(said: Tensor, true: Tensor) -> dict[str, float]:
     """said, true: bool [M], True for yes. F1 of yes; 0 where it is never said rightly."""
     both = (said & true).sum().item()
     precision, recall = both / max(1, said.sum().item()), both / max(1, true.sum().item())
-    return {"accuracy": (said == true).float().mean().item(), "precision": precision, "recall": recall,
-            "f1": 2 * precision * recall / max(1e-9, precision + recall), "yes_rate": said.float().mean().item()}
+    return {"accuracy": (said == true).double().mean().item(), "precision": precision, "recall": recall,
+            "f1": 2 * precision * recall / max(1e-9, precision + recall), "yes_rate": said.double().mean().item()}
 
 
 @torch.no_grad()
 def ask(model: VisionLanguageModel, album: Album, asked: list[Asked], picture: str, batch_size: int = 64) -> Tensor:
-    """Number of the option taken, [M]. `picture`: the "true" one, "another" (that of a question half the list away), or
-    "noise", tokens of deviation 1 as the true ones have it."""
+    """Number of the option taken, [M]. `picture`: the "true" one, "another" one, or "noise" in its place."""
     encode, taken = model.words.encode, []
-    references = [reference for reference, _ in asked]
+    pictures = list(dict.fromkeys(reference for reference, _ in asked))
+    half = len(pictures) // 2
+    shown = dict(zip(pictures, pictures[half:] + pictures[:half])) if picture == "another" else {}
     for first in tqdm(range(0, len(asked), batch_size), desc=f"ask, {picture} picture", leave=False, disable=None):
-        part = range(first, min(first + batch_size, len(asked)))
-        move = len(asked) // 2 if picture == "another" else 0
-        tokens = album.tokens([references[(i + move) % len(asked)] for i in part])
+        part = asked[first : first + batch_size]
         if picture == "noise":
-            noise = [torch.randn(tokens.shape[1:], generator=torch.Generator().manual_seed(i)) for i in part]
-            tokens = torch.stack(noise).to(tokens)
-        questions = [asked[i][1] for i in part]
-        prompts = [encode(question_prompt(q.text)) for q in questions]
-        most = max(len(q.options) for q in questions)
-        options = [[encode(" " + option) + [model.words.eos] for option in (*q.options, *q.options[:1] * most)[:most]]
-                   for q in questions]  # fewer options than others: the first again, which changes nothing
-        scores = model.score(tokens, prompts, options)                                     # (B, K)
-        taken.append(scores.argmax(1).cpu())
+            noise = [torch.randn(album.space.mean.shape, generator=torch.Generator().manual_seed(first + i))
+                     for i in range(len(part))]
+            tokens = torch.stack(noise).to(album.space.mean)                               # (B, N, C)
+        else:
+            tokens = album.tokens([shown.get(reference, reference) for reference, _ in part])
+        most = max(len(q.options) for _, q in part)
+        options = [[encode(f" {option}") + [model.words.eos] for option in (*q.options, *q.options[:1] * most)[:most]]
+                   for _, q in part]  # where there are fewer, the first fills up, and is not listened to again
+        fewer = torch.tensor([[k >= len(q.options) for k in range(most)] for _, q in part])  # (B, K)
+        scores = model.score(tokens, [encode(question_prompt(q.text)) for _, q in part], options).cpu()
+        taken.append(scores.masked_fill(fewer, -math.inf).argmax(1))
     return torch.cat(taken)
 
 
+def choice_metrics(model: VisionLanguageModel, album: Album, asked: list[Asked]) -> dict[str, float]:
+    """Accuracy over all and by kind of question; the same without the picture (_blind: noise, which the model has
+    learned to take for no picture) and with another picture; and exact_match, of answers written freely."""
+    def accuracies(picture: str) -> dict[str, float]:
+        right = [q.options[k] == q.answer for (_, q), k in zip(asked, ask(model, album, asked, picture).tolist())]
+        by_kind = {"": right}
+        for (_, q), one in zip(asked, right):
+            by_kind.setdefault(f"_{q.kind}", []).append(one)
+        return {kind: sum(ones) / len(ones) for kind, ones in sorted(by_kind.items())}
+
+    seeing, blind = accuracies("true"), accuracies("noise")
+    result = {"choice_accuracy": seeing.pop(""), "choice_blind": blind.pop("")}
+    if len({reference for reference, _ in asked}) > 1:
+        result["choice_another"] = accuracies("another")[""]
+    longest = 1 + max(len(model.words.encode(f" {q.answer}")) for _, q in asked)
+    exact = []
+    for first in tqdm(range(0, len(asked), 64), desc="write answers", leave=False, disable=None):
+        part = asked[first : first + 64]
+        exact += [written.lower() == q.answer.lower()
+                  for written, (_, q) in zip(free_answers(model, album, part, longest), part)]
+    return (result | {"exact_match": sum(exact) / len(exact)} | {f"choice{kind}": x for kind, x in seeing.items()}
+            | {f"choice{kind}_blind": x for kind, x in blind.items()})
+
+
+def pope_metrics(model: VisionLanguageModel, album: Album, asked: list[Asked]) -> dict[str, float]:
+    """Means over the kinds of negatives, as POPE's numbers are quoted; accuracy and F1 of each kind; blind and another
+    as above. A constant yes has an F1 of 0.667, so that accuracy and yes_rate belong beside it."""
+    true = torch.tensor([q.answer == "yes" for _, q in asked])
+    kinds = [kind for kind in NEGATIVES if any(q.kind.endswith(kind) for _, q in asked)]
+    among = [torch.tensor([q.kind.endswith(kind) for _, q in asked]) for kind in kinds]
+    result, several = {}, len({reference for reference, _ in asked}) > 1
+    for picture, title in (("true", "pope_"), ("noise", "pope_blind_"), ("another", "pope_another_"))[: 2 + several]:
+        said = ask(model, album, asked, picture) == 0
+        every = [presence_metrics(said[these], true[these]) for these in among]
+        result |= {title + name: sum(row[name] for row in every) / len(every) for name in every[0]}
+        if picture == "true":
+            by_kind = {f"pope_{kind}_{name}": row[name] for kind, row in zip(kinds, every)
+                       for name in ("accuracy", "f1")}
+    return result | by_kind
+
+
 def evaluate(model: VisionLanguageModel, album: Album, choices: list[Asked], presences: list[Asked]) -> dict:
-    """The contract's keys, the same by kind of question, and two controls: the questions with noise in place of the
-    picture (blind), which the model has learned to take for no picture, and with another picture. Of several kinds of
-    negatives, POPE's numbers are means over the kinds."""
+    """The keys of vlm.json; None where there is nothing to ask."""
     result = dict.fromkeys(("choice_accuracy", "choice_blind", "pope_accuracy", "pope_f1", "pope_yes_rate",
                             "pope_blind_f1", "exact_match")) | {"n_questions": len(choices) + len(presences)}
-    for picture, ending in (("true", ""), ("noise", "blind"), ("another", "another")):
-        if choices:
-            taken = ask(model, album, choices, picture)
-            right = torch.tensor([q.options[k] == q.answer for (_, q), k in zip(choices, taken.tolist())]).float()
-            kinds = [q.kind for _, q in choices]
-            result[f"choice_{ending or 'accuracy'}"] = right.mean().item()
-            for kind in sorted(set(kinds)):
-                among = torch.tensor([other == kind for other in kinds])
-                result["_".join(filter(None, ("choice", kind, ending)))] = right[among].mean().item()
-        if presences:
-            said = ask(model, album, presences, picture) == 0
-            true = torch.tensor([q.answer == "yes" for _, q in presences])
-            kinds = [q.kind.removeprefix("presence ") for _, q in presences]
-            every = []
-            for kind in [kind for kind in NEGATIVES if kind in kinds]:
-                among = torch.tensor([other == kind for other in kinds])
-                every.append(presence_metrics(said[among], true[among]))
-                result |= {f"pope_{kind}_{name}": every[-1][name] for name in ("accuracy", "f1") if not ending}
-            result |= {"_".join(filter(None, ("pope", ending, name))): sum(row[name] for row in every) / len(every)
-                       for name in every[0]}
-    if choices:
-        exact = []
-        for first in tqdm(range(0, len(choices), 64), desc="write answers", leave=False, disable=None):
-            part = choices[first : first + 64]
-            exact += [written.strip().lower() == q.answer.lower() for written, (_, q) in
-                      zip(free_answers(model, album, part), part)]
-        result["exact_match"] = sum(exact) / len(exact)
-    return result
+    result |= choice_metrics(model, album, choices) if choices else {}
+    return result | (pope_metrics(model, album, presences) if presences else {})
 
 
-def free_answers(model: VisionLanguageModel, album: Album, asked: list[Asked]) -> list[str]:
+def free_answers(model: VisionLanguageModel, album: Album, asked: list[Asked], longest: int) -> list[str]:
     prompts = [model.words.encode(question_prompt(q.text)) for _, q in asked]
-    written = model.generate(album.tokens([reference for reference, _ in asked]), prompts)
+    written = model.generate(album.tokens([reference for reference, _ in asked]), prompts, longest)
     return [model.words.decode(row).strip() for row in written]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The three steps of training
+# The three steps of training: language, alignment, instruction
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 def fit(model: VisionLanguageModel, parts: list[nn.Module], make_batch, what: str, steps: int, rate: float,
         args: argparse.Namespace) -> None:
-    """`steps` steps on `make_batch(rng)` -> (tokens or None, prompts, answers), training `parts` only: 3 % linear
-    warm-up, then a cosine to 0, no weight decay, as LLaVA-1.5."""
+    """`steps` steps on `make_batch(rng)` -> (tokens, prompts, answers), training `parts` only: AdamW without weight
+    decay, 3 % linear warm-up, then a cosine to 0, as LLaVA-1.5."""
     model.requires_grad_(False)
     parameters = [p for part in parts for p in part.requires_grad_(True).parameters()]
-    optimizer = torch.optim.AdamW(parameters, rate, betas=(0.9, 0.95), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(parameters, rate, weight_decay=0.0)
     device, losses, began = parameters[0].device, [], time.time()
     for step in tqdm(range(steps), desc=what, disable=None, mininterval=1):
         warm = max(1, math.ceil(0.03 * steps))
@@ -568,60 +594,65 @@ def fit(model: VisionLanguageModel, parts: list[nn.Module], make_batch, what: st
 
 
 class Lessons:
-    """Batches for the three steps: from a data set's pictures, or from LLaVA's files where they are given."""
+    """Batches for the three steps: of a data set's pictures, or of LLaVA's files where they are given."""
 
     def __init__(self, model: VisionLanguageModel, album: Album, census: Census, captions: list[list[str]],
-                 args: argparse.Namespace):
+                 align: list | None, instruct: list | None, batch_size: int):
         self.model, self.album, self.census, self.captions = model, album, census, captions
-        self.batch_size = args.batch_size
-        self.align, self.instruct = (read_conversations(Path(file), Path(args.images)) if file else None
-                                     for file in (args.align, args.instruct))
+        self.align, self.instruct, self.batch_size = align, instruct, batch_size
+        self.told = [i for i, texts in enumerate(captions) if texts[0].strip()]
 
     def question(self, i: int, rng: random.Random) -> Question:
-        """About picture i: as often whether something is there as anything else."""
-        either = [self.census.presences(i, (rng.choice(NEGATIVES),), rng), self.census.choices(i, rng)]
-        rng.shuffle(either)
-        return rng.choice(either[0] or either[1] or self.census.presences(i, ("random",), rng))
+        """About picture i: as often whether something is there as anything else. What is popular is asked only in the
+        end, because one could learn to say no to it."""
+        here = self.census.presences(i, (rng.choice(("random", "adversarial")),), rng)
+        here = here or self.census.presences(i, ("random",), rng)
+        return rng.choice(rng.choice([questions for questions in (here, self.census.choices(i, rng)) if questions]))
 
-    def pick(self, rng: random.Random) -> list[int]:
-        return [rng.randrange(len(self.census)) for _ in range(self.batch_size)]
+    def pick(self, among: list, rng: random.Random) -> list:
+        return [rng.choice(among) for _ in range(self.batch_size)]
 
-    def answer(self, text: str) -> list[int]:
-        return self.model.words.encode(f" {text}") + [self.model.words.eos]
+    def ending(self, text: str) -> list[int]:
+        return self.model.words.encode(f" {text}")[:LONGEST] + [self.model.words.eos]
+
+    def noise(self, rng: random.Random) -> Tensor:
+        generator = torch.Generator().manual_seed(rng.getrandbits(32))
+        shape = (self.batch_size, *self.album.space.mean.shape)
+        return torch.randn(shape, generator=generator).to(self.album.space.mean)           # (B, N, C)
+
+    def turns(self, rng: random.Random) -> list[tuple]:
+        """(picture, question, answer), B of them."""
+        if self.instruct:
+            return self.pick(self.instruct, rng)
+        asked = [(i, self.question(i, rng)) for i in self.pick(self.census.askable, rng)]
+        return [(i, q.text, q.answer) for i, q in asked]
 
     def language(self, rng: random.Random) -> tuple:
-        """Captions, and questions with their answers, as mere text."""
-        texts = []
-        for i in self.pick(rng):
-            question = self.question(i, rng)
-            texts.append(rng.choice([f" {rng.choice(self.captions[i])}",
-                                     f"{question_prompt(question.text)} {question.answer}"]))
-        encode = self.model.words.encode
-        return None, [[] for _ in texts], [encode(text) + [self.model.words.eos] for text in texts]
+        """Noise for a picture, and captions or questions with their answers as mere text."""
+        texts = [f"{question_prompt(question)} {answer}" for _, question, answer in self.turns(rng)]
+        if self.told:
+            captions = [rng.choice(self.captions[i]) for i in self.pick(self.told, rng)]
+            texts = [rng.choice(pair) for pair in zip(captions, texts)]
+        return self.noise(rng), [[] for _ in texts], [self.ending(text) for text in texts]
 
     def alignment(self, rng: random.Random) -> tuple:
         """Pictures and their captions, nothing asked."""
         if self.align:
-            turns = [rng.choice(self.align) for _ in range(self.batch_size)]
+            turns = self.pick(self.align, rng)
             return (self.album.tokens([path for path, _, _ in turns]), [[] for _ in turns],
-                    [self.answer(text) for _, _, text in turns])
-        chosen = self.pick(rng)
+                    [self.ending(text) for _, _, text in turns])
+        chosen = self.pick(self.told, rng)
         return (self.album.tokens(chosen), [[] for _ in chosen],
-                [self.answer(rng.choice(self.captions[i])) for i in chosen])
+                [self.ending(rng.choice(self.captions[i])) for i in chosen])
 
     def instruction(self, rng: random.Random) -> tuple:
         """Pictures, a few of them noise, questions, answers."""
-        if self.instruct:
-            turns = [rng.choice(self.instruct) for _ in range(self.batch_size)]
-        else:
-            turns = [(i, question.text, question.answer) for i in self.pick(rng)
-                     for question in [self.question(i, rng)]]
-        tokens = self.album.tokens([reference for reference, _, _ in turns])                # (B, N, C)
-        blind = torch.tensor([rng.random() < BLIND for _ in turns], device=tokens.device)   # (B,)
-        noise = torch.randn(tokens.shape, generator=torch.Generator().manual_seed(rng.getrandbits(32))).to(tokens)
-        return (torch.where(blind[:, None, None], noise, tokens),
+        turns = self.turns(rng)
+        tokens = self.album.tokens([reference for reference, _, _ in turns])               # (B, N, C)
+        blind = torch.tensor([rng.random() < BLIND for _ in turns], device=tokens.device)  # (B,)
+        return (torch.where(blind[:, None, None], self.noise(rng), tokens),
                 [self.model.words.encode(question_prompt(text)) for _, text, _ in turns],
-                [self.answer(text) for _, _, text in turns])
+                [self.ending(text) for _, _, text in turns])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -629,83 +660,93 @@ class Lessons:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def load_answerer(path: Path, device: torch.device) -> tuple[VisionLanguageModel, dict]:
-    """What a run of this program left behind."""
+def make_model(lm: str | None, texts: list[str], N: int, C: int, seed: int) -> VisionLanguageModel:
+    """The language model asked for, and a projector of random weights. `texts`: all that a model from scratch must be
+    able to spell, and to read at once."""
+    torch.manual_seed(seed)
+    if lm:
+        language = words = HuggingFaceLM(lm)
+        return VisionLanguageModel(language, words, C)
+    words = Words(Tokenizer.train(texts, 4096, vocab_size=1024))
+    longest = min(2 * LONGEST, max(len(words.encode(text)) for text in texts))
+    language = LanguageModel(words.tokenizer.vocab_size, 1 + N + 2 * longest, *SIZES["laptop"])
+    return VisionLanguageModel(language, words, C)
+
+
+def load_answerer(path: Path, encoder: str) -> tuple[VisionLanguageModel, dict]:
+    """What an earlier run of this program left behind. `encoder`: the digest of the encoder it is to be used with."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        if state["lm"]:
-            language = words = HuggingFaceLM(state["lm"])
+        lm, C = state["lm"], state["space"]["mean"].shape[1]
+        if lm:
+            language = words = HuggingFaceLM(lm)
         else:
-            words = Words(Tokenizer.from_state(state["tokenizer"], state["length"]))
+            words = Words(Tokenizer.from_state(state["tokenizer"], 4096))
             language = LanguageModel(words.tokenizer.vocab_size, state["length"], *SIZES["laptop"])
-        model = VisionLanguageModel(language, words, state["token_dim"])
+        model = VisionLanguageModel(language, words, C)
         model.load_state_dict(state["model"])
     except UserError:
         raise
     except Exception as error:  # no file, cut off, something else
         raise UserError(f"{path} is no checkpoint of eval_vlm.py ({type(error).__name__}): train one with python "
                         f"eval_vlm.py --ckpt {path.parent}") from None
-    return model.to(device).eval(), state
-
-
-def chat(space: Space, resolution: int, file: Path, device: torch.device, image: str, question: str) -> None:
-    """Answers one question about one picture."""
-    model, state = load_answerer(file, device)
-    space.load_state_dict(state["space"])
-    asked = [(Path(image), Question("", question, "", ()))]
-    print(free_answers(model, Album(space, resolution), asked)[0])
-
-
-def make_model(args: argparse.Namespace, texts: list[str], token_dim: int, places: int) -> VisionLanguageModel:
-    """The language model asked for, and a projector of random weights."""
-    torch.manual_seed(args.seed)
-    if args.lm:
-        language = words = HuggingFaceLM(args.lm)
-        return VisionLanguageModel(language, words, token_dim)
-    words = Words(Tokenizer.train(texts, 4096, vocab_size=1024))
-    longest = max(len(words.encode(text)) for text in texts)
-    language = LanguageModel(words.tokenizer.vocab_size, 1 + places + 2 * longest + 16, *SIZES["laptop"])
-    return VisionLanguageModel(language, words, token_dim)
+    if state["encoder"] != encoder:
+        raise UserError(f"{path} was trained on another encoder than {path.parent} has now: train it again, without "
+                        "--chat")
+    return model.eval(), state
 
 
 def run(args: argparse.Namespace) -> None:
-    began = time.time()
-    device = choose_device(args.device)
+    # 1. The frozen run; files of others; pictures as tokens, and what can be asked about them
+    began, device = time.time(), choose_device(args.device)
     model, tokenizer, _ = load_run(args.ckpt, device)
-    config = model.config
+    config, out = model.config, Path(args.ckpt)
     if args.random_init:
         torch.manual_seed(config.seed + 1)
         model.load_state_dict(OpenVision3(config, tokenizer, model.vae).state_dict())
     tag = ("" if args.space == "tokens" else "_latents") + ("_random" if args.random_init else "")
-    out, file = Path(args.ckpt), Path(args.ckpt) / f"vlm{tag}.pt"
+    digest = hashlib.sha256(b"".join(p.numpy(force=True).tobytes() for p in model.encoder.parameters())).hexdigest()
     space = Space(model, args.space).to(device)
+    album, held_out = Album(space, config.resolution), Album(space, config.resolution)
     if args.chat:
-        return chat(space, config.resolution, file, device, *args.chat)
-
-    # 1. Pictures as tokens, and what can be asked about them
+        answerer, state = load_answerer(out / f"vlm{tag}.pt", digest)
+        space.load_state_dict(state["space"])
+        image, question = args.chat
+        print(free_answers(answerer.to(device), album, [(Path(image), Question("", question, "", ()))], LONGEST)[0])
+        return
+    images = Path(args.images or "")
+    pope = [one for file in args.pope for one in read_pope(Path(file), images)]
+    seed_bench = read_seed_bench(Path(args.seed_bench), images) if args.seed_bench else []
+    align, instruct = (read_conversations(Path(file), images) if file else None for file in (args.align, args.instruct))
     own = args.data in (None, config.data)
     data = open_run_data(config) if own else open_data(args.data, config.resolution)
-    album, held_out = Album(space, config.resolution), Album(space, config.resolution)
+    if not (instruct or data.train.drawn or data.class_names):
+        raise UserError("questions need drawn scenes or labels, and this data set has none; bring conversations with "
+                        "--instruct and --images")
     known = album.read(data.train, tokenizer, min(args.pool, len(data.train)), "training pictures")
     asked_of = held_out.read(data.test, tokenizer, min(args.n_pictures, len(data.test)), "held-out pictures")
     space.measure(album.stored)
     census = Census(known["scenes"], known["labels"], data.class_names)
-    exam = Census(asked_of["scenes"], asked_of["labels"], data.class_names)
-    exam.common = census.common
+    exam = Census(asked_of["scenes"], asked_of["labels"], data.class_names, census.common)
+    if not (instruct or census.askable):
+        raise UserError("questions need labels of at least two classes, and these pictures have one")
     rng = random.Random("exam")  # the same questions for all seeds and encoders
-    choices = [(i, q) for i in range(len(exam)) for q in exam.choices(i, rng)]
-    presences = [(i, q) for i in range(len(exam)) for q in exam.presences(i, NEGATIVES, rng)]
+    choices = [(i, q) for i in exam.askable for q in exam.choices(i, rng)]
+    presences = [(i, q) for i in exam.askable for q in exam.presences(i, NEGATIVES, rng)]
 
     # 2. Language model and projector; the three steps
     texts = [caption for captions in known["captions"] for caption in captions]
-    rng = random.Random("words")
-    texts += [f"{question_prompt(q.text)} {word}" for i in range(min(2000, len(census)))
+    texts += [text for turns in (align, instruct) for _, *both in turns or () for text in both]
+    texts += [f"{question_prompt(q.text)} {word}" for i in census.askable[:2000]
               for q in census.choices(i, rng) + census.presences(i, NEGATIVES, rng) for word in (q.answer, *q.options)]
-    answerer = make_model(args, texts, *reversed(space.mean.shape)).to(device)
-    lessons = Lessons(answerer, album, census, known["captions"], args)
-    parameters = sum(p.numel() for p in answerer.parameters())
+    texts += [f"{question_prompt(q.text)} {word}" for _, q in pope + seed_bench for word in q.options]
     N, C = space.mean.shape
-    print(f"{args.ckpt}, {args.space}: {len(census):,} pictures of {N} tokens of {C}; language model "
+    answerer = make_model(args.lm, texts, N, C, args.seed).to(device)
+    lessons = Lessons(answerer, album, census, known["captions"], align, instruct, args.batch_size)
+    if not (align or lessons.told):
+        raise UserError("the alignment step needs captions, and this data set has none; bring some with --align")
+    parameters = sum(p.numel() for p in answerer.parameters())
+    print(f"{args.ckpt}, {args.space}: {len(album.stored):,} pictures of {N} tokens of {C}; language model "
           f"{args.lm or 'from scratch'}, {parameters / 1e6:.1f} M parameters with the projector; {len(choices):,} "
           f"choices and {len(presences):,} presences to ask")
     language_steps, alignment_steps, instruction_steps = args.steps
@@ -714,36 +755,35 @@ def run(args: argparse.Namespace) -> None:
     fit(answerer, [answerer.projector], lessons.alignment, "alignment", alignment_steps, 1e-3, args)
     fit(answerer, [answerer], lessons.instruction, "instruction", instruction_steps, args.lr, args)
     answerer.eval()
-    state = {"model": answerer.state_dict(), "space": space.state_dict(), "lm": args.lm, "token_dim": C}
+    state = {"model": answerer.state_dict(), "space": space.state_dict(), "lm": args.lm, "encoder": digest}
     if not args.lm:
         state |= {"tokenizer": answerer.words.tokenizer.state(), "length": len(answerer.language.positions)}
-    write_atomically(file, lambda path: torch.save(state, path))
+    write_atomically(out / f"vlm{tag}.pt", lambda path: torch.save(state, path))
 
     # 3. The questions
     result = evaluate(answerer, held_out, choices, presences)
-    for name, asked in (("pope", [q for file in args.pope for q in read_pope(Path(file), Path(args.images))]),
-                        ("seed_bench", read_seed_bench(Path(args.seed_bench), Path(args.images))
-                         if args.seed_bench else [])):
-        if asked:
-            real = evaluate(answerer, held_out, *(([], asked) if name == "pope" else (asked, [])))
-            result |= {f"{name}_file_{key}": value for key, value in real.items() if value is not None}
     result |= {"seconds": round(time.time() - began, 1), "steps": args.steps, "seed": args.seed, "lm": args.lm}
+    save_json(result, out / f"vlm{tag}.json")
+    if pope:
+        result |= {f"file_{key}": value for key, value in pope_metrics(answerer, held_out, pope).items()}
+    if seed_bench:
+        result |= {f"file_{key}": value for key, value in choice_metrics(answerer, held_out, seed_bench).items()}
+    save_json(result, out / f"vlm{tag}.json")
     print(f"\n| {args.ckpt}, {args.space}{', random weights' if args.random_init else ''} | |\n|---|---|")
     for key, value in result.items():
         print(f"| {key} | {f'{value:.3f}' if isinstance(value, float) else 'null' if value is None else value} |")
-    save_json(result, out / f"vlm{tag}.json")
-    save_sheet(answerer, held_out, data, choices, out / f"vlm{tag}.png")
-    print(f"wrote {out / f'vlm{tag}.json'} and .png; ask it yourself: python eval_vlm.py --ckpt {args.ckpt} "
+    if choices:
+        save_sheet(answerer, held_out, data, choices, out / f"vlm{tag}.png")
+    print(f"wrote {out / f'vlm{tag}.json'}; ask it yourself: python eval_vlm.py --ckpt {args.ckpt}"
+          f"{' --space latents' if args.space == 'latents' else ''}{' --random-init' if args.random_init else ''} "
           f"--chat IMAGE QUESTION")
 
 
 def save_sheet(model: VisionLanguageModel, album: Album, data: Data, choices: list[Asked], path: Path) -> None:
     """Sixteen held-out pictures, each with a question, the answer written, and, where it differs, the true one."""
-    if not choices:
-        return
     part = [choices[i] for i in range(0, len(choices), max(1, len(choices) // 16))][:16]
     captions = [f"{q.text} {written}" + (f" ({q.answer})" if written != q.answer else "")
-                for written, (_, q) in zip(free_answers(model, album, part), part)]
+                for written, (_, q) in zip(free_answers(model, album, part, 32), part)]
     pictures = [[to_image(data.test[i]["image"])] for i, _ in part]
     strips = [picture_grid(pictures[i : i + 8], captions[i : i + 8]) for i in range(0, len(part), 8)]
     sheet = Image.new("RGB", (strips[0].width, sum(strip.height for strip in strips)), "white")
@@ -767,10 +807,11 @@ def main() -> None:
     parser.add_argument("--lm", metavar="NAME", help="causal language model of transformers, by hub id or folder, "
                                                      "instead of the one from scratch")
     parser.add_argument("--steps", type=int, nargs=3, default=[300, 300, 1500],
-                        metavar=("LANGUAGE", "ALIGNMENT", "INSTRUCTION"), help="optimizer steps of the three parts")
+                        metavar=("LANGUAGE", "ALIGNMENT", "INSTRUCTION"),
+                        help="optimizer steps; with --lm there is no language step")
     parser.add_argument("--batch-size", type=int, default=64, help="texts per step")
-    parser.add_argument("--lr", type=float, help="peak learning rate of the language model (default: 1e-3; with --lm "
-                                                 "LLaVA-1.5's 2e-5)")
+    parser.add_argument("--lr", type=float, help="peak learning rate of the language model; %(default)s: 1e-3, with "
+                                                 "--lm LLaVA-1.5's 2e-5")
     parser.add_argument("--pool", type=int, default=12_000, help="training pictures, encoded once")
     parser.add_argument("--n-pictures", type=int, default=1000, help="held-out pictures to ask about")
     parser.add_argument("--pope", nargs="+", default=[], metavar="FILE", help="POPE's own files, with --images")
@@ -783,7 +824,7 @@ def main() -> None:
     parser.add_argument("--log-every", type=int, default=50, help="steps between log lines")
     args = parser.parse_args()
     sys.stdout.reconfigure(line_buffering=True)  # under nohup each line is written as it comes
-    try:
+    with plain_errors():
         for name, low in dict(batch_size=1, pool=2, n_pictures=2, log_every=1, seed=0).items():
             if getattr(args, name) < low:
                 raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} is too small; the least is {low}")
@@ -791,11 +832,13 @@ def main() -> None:
             raise UserError("--steps must be three numbers of at least 1")
         if (args.pope or args.seed_bench or args.align or args.instruct) and not args.images:
             raise UserError("--pope, --seed-bench, --align and --instruct need --images, the folder of their pictures")
+        if args.space == "latents" and args.random_init:
+            raise UserError("--space latents reads no encoder: leave --random-init out")
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            raise UserError("eval_vlm.py is one process: start it with python, not with torchrun")
         if args.lr is None:
             args.lr = 2e-5 if args.lm else 1e-3
         run(args)
-    except (UserError, DataError, OSError, ValueError) as error:
-        raise SystemExit(f"error: {error}") from None
 
 
 if __name__ == "__main__":

@@ -731,9 +731,10 @@ def main() -> None:
                         help="tokens of the encoder; or the VAE's latents themselves, in patches of 2x2")
     parser.add_argument("--size", default="laptop", choices=SIZES, help="row of generate.SIZES")
     parser.add_argument("--steps", type=int, default=1300, help="optimizer steps")
-    parser.add_argument("--batch-size", type=int, help="token maps per step, over all processes (the size's own)")
-    parser.add_argument("--lr", type=float, help="peak learning rate (the size's own)")
-    parser.add_argument("--ema", type=float, help="decay of the averaged weights (the size's own)")
+    parser.add_argument("--batch-size", type=int,
+                        help="token maps per step, over all processes (%(default)s: the size's own)")
+    parser.add_argument("--lr", type=float, help="peak learning rate (%(default)s: the size's own)")
+    parser.add_argument("--ema", type=float, help="decay of the averaged weights (%(default)s: the size's own)")
     parser.add_argument("--pool", type=int, default=12_000,
                         help="training pictures that are encoded once and kept: for the statistics, the judge, the "
                              "nearest neighbours, and to train on")
