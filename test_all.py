@@ -2053,6 +2053,24 @@ def test_readme_block_for_open_clip(monkeypatch, tmp_path):
         assert_same(a, b, 1e-5)
 
 
+def test_readme_block_for_llava(tmp_path):
+    reference("transformers")
+    blocks = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.S)
+    names = {}
+    exec(next(b for b in blocks if "OpenVision3Tower" in b), names)
+    size = encoder.SIZES["Nano"]
+    ours = stirred(encoder.ImageEncoder(8, **{key: size[key] for key in ("width", "depth", "heads", "embed_dim")}))
+    encoder.save_encoder(ours, tmp_path / "encoder.safetensors")
+    tower = names["OpenVision3Tower"](str(tmp_path), "tiny", delay_load=True)
+    picture = data.shapes_example("test", 0, 64)["image"]
+    pixels = tower.image_processor.preprocess(picture, return_tensors="pt")["pixel_values"]
+    assert torch.allclose(pixels[0], data.to_tensor(picture), atol=1e-5)
+    tokens = tower(pixels)
+    assert_same(tokens, ours(vae.load_vae("tiny").encode(pixels))[1], 1e-6)
+    assert tokens.shape == (1, tower.num_patches, tower.hidden_size) and not tokens.requires_grad
+    assert not any("codec" in name for name in tower.state_dict()) and tower.dummy_feature.shape == (1, 192)
+
+
 def test_every_setting_is_read_and_every_deviation_listed():
     code = {p.name: p.read_text() for p in HERE.glob("*.py") if p.name != "test_all.py"}
     for name in train.Config.__dataclass_fields__:
