@@ -3,12 +3,12 @@ eval_vlm.py: stage 8, can the tokens be asked about? The frozen encoder under a 
 
 The encoder is frozen; a two-layer projector turns each of its tokens into something that a language model reads like
 a word (the paper's first proof, sec 4.4, after LLaVA-1.5). The language model comes first: ours is small and learns
-from the questions' and captions' text alone, without a picture; or it is any causal model of the Hugging Face hub.
-Then the projector alone learns from captions what tokens say (alignment), then both learn to answer (instruction),
-with the loss on the answers only. All tokens are read: ours have no class token among them that could be dropped.
+from the questions' and captions' text alone, with noise for a picture; or it is one of the Hugging Face hub. Then the
+projector alone learns from captions what tokens say (alignment), then both learn to answer (instruction), with the
+loss on the answers only. All tokens are read: ours have no class token among them that could be dropped.
 
     images -> frozen encoder -> tokens [B,N,C] -> standardised -> projector -> [B,N,W] -+
-    bos, "USER: ... ASSISTANT: answer" eos ------> embedding ----> [B,1+T,W] ----------- +-> [bos | image | text]
+    bos, "USER: ... ASSISTANT: answer" eos -> embedding -> [B,1+T,W] -------------------+-> [bos | image | text]
         -> causal language model -> logits [B,1+N+T,V] -> cross entropy where the answer stands
 
 Letters: B batch, N image tokens, C token width, W width of the language model, T text length, S = 1 + N + T or what is
@@ -813,7 +813,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, help="peak learning rate of the language model; %(default)s: 1e-3, with "
                                                  "--lm LLaVA-1.5's 2e-5")
     parser.add_argument("--pool", type=int, default=12_000, help="training pictures, encoded once")
-    parser.add_argument("--n-pictures", type=int, default=1000, help="held-out pictures to ask about")
+    parser.add_argument("--n-pictures", type=int, default=500, help="held-out pictures to ask about")
     parser.add_argument("--pope", nargs="+", default=[], metavar="FILE", help="POPE's own files, with --images")
     parser.add_argument("--seed-bench", metavar="FILE", help="SEED-Bench's own file, with --images")
     parser.add_argument("--align", metavar="FILE", help="captions in LLaVA's layout to align on, with --images")
