@@ -157,7 +157,7 @@ class Census:
 # Language models: ours, and any of the hub
 # ---------------------------------------------------------------------------------------------------------------------
 
-SIZES = {"laptop": (192, 3, 3)}  # width, depth, heads of the language model from scratch
+SMALL = (192, 3, 3)  # width, depth, heads of the language model from scratch
 PADDING, SILENT = -1, -100  # in ids: nothing stands here; in targets: nothing is asked here
 # DIFFERS: this share of the pictures in the instruction step is noise, so that the model knows the control without one
 BLIND = 0.1
@@ -669,7 +669,7 @@ def make_model(lm: str | None, texts: list[str], N: int, C: int, seed: int) -> V
         return VisionLanguageModel(language, words, C)
     words = Words(Tokenizer.train(texts, 4096, vocab_size=1024))
     longest = min(2 * LONGEST, max(len(words.encode(text)) for text in texts))
-    language = LanguageModel(words.tokenizer.vocab_size, 1 + N + 2 * longest, *SIZES["laptop"])
+    language = LanguageModel(words.tokenizer.vocab_size, 1 + N + 2 * longest, *SMALL)
     return VisionLanguageModel(language, words, C)
 
 
@@ -682,7 +682,7 @@ def load_answerer(path: Path, encoder: str) -> tuple[VisionLanguageModel, dict]:
             language = words = HuggingFaceLM(lm)
         else:
             words = Words(Tokenizer.from_state(state["tokenizer"], 4096))
-            language = LanguageModel(words.tokenizer.vocab_size, state["length"], *SIZES["laptop"])
+            language = LanguageModel(words.tokenizer.vocab_size, state["length"], *SMALL)
         model = VisionLanguageModel(language, words, C)
         model.load_state_dict(state["model"])
     except UserError:

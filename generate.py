@@ -398,8 +398,8 @@ def measure(images: Tensor, labels: Tensor, real: dict, held_out: dict, space: S
         result["gfid"] = result["fd"]  # the name is kept for Inception's features of 50,000 samples
     if judge is not None:
         right = judged(judge, held_out["images"])[1] == held_out["labels"]
-        known = held_out["labels"] < judge.out.out_features
-        result["classifier_accuracy"] = right[known].float().mean().item() if known.any() else None
+        labelled = held_out["labels"] < judge.out.out_features
+        result["classifier_accuracy"] = right[labelled].float().mean().item() if labelled.any() else None
         result["class_accuracy"] = (judged(judge, images)[1] == labels).float().mean().item()
     return result
 
@@ -446,6 +446,7 @@ class Lesson:
     """The frozen run and what the generator learns from it; `labels` of K stand for no class."""
     out: Path                  # the run's folder
     tag: str                   # of file names: "" or "_latents"
+    checkpoint: Path
     device: torch.device
     rank: int
     world: int
@@ -457,10 +458,6 @@ class Lesson:
     class_names: list[str]
     judge: Classifier | None
     resumed: dict | None       # the checkpoint to go on from
-
-    @property
-    def checkpoint(self) -> Path:
-        return self.out / f"generator{self.tag}.pt"
 
 
 def find_resumed(checkpoint: Path, args: argparse.Namespace) -> dict | None:
@@ -500,7 +497,8 @@ def open_lesson(args: argparse.Namespace) -> Lesson:
     if own and config.streaming:
         raise UserError("this run streamed its data; the generator needs it on this machine: name a copy with --data")
     args.data = args.data or config.data
-    resumed = find_resumed(out / f"generator{tag}.pt", args)
+    checkpoint = out / f"generator{tag}.pt"
+    resumed = find_resumed(checkpoint, args)
     columns = (config.config, config.split, config.image_col, config.text_col, config.label_col) if own else ()
     data = open_data(args.data, config.resolution, *columns, need_text=False)
     K = len(data.class_names or [])
@@ -520,13 +518,13 @@ def open_lesson(args: argparse.Namespace) -> Lesson:
     space.measure(real["tokens"])  # DIFFERS: RAE's statistics are over all training pictures
     if resumed:
         if not torch.allclose(space.mean.cpu(), resumed["space"]["mean"], rtol=1e-2, atol=1e-2):
-            raise UserError(f"{out / f'generator{tag}.pt'} was trained on other tokens than {args.ckpt} gives now: "
-                            "remove it to start anew")
+            raise UserError(f"{checkpoint} was trained on other tokens than {args.ckpt} gives now: remove it to start "
+                            "anew")
         space.load_state_dict(resumed["space"])
     enough = K > 1 and (real["labels"] < K).sum() >= 64
     judge = train_classifier(real, K, device) if enough and rank == 0 else None
-    return Lesson(out, tag, device, rank, world, space, data, tokenizer, real, held_out, data.class_names or [], judge,
-                 resumed)
+    return Lesson(out, tag, checkpoint, device, rank, world, space, data, tokenizer, real, held_out,
+                  data.class_names or [], judge, resumed)
 
 
 def training_batches(args: argparse.Namespace, lesson: Lesson, start: int):
