@@ -14,6 +14,7 @@ What fits on no disk is read as a `Stream`, each process and worker from files o
 Letters: B batch, R resolution, T text length; in the drawing code u, x point right and v, y down.
 
 Run:    python data.py --data shapes --out shapes.png      # a grid of samples with captions, ids and the loader's speed
+        python data.py --check FOLDER                      # what a training on it would meet
 Source: random resized crop over 40-100 % of the area and no flip, as OpenVision 1 (paper sec 4 names none);
         byte-level byte-pair encoding, wrapped as a tiktoken.Encoding.
 Next:   train.py
@@ -595,9 +596,9 @@ def load_source(name: str, config: str | None, streaming: bool) -> datasets.Data
 def open_data(name: str, resolution: int, config: str | None = None, split: str | None = None,
               image_col: str | None = None, text_col: str | None = None, label_col: str | None = None,
               seed: int = 0, crop: float = 0.4, flip: bool = False, need_text: bool = True,
-              streaming: bool = False) -> Data:
-    """Opens a data set by name (`shapes`, a folder or file, a hub id), both splits. Errors are DataErrors of one
-    sentence."""
+              streaming: bool = False, look: int = 1000) -> Data:
+    """Opens a data set by name (`shapes`, a folder or file, a hub id), both splits; of each, the first `look` pictures
+    are tried. Errors are DataErrors of one sentence."""
     stream, held_out = None, set()
     if name == "shapes" and streaming:
         raise DataError("--streaming: shapes are drawn as they are needed; leave it out")
@@ -658,7 +659,7 @@ def open_data(name: str, resolution: int, config: str | None = None, split: str 
     class_names, class_index = classes or (None, None)
     pictures = {part: Pictures(rows, resolution, *columns, class_names, class_index, seed, crop, flip)
                 for part, rows in parts.items()}
-    checked = sum(part.check() for part in pictures.values())
+    checked = sum(part.check(look) for part in pictures.values())
     broken = [name for part in pictures.values() for name in part.broken.values()]
     if len(broken) > 0.01 * checked:
         raise DataError(f"{len(broken)} of the first {checked} pictures are broken, more than 1 %: "
@@ -851,9 +852,9 @@ def evaluation_loader(pictures: Pictures, tokenizer: Tokenizer, batch_size: int,
 
 
 def picture_grid(columns: list[list[Image.Image]], captions: list[str], rows: tuple[str, ...] = (),
-                 cell: int = 128) -> Image.Image:
+                 cell: int = 128, lines: int = 4) -> Image.Image:
     """One column per example, its pictures one under another, the caption below; `rows` names the rows at the left."""
-    margin, lines, step = (46 if rows else 4), 4, cell + 4
+    margin, step = (46 if rows else 4), cell + 4
     grid = Image.new("RGB", (margin + len(columns) * step, 4 + len(columns[0]) * step + 13 * lines), "white")
     pen = ImageDraw.Draw(grid)
     for j, name in enumerate(rows):
@@ -866,22 +867,74 @@ def picture_grid(columns: list[list[Image.Image]], captions: list[str], rows: tu
     return grid
 
 
+def spread(numbers: list[int]) -> str:
+    ordered = sorted(numbers)
+    return f"{ordered[0]:,} to {ordered[-1]:,}, median {ordered[len(ordered) // 2]:,}"
+
+
+def check_data(opened: Data, resolution: int, context_length: int) -> None:
+    """Opens every picture and reads every caption, and says what a training would meet; more than 1 % of broken
+    pictures is a DataError, as there."""
+    every = broken = 0
+    for name, part in (("training", opened.train), ("test", opened.test)):
+        sides, captions, labels = [], [], Counter()
+        for i in tqdm(part.good.tolist(), desc=f"{name} pictures", leave=False, disable=None):
+            row = part.rows[i]
+            try:
+                sides.append(min(decode_image(row[part.image_col]).size))
+            except Exception as error:  # whatever a decoder trips over means: not a picture
+                part.report(i, error)
+                continue
+            captions.append(part.captions(row))
+            labels[part.label(row)] += 1
+        every, broken = every + len(part.good), broken + len(part.broken)
+        part.good = part.good[~np.isin(part.good, list(part.broken))]
+        print(f"{name}: {len(sides):,} good pictures, {len(part.broken):,} broken")
+        if not sides:
+            raise DataError(f"none of the {name} pictures can be read")
+        small = sum(side < resolution for side in sides)
+        print(f"  shorter side: {spread(sides)} px; {small:,} below {resolution}, which are enlarged")
+        if part is opened.train:
+            tokenizer = Tokenizer.train([text for texts in captions for text in texts][:20_000], context_length)
+        words = [len(text.split()) for texts in captions for text in texts]
+        cut = sum(len(tokenizer.encode(text)) == context_length for texts in captions for text in texts)
+        silent = sum(not any(text.strip() for text in texts) for texts in captions)
+        source = f"from the column {part.text_col!r}" if part.text_col else "made of the class names"
+        print(f"  captions {source}: {len(words) / len(captions):.1f} a picture, {spread(words)} words; {silent:,} "
+              f"pictures without any, {cut:,} captions fill or exceed --context-length {context_length}")
+        if part.class_names and labels.keys() - {-1}:
+            counts = [(count, part.class_names[label]) for label, count in labels.items() if label >= 0]
+            (least, rare), (most, common) = min(counts), max(counts)
+            print(f"  {len(counts)} of {len(part.class_names)} classes: {most:,} of {common!r} to {least:,} of "
+                  f"{rare!r}; {labels[-1]:,} pictures without a label")
+    if broken > 0.01 * every:
+        raise DataError(f"{broken:,} of {every:,} pictures are broken, more than 1 %: training may refuse; they are "
+                        "named above, move them away")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description="Shows what a data set looks like to the model: a grid of cropped pictures with captions.")
     parser.add_argument("--data", default="shapes", help="shapes, a folder or file, or a hub id")
-    parser.add_argument("--resolution", type=int, default=128, help="side in pixels")
+    parser.add_argument("--check", metavar="DATA",
+                        help="like --data, but first opens every picture: broken files, sizes, captions, classes")
+    parser.add_argument("--resolution", type=int, default=64, help="side in pixels")
+    parser.add_argument("--context-length", type=int, default=26, help="of --check: tokens a caption may have")
     parser.add_argument("--out", default="samples.png", help="where the grid goes")
     args = parser.parse_args()
     try:
-        opened = open_data(args.data, args.resolution)
+        opened = open_data(args.check or args.data, args.resolution, look=0 if args.check else 1000)
+        if args.check and opened.train.drawn:
+            raise DataError("--check opens files, and shapes are drawn: there is nothing to check")
+        if args.check:
+            check_data(opened, args.resolution, args.context_length)
     except DataError as error:
         parser.exit(1, f"error: {error}\n")
     start = time.time()
     examples = [opened.train[(0, i)] for i in range(min(len(opened.train), 256))]
     rate = len(examples) / (time.time() - start)
     tokenizer = Tokenizer.train([e["caption"] for e in examples], context_length=32)
-    print(f"{args.data}: {len(opened.train)} training and {len(opened.test)} test pictures, "
+    print(f"{args.check or args.data}: {len(opened.train)} training and {len(opened.test)} test pictures, "
           f"{len(opened.class_names or [])} classes, {rate:.0f} pictures/s at {args.resolution} px in one process")
     print(f"tokens of a caption: {tokenizer.encode(examples[0]['caption'])} = {examples[0]['caption']!r}")
     picture_grid([[to_image(e["image"])] for e in examples[:8]], [e["caption"] for e in examples[:8]]).save(args.out)

@@ -2,10 +2,10 @@
 eval_vlm.py: stage 8, can the tokens be asked about? The frozen encoder under a small language model, as in LLaVA-1.5.
 
 The encoder is frozen; a two-layer projector turns each of its tokens into something that a language model reads like
-a word (the paper's first proof, sec 4.4, after LLaVA-1.5). The language model comes first: ours is small and learns
-from the questions' and captions' text alone, with noise for a picture; or it is one of the Hugging Face hub. Then the
-projector alone learns from captions what tokens say (alignment), then both learn to answer (instruction), with the
-loss on the answers only. All tokens are read: ours have no class token among them that could be dropped.
+a word (the paper's first proof, sec 4.4, after LLaVA-1.5). Two steps: from captions the projector learns what tokens
+say (alignment), then both learn to answer (instruction), with the loss on the answers only. The language model is one
+of the Hugging Face hub, or ours, small and from scratch, which in the first step learns to read as well. All tokens
+are read: ours have no class token among them that could be dropped.
 
     images -> frozen encoder -> tokens [B,N,C] -> standardised -> projector -> [B,N,W] -+
     bos, "USER: ... ASSISTANT: answer" eos -> embedding -> [B,1+T,W] -------------------+-> [bos | image | text]
@@ -32,6 +32,7 @@ import sys
 import time
 from collections import Counter
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -41,10 +42,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from data import (COLORS, COMPANIONS, RADIUS, SHAPES, SIDES, Data, Tokenizer, centre_crop, decode_image,
-                  evaluation_loader, open_data, picture_grid, to_image, to_tensor)
+                  evaluation_loader, open_data, to_tensor)
 from encoder import Transformer
 from eval_probe import open_run_data, save_json
-from generate import Space
+from generate import Space, save_sheet
 from train import OpenVision3, UserError, choose_device, load_run, plain_errors, write_atomically
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -157,7 +158,8 @@ class Census:
 # Language models: ours, and any of the hub
 # ---------------------------------------------------------------------------------------------------------------------
 
-SMALL = (192, 3, 3)  # width, depth, heads of the language model from scratch
+SMALL = (192, 4, 6)  # width, depth, heads of the language model from scratch
+QUESTIONS = 4  # to each picture of a step, which is read once for all of them
 PADDING, SILENT = -1, -100  # in ids: nothing stands here; in targets: nothing is asked here
 # DIFFERS: this share of the pictures in the instruction step is noise, so that the model knows the control without one
 BLIND = 0.1
@@ -197,6 +199,11 @@ class LanguageModel(nn.Module):
 
     def new_cache(self) -> list[dict]:
         return [{} for _ in self.transformer.resblocks]
+
+    def repeat(self, cache: list[dict], times: int) -> None:
+        """What was read of B pictures is from now on what was read of B * times."""
+        for layer in cache:
+            layer.update({name: tensor.repeat_interleave(times, dim=0) for name, tensor in layer.items()})
 
     def forward(self, x: Tensor, seen: Tensor, cache: list[dict] | None = None, last: bool = False) -> Tensor:
         """With a cache, x are the next places only; `seen` always covers all. `last`: logits of the last place only."""
@@ -252,6 +259,9 @@ class HuggingFaceLM(nn.Module):
     def new_cache(self):
         return self.cache_kind()
 
+    def repeat(self, cache, times: int) -> None:
+        cache.batch_repeat_interleave(times)
+
     def forward(self, x: Tensor, seen: Tensor, cache=None, last: bool = False) -> Tensor:
         positions = (seen.cumsum(1) - 1).clamp(min=0)[:, seen.shape[1] - x.shape[1] :]
         return self.model(inputs_embeds=x, attention_mask=seen.long(), position_ids=positions, past_key_values=cache,
@@ -266,7 +276,7 @@ class HuggingFaceLM(nn.Module):
 def pack(rows: list[list[int]]) -> Tensor:
     """Lists of ids -> [B,T], filled up with PADDING."""
     T = max(map(len, rows))
-    return torch.tensor([row + [PADDING] * (T - len(row)) for row in rows])
+    return torch.tensor([row + [PADDING] * (T - len(row)) for row in rows], dtype=torch.long)
 
 
 def question_prompt(question: str) -> str:
@@ -289,7 +299,7 @@ class VisionLanguageModel(nn.Module):
     def embed(self, tokens: Tensor, ids: Tensor, align: bool = False) -> tuple[Tensor, Tensor]:
         """[bos | image | text] as embeddings [B,S,W], and which of them hold something [B,S]. `align`: padding comes
         first, so that all texts end, and can go on, at the last place."""
-        start = self.language.embed(torch.full_like(ids[:, :1], self.words.bos))           # (B, 1, W)
+        start = self.language.embed(ids.new_full((len(ids), 1), self.words.bos))           # (B, 1, W)
         x = torch.cat([start, self.projector(tokens).to(start.dtype), self.language.embed(ids.clamp(min=0))], dim=1)
         seen = torch.cat([ids.new_ones(len(ids), 1 + tokens.shape[1]).bool(), ids != PADDING], dim=1)
         if align:
@@ -299,13 +309,24 @@ class VisionLanguageModel(nn.Module):
 
     def loss(self, tokens: Tensor, prompts: list[list[int]], answers: list[list[int]]) -> Tensor:
         """Cross entropy of the answers' ids (end included), each given what stands before it; ln V at the start.
-        Prompts may be empty: then the text is the answer."""
-        device = next(self.parameters()).device
-        ids = pack([prompt + answer for prompt, answer in zip(prompts, answers)]).to(device)  # (B, T)
-        x, seen = self.embed(tokens, ids)
-        logits = self.language(x, seen)[:, -ids.shape[1] - 1 : -1]                         # (B, T, V): of each id
+        tokens [B,N,C]; Q prompts and answers for each of them, in a row, which do not see one another. Prompts may be
+        empty: then the text is the answer."""
+        Q, device = len(prompts) // len(tokens), tokens.device
+        ids = pack([prompt + answer for prompt, answer in zip(prompts, answers)]).to(device)  # (B*Q, T)
+        x, seen = self.embed(tokens, pack([[]] * len(tokens)).to(device))                  # (B, 1+N, W), (B, 1+N)
+        cache = self.language.new_cache()
+        first = self.language(x, seen, cache, last=True)                                   # (B, 1, V)
+        self.language.repeat(cache, Q)
+        logits = self.read_on(first.repeat_interleave(Q, dim=0), seen.repeat_interleave(Q, dim=0), cache, ids)
         return F.cross_entropy(logits.flatten(0, 1), answer_targets(prompts, answers).flatten().to(device),
                                ignore_index=SILENT)
+
+    def read_on(self, first: Tensor, seen: Tensor, cache, ids: Tensor) -> Tensor:
+        """Logits of each of ids [B,T], [B,T,V], after what is in the cache; `first` are those of the first of them."""
+        if ids.shape[1] == 1:
+            return first
+        longer = torch.cat([seen, ids[:, :-1] != PADDING], dim=1)                          # (B, S+T-1)
+        return torch.cat([first, self.language(self.language.embed(ids[:, :-1].clamp(min=0)), longer, cache)], dim=1)
 
     @torch.no_grad()
     def score(self, tokens: Tensor, prompts: list[list[int]], options: list[list[list[int]]]) -> Tensor:
@@ -317,11 +338,7 @@ class VisionLanguageModel(nn.Module):
         scores = []
         for k in range(len(options[0])):
             ids = pack([row[k] for row in options]).to(device)                             # (B, T)
-            logits = first
-            if ids.shape[1] > 1:
-                longer = torch.cat([seen, ids[:, :-1] != PADDING], dim=1)
-                rest = self.language(self.language.embed(ids[:, :-1].clamp(min=0)), longer, copy.deepcopy(cache))
-                logits = torch.cat([first, rest], dim=1)                                   # (B, T, V)
+            logits = self.read_on(first, seen, copy.deepcopy(cache), ids)                  # (B, T, V)
             chosen = logits.log_softmax(-1).gather(2, ids.clamp(min=0)[..., None])[..., 0]  # (B, T)
             real = ids != PADDING
             scores.append((chosen * real).sum(1) / real.sum(1))
@@ -560,7 +577,7 @@ def free_answers(model: VisionLanguageModel, album: Album, asked: list[Asked], l
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The three steps of training: language, alignment, instruction
+# The two steps of training: alignment, instruction
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -594,13 +611,15 @@ def fit(model: VisionLanguageModel, parts: list[nn.Module], make_batch, what: st
 
 
 class Lessons:
-    """Batches for the three steps: of a data set's pictures, or of LLaVA's files where they are given."""
+    """Batches for the two steps: of a data set's pictures, or of LLaVA's files where they are given."""
 
     def __init__(self, model: VisionLanguageModel, album: Album, census: Census, captions: list[list[str]],
                  align: list | None, instruct: list | None, batch_size: int):
         self.model, self.album, self.census, self.captions = model, album, census, captions
         self.align, self.instruct, self.batch_size = align, instruct, batch_size
         self.told = [i for i, texts in enumerate(captions) if texts[0].strip()]
+        rng = random.Random("weights")  # pictures that more can be asked about are asked about more often
+        self.weights = list(accumulate(len(census.choices(i, rng)) for i in census.askable))
 
     def question(self, i: int, rng: random.Random) -> Question:
         """About picture i: as often whether something is there as anything else. What is popular is asked only in the
@@ -615,26 +634,6 @@ class Lessons:
     def ending(self, text: str) -> list[int]:
         return self.model.words.encode(f" {text}")[:LONGEST] + [self.model.words.eos]
 
-    def noise(self, rng: random.Random) -> Tensor:
-        generator = torch.Generator().manual_seed(rng.getrandbits(32))
-        shape = (self.batch_size, *self.album.space.mean.shape)
-        return torch.randn(shape, generator=generator).to(self.album.space.mean)           # (B, N, C)
-
-    def turns(self, rng: random.Random) -> list[tuple]:
-        """(picture, question, answer), B of them."""
-        if self.instruct:
-            return self.pick(self.instruct, rng)
-        asked = [(i, self.question(i, rng)) for i in self.pick(self.census.askable, rng)]
-        return [(i, q.text, q.answer) for i, q in asked]
-
-    def language(self, rng: random.Random) -> tuple:
-        """Noise for a picture, and captions or questions with their answers as mere text."""
-        texts = [f"{question_prompt(question)} {answer}" for _, question, answer in self.turns(rng)]
-        if self.told:
-            captions = [rng.choice(self.captions[i]) for i in self.pick(self.told, rng)]
-            texts = [rng.choice(pair) for pair in zip(captions, texts)]
-        return self.noise(rng), [[] for _ in texts], [self.ending(text) for text in texts]
-
     def alignment(self, rng: random.Random) -> tuple:
         """Pictures and their captions, nothing asked."""
         if self.align:
@@ -646,13 +645,21 @@ class Lessons:
                 [self.ending(rng.choice(self.captions[i])) for i in chosen])
 
     def instruction(self, rng: random.Random) -> tuple:
-        """Pictures, a few of them noise, questions, answers."""
-        turns = self.turns(rng)
-        tokens = self.album.tokens([reference for reference, _, _ in turns])               # (B, N, C)
-        blind = torch.tensor([rng.random() < BLIND for _ in turns], device=tokens.device)  # (B,)
-        return (torch.where(blind[:, None, None], self.noise(rng), tokens),
-                [self.model.words.encode(question_prompt(text)) for _, text, _ in turns],
-                [self.ending(text) for _, _, text in turns])
+        """Pictures, a few of them noise, questions, answers: QUESTIONS to a picture of a data set, one to one of a
+        file."""
+        if self.instruct:
+            pictures, turns = zip(*((path, turn) for path, *turn in self.pick(self.instruct, rng)))
+        else:
+            pictures = rng.choices(self.census.askable, cum_weights=self.weights, k=self.batch_size)
+            asked = [self.question(i, rng) for i in pictures for _ in range(QUESTIONS)]
+            turns = [(q.text, q.answer) for q in asked]
+        tokens = self.album.tokens(list(pictures))                                         # (B, N, C)
+        blind = torch.tensor([rng.random() < BLIND for _ in pictures], device=tokens.device)  # (B,)
+        generator = torch.Generator().manual_seed(rng.getrandbits(32))
+        noise = torch.randn(tokens.shape, generator=generator).to(tokens)                  # (B, N, C)
+        return (torch.where(blind[:, None, None], noise, tokens),
+                [self.model.words.encode(question_prompt(text)) for text, _ in turns],
+                [self.ending(text) for _, text in turns])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -697,23 +704,26 @@ def load_answerer(path: Path, encoder: str) -> tuple[VisionLanguageModel, dict]:
 
 
 def run(args: argparse.Namespace) -> None:
-    # 1. The frozen run; files of others; pictures as tokens, and what can be asked about them
+    # 1. The frozen run, and what is asked of it
     began, device = time.time(), choose_device(args.device)
     model, tokenizer, _ = load_run(args.ckpt, device)
     config, out = model.config, Path(args.ckpt)
     if args.random_init:
         torch.manual_seed(config.seed + 1)
         model.load_state_dict(OpenVision3(config, tokenizer, model.vae).state_dict())
-    tag = ("" if args.space == "tokens" else "_latents") + ("_random" if args.random_init else "")
+    baseline = ("" if args.space == "tokens" else " --space latents") + (" --random-init" if args.random_init else "")
+    name = f"vlm{baseline.replace(' --space ', '_').replace(' --random-init', '_random')}"
     digest = hashlib.sha256(b"".join(p.numpy(force=True).tobytes() for p in model.encoder.parameters())).hexdigest()
     space = Space(model, args.space).to(device)
     album, held_out = Album(space, config.resolution), Album(space, config.resolution)
     if args.chat:
-        answerer, state = load_answerer(out / f"vlm{tag}.pt", digest)
+        answerer, state = load_answerer(out / f"{name}.pt", digest)
         space.load_state_dict(state["space"])
         image, question = args.chat
         print(free_answers(answerer.to(device), album, [(Path(image), Question("", question, "", ()))], LONGEST)[0])
         return
+
+    # 2. Files of others; pictures as tokens, and what can be asked about them
     images = Path(args.images or "")
     pope = [one for file in args.pope for one in read_pope(Path(file), images)]
     seed_bench = read_seed_bench(Path(args.seed_bench), images) if args.seed_bench else []
@@ -734,11 +744,12 @@ def run(args: argparse.Namespace) -> None:
     choices = [(i, q) for i in exam.askable for q in exam.choices(i, rng)]
     presences = [(i, q) for i in exam.askable for q in exam.presences(i, NEGATIVES, rng)]
 
-    # 2. Language model and projector; the three steps
+    # 3. Language model and projector; the two steps
     texts = [caption for captions in known["captions"] for caption in captions]
     texts += [text for turns in (align, instruct) for _, *both in turns or () for text in both]
-    texts += [f"{question_prompt(q.text)} {word}" for i in census.askable[:2000]
-              for q in census.choices(i, rng) + census.presences(i, NEGATIVES, rng) for word in (q.answer, *q.options)]
+    examples = [q for i in census.askable[:2000]
+                for q in census.choices(i, rng) + census.presences(i, NEGATIVES, rng)]
+    texts += [f"{question_prompt(q.text)} {word}" for q in examples for word in (q.answer, *q.options)]
     texts += [f"{question_prompt(q.text)} {word}" for _, q in pope + seed_bench for word in q.options]
     N, C = space.mean.shape
     answerer = make_model(args.lm, texts, N, C, args.seed).to(device)
@@ -749,47 +760,41 @@ def run(args: argparse.Namespace) -> None:
     print(f"{args.ckpt}, {args.space}: {len(album.stored):,} pictures of {N} tokens of {C}; language model "
           f"{args.lm or 'from scratch'}, {parameters / 1e6:.1f} M parameters with the projector; {len(choices):,} "
           f"choices and {len(presences):,} presences to ask")
-    language_steps, alignment_steps, instruction_steps = args.steps
-    if not args.lm:
-        fit(answerer, [answerer.language], lessons.language, "language", language_steps, args.lr, args)
-    fit(answerer, [answerer.projector], lessons.alignment, "alignment", alignment_steps, 1e-3, args)
-    fit(answerer, [answerer], lessons.instruction, "instruction", instruction_steps, args.lr, args)
+    beginner = [] if args.lm else [answerer.language]  # DIFFERS: LLaVA's has learned to read long before
+    fit(answerer, [answerer.projector, *beginner], lessons.alignment, "alignment", args.steps[0],
+        1e-3 if args.lm else args.lr, args)
+    fit(answerer, [answerer], lessons.instruction, "instruction", args.steps[1], args.lr, args)
     answerer.eval()
     state = {"model": answerer.state_dict(), "space": space.state_dict(), "lm": args.lm, "encoder": digest}
     if not args.lm:
         state |= {"tokenizer": answerer.words.tokenizer.state(), "length": len(answerer.language.positions)}
-    write_atomically(out / f"vlm{tag}.pt", lambda path: torch.save(state, path))
+    write_atomically(out / f"{name}.pt", lambda path: torch.save(state, path))
 
-    # 3. The questions
+    # 4. The questions
     result = evaluate(answerer, held_out, choices, presences)
     result |= {"seconds": round(time.time() - began, 1), "steps": args.steps, "seed": args.seed, "lm": args.lm}
-    save_json(result, out / f"vlm{tag}.json")
+    save_json(result, out / f"{name}.json")
     if pope:
         result |= {f"file_{key}": value for key, value in pope_metrics(answerer, held_out, pope).items()}
     if seed_bench:
         result |= {f"file_{key}": value for key, value in choice_metrics(answerer, held_out, seed_bench).items()}
-    save_json(result, out / f"vlm{tag}.json")
-    print(f"\n| {args.ckpt}, {args.space}{', random weights' if args.random_init else ''} | |\n|---|---|")
+    save_json(result, out / f"{name}.json")
+    print(f"\n| {args.ckpt}{baseline} | |\n|---|---|")
     for key, value in result.items():
         print(f"| {key} | {f'{value:.3f}' if isinstance(value, float) else 'null' if value is None else value} |")
     if choices:
-        save_sheet(answerer, held_out, data, choices, out / f"vlm{tag}.png")
-    print(f"wrote {out / f'vlm{tag}.json'}; ask it yourself: python eval_vlm.py --ckpt {args.ckpt}"
-          f"{' --space latents' if args.space == 'latents' else ''}{' --random-init' if args.random_init else ''} "
-          f"--chat IMAGE QUESTION")
+        save_answers(answerer, held_out, data, choices, out / f"{name}.png")
+    print(f"wrote {out / name}.json; ask it yourself: python eval_vlm.py --ckpt {args.ckpt}{baseline} "
+          "--chat IMAGE QUESTION")
 
 
-def save_sheet(model: VisionLanguageModel, album: Album, data: Data, choices: list[Asked], path: Path) -> None:
+def save_answers(model: VisionLanguageModel, album: Album, data: Data, choices: list[Asked], path: Path) -> None:
     """Sixteen held-out pictures, each with a question, the answer written, and, where it differs, the true one."""
     part = [choices[i] for i in range(0, len(choices), max(1, len(choices) // 16))][:16]
     captions = [f"{q.text} {written}" + (f" ({q.answer})" if written != q.answer else "")
                 for written, (_, q) in zip(free_answers(model, album, part, 32), part)]
-    pictures = [[to_image(data.test[i]["image"])] for i, _ in part]
-    strips = [picture_grid(pictures[i : i + 8], captions[i : i + 8]) for i in range(0, len(part), 8)]
-    sheet = Image.new("RGB", (strips[0].width, sum(strip.height for strip in strips)), "white")
-    for i, strip in enumerate(strips):
-        sheet.paste(strip, (0, i * strips[0].height))
-    write_atomically(path, lambda temporary: sheet.save(temporary, format="png"))
+    pictures = torch.stack([data.test[i]["image"] for i, _ in part])                       # (M, 3, R, R)
+    save_sheet([(pictures + 1) * 127.5], captions, path, cell=128, lines=4)
 
 
 def main() -> None:
@@ -806,10 +811,10 @@ def main() -> None:
                         help="answer one question about one picture with the model of an earlier run, and stop")
     parser.add_argument("--lm", metavar="NAME", help="causal language model of transformers, by hub id or folder, "
                                                      "instead of the one from scratch")
-    parser.add_argument("--steps", type=int, nargs=3, default=[300, 300, 1500],
-                        metavar=("LANGUAGE", "ALIGNMENT", "INSTRUCTION"),
-                        help="optimizer steps; with --lm there is no language step")
-    parser.add_argument("--batch-size", type=int, default=64, help="texts per step")
+    parser.add_argument("--steps", type=int, nargs=2, default=[1500, 1500], metavar=("ALIGNMENT", "INSTRUCTION"),
+                        help="optimizer steps")
+    parser.add_argument("--batch-size", type=int, default=16,
+                        help=f"pictures per step, with a caption or {QUESTIONS} questions each")
     parser.add_argument("--lr", type=float, help="peak learning rate of the language model; %(default)s: 1e-3, with "
                                                  "--lm LLaVA-1.5's 2e-5")
     parser.add_argument("--pool", type=int, default=12_000, help="training pictures, encoded once")
@@ -829,7 +834,7 @@ def main() -> None:
             if getattr(args, name) < low:
                 raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} is too small; the least is {low}")
         if min(args.steps) < 1:
-            raise UserError("--steps must be three numbers of at least 1")
+            raise UserError("--steps must be two numbers of at least 1")
         if (args.pope or args.seed_bench or args.align or args.instruct) and not args.images:
             raise UserError("--pope, --seed-bench, --align and --instruct need --images, the folder of their pictures")
         if args.space == "latents" and args.random_init:

@@ -349,14 +349,15 @@ def wanted_labels(count: int, classes: int, seed: int) -> Tensor:
     return order.repeat(math.ceil(count / len(order)))[:count]
 
 
-def save_sheet(rows_of_pictures: list[Tensor], captions: list[str], path: Path, rows: tuple[str, ...] = ()) -> None:
-    """Eight columns a strip; `rows_of_pictures` are uint8 [M,3,R,R] each, shown one under another."""
+def save_sheet(rows_of_pictures: list[Tensor], captions: list[str], path: Path, rows: tuple[str, ...] = (),
+               cell: int = 96, lines: int = 2) -> None:
+    """Eight columns a strip; `rows_of_pictures` are [M,3,R,R] each, 0 to 255, shown one under another."""
     columns = [[to_image(picture / 127.5 - 1) for picture in column] for column in zip(*rows_of_pictures)]
-    strips = [picture_grid(columns[i : i + 8], captions[i : i + 8], rows, cell=96) for i in range(0, len(columns), 8)]
-    height = strips[0].height - 26  # two of the four lines for a caption are enough for a class name
-    sheet = Image.new("RGB", (strips[0].width, height * len(strips)), "white")
+    strips = [picture_grid(columns[i : i + 8], captions[i : i + 8], rows, cell, lines)
+              for i in range(0, len(columns), 8)]
+    sheet = Image.new("RGB", (strips[0].width, strips[0].height * len(strips)), "white")
     for i, strip in enumerate(strips):
-        sheet.paste(strip, (0, i * height))
+        sheet.paste(strip, (0, i * strips[0].height))
     write_atomically(path, lambda temporary: sheet.save(temporary, format="png"))
 
 

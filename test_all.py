@@ -6,6 +6,7 @@ bit, two processes against one, bad input, and the README's own commands. No tes
 
 Run:    python -m pytest -q test_all.py
 """
+import ast
 import hashlib
 import http.server
 import importlib
@@ -24,6 +25,7 @@ import sys
 import tarfile
 import threading
 import time
+import tokenize
 from functools import partial
 from pathlib import Path
 
@@ -36,6 +38,7 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+import bench
 import data
 import decoders
 import encoder
@@ -529,6 +532,23 @@ def test_folder_with_captions(folder, capsys):
     assert not torch.equal(opened.train[(1, 5)]["image"], example["image"])
     again = data.open_data(str(folder), 32)  # the held-out part is fixed
     assert [again.test[i]["caption"] for i in range(13)] == [opened.test[i]["caption"] for i in range(13)]
+
+
+def test_check_reports_a_folder(tmp_path):
+    for i in range(24):
+        kind = tmp_path / "own" / ("cat" if i % 3 else "dog")
+        kind.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (40 + i, 90), (10 * i, 0, 0)).save(kind / f"{i}.png")
+    done = command("data.py", "--check", tmp_path / "own", "--out", tmp_path / "grid.png")
+    assert "22 good pictures, 0 broken" in done.stdout and "2 of 2 classes" in done.stdout, done.stdout
+    assert "median 5" in done.stdout and "made of the class names: 4.0 a picture" in done.stdout
+    assert Image.open(tmp_path / "grid.png").width > 500
+    (tmp_path / "own" / "cat" / "broken.png").write_bytes(b"no picture")
+    (tmp_path / "grid.png").unlink()
+    done = command("data.py", "--check", tmp_path / "own", "--out", tmp_path / "grid.png")
+    assert done.returncode == 1 and "broken.png" in done.stdout + done.stderr, done.stderr
+    assert "1 of 25 pictures are broken" in done.stderr, done.stderr
+    assert not (tmp_path / "grid.png").exists()
 
 
 def test_class_folders_parquet_and_splits(tmp_path):
@@ -1125,11 +1145,37 @@ def test_second_stage_starts_from_the_first(tmp_path, monkeypatch, capsys):
 def test_cost_card(monkeypatch, capsys):
     run_train(monkeypatch, "--preset", "paper-b", "--resolution", 256, "--dry-run")
     rows = {line[:16].strip(): line[16:].split() for line in capsys.readouterr().out.splitlines()}
-    assert float(rows["VAE encoder"][1]) == pytest.approx(270, rel=0.02)  # GFLOP at 256 px, see design.md
-    assert float(rows["VAE decoder"][1]) == pytest.approx(2 * 620, rel=0.02)
+    assert float(rows["VAE encode"][1]) == pytest.approx(270, rel=0.02)  # GFLOP at 256 px, see design.md
+    assert float(rows["VAE decode"][1]) == pytest.approx(2 * 620, rel=0.02)
     assert float(rows["encoder"][0]) == 85.7
     by_hand = 2 * 257 * 12 * 12 * 768**2 + 12 * 4 * 257**2 * 768 + 2 * 256 * 64 * 768 + 2 * 768**2
     assert float(rows["encoder"][1]) == pytest.approx(3 * by_hand / 1e9, rel=1e-3)
+
+
+def test_bench(monkeypatch, capsys, tmp_path):
+    flags = ("--preset", "smoke", "--bench", "--steps", 2, "--out", tmp_path / "run")
+    run_train(monkeypatch, *flags, "--accumulate", 2, "--freeze-encoder", "--init", "not read")
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert set(found) >= {"images_per_s", "step_ms", "peak_memory_gb", "tflops", "parts"}
+    assert found["images_per_s"] == pytest.approx(8 / found["step_ms"] * 1e3)
+    assert list(found["parts"]) == ["data", "VAE encode", "encoder", "latent decoder", "VAE decode", "captions", "text",
+                                    "backward", "optimizer"] and min(found["parts"].values()) > 0
+    run_train(monkeypatch, *flags, "--dry-run")
+    card = {line[:16].strip(): line[16:].split() for line in capsys.readouterr().out.splitlines()}
+    run_train(monkeypatch, *flags)
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["tflops"] == pytest.approx(float(card["sum"][1]) * found["images_per_s"] / 1e3, rel=0.02)
+    assert not (tmp_path / "run").exists()
+
+
+def test_bench_composition_is_the_same_work():
+    """What bench.py times beside ours is no smaller: its parts have as many parameters, within 2 %."""
+    reference("diffusers"), reference("open_clip")
+    c = train.parse_config(["--vae", "flux", "--size", "B"])
+    with torch.device("meta"):
+        theirs, ours = bench.Composition(c, 2051), bench.made_up_model(c, vae.FLUX)
+    ours = sum(p.numel() for part in (ours, ours.vae) for p in part.parameters())
+    assert sum(p.numel() for p in theirs.parameters()) == pytest.approx(ours, rel=0.02)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1493,6 +1539,19 @@ def test_presence_questions_are_balanced_true_and_of_three_kinds():
     assert not eval_vlm.Census(["", ""], [0, 0], ["hat"]).askable
 
 
+def read_once_is_read_each_time(model, tokens, prompts, answers):
+    """Two questions about a picture: the loss and its gradient are those of the picture shown twice."""
+    model.projector.zero_grad()
+    once = model.loss(tokens, prompts, answers)
+    once.backward()
+    gradient, weight = model.projector[0].weight.grad.clone(), model.projector[0].weight
+    model.projector.zero_grad()
+    twice = model.loss(tokens.repeat_interleave(2, dim=0), prompts, answers)
+    twice.backward()
+    assert once.item() == pytest.approx(twice.item(), rel=1e-5)
+    assert_same(gradient, weight.grad, 1e-4)
+
+
 def test_the_loss_is_on_answers_only():
     model, tokens = small_answerer(), torch.randn(2, 4, 12)
     prompts, answers = [[1, 2, 3], [4, 5]], [[6, 31], [7, 8, 31]]
@@ -1507,6 +1566,7 @@ def test_the_loss_is_on_answers_only():
         for place in range(len(prompts[row]), ids.shape[1]):
             by_hand.append(-logits[1 + 4 + place - 1, ids[0, place]])
     assert model.loss(tokens, prompts, answers).item() == pytest.approx(torch.stack(by_hand).mean().item(), rel=1e-5)
+    read_once_is_read_each_time(model, tokens, prompts + [[9], [1]], answers + answers)
     fresh = eval_vlm.VisionLanguageModel(eval_vlm.LanguageModel(500, 64, 64, 2, 1), Letters(), 12)
     assert fresh.loss(tokens, prompts, answers).item() == pytest.approx(math.log(500), abs=0.1)
 
@@ -1578,7 +1638,7 @@ def test_a_few_questions_are_learned_by_heart():
 def test_questions_from_training_to_chat(tmp_path, monkeypatch, capsys):
     run_train(monkeypatch, *TINY_RUN, "--out", tmp_path / "run")
     weights = (tmp_path / "run" / "encoder.safetensors").read_bytes()
-    flags = ["--ckpt", tmp_path / "run", "--steps", 2, 2, 2, "--batch-size", 8, "--pool", 40, "--n-pictures", 16]
+    flags = ["--ckpt", tmp_path / "run", "--steps", 2, 2, "--batch-size", 8, "--pool", 40, "--n-pictures", 16]
 
     def go(*more) -> dict:
         monkeypatch.setattr(sys, "argv", ["eval_vlm.py", *map(str, (*flags, *more))])
@@ -1669,6 +1729,7 @@ def test_a_language_model_of_transformers(tmp_path):
     language = eval_vlm.HuggingFaceLM(str(tmp_path))
     assert (language.bos, language.eos, language.width) == (30, 31, 32) and language.encode("ab c") == [0, 1, 26, 2]
     model, tokens = eval_vlm.VisionLanguageModel(language, language, 12).eval(), torch.randn(2, 4, 12)
+    read_once_is_read_each_time(model, tokens, [[0, 1], [2], [3], [4, 5]], [[6, 31], [7, 31], [8, 9, 31], [1, 31]])
     prompts, options = [[1, 2, 3, 4], [5]], [[[6, 31], [7, 8, 31]], [[9, 31], [10, 11, 31]]]
     scores = model.score(tokens, prompts, options)
     for b in range(2):  # the model's own loss, one row, nothing cached, nothing padded
@@ -2029,12 +2090,33 @@ def test_readme_commands_exist():
     for file, rest in lines:
         assert (HERE / file).is_file(), file
         quoted = "".join(re.findall(r'"([^"]*)"', rest))  # what eval_probe.py --table hands on to train.py
-        for program, part in ((file, re.sub(r'"[^"]*"', "", rest)), ("train.py", quoted)):
+        own = "train.py" if file == "bench.py" else file  # bench.py hands all flags on
+        for program, part in ((own, re.sub(r'"[^"]*"', "", rest)), ("train.py", quoted)):
             helps[program] = helps.get(program) or command(program, "--help").stdout
             for flag in re.findall(r"--[a-z][a-z-]*", part):
                 assert flag in helps[program], f"{program} has no {flag}"
     for name in re.findall(r"\]\((assets/[^)]+)\)|src=\"(assets/[^\"]+)\"", text):
         assert (HERE / (name[0] or name[1])).is_file(), name
+
+
+def test_reading_table_is_true():
+    """Every file stands in the table, with its lines of code (without docstrings, comments, blank lines) and of all."""
+    rows = dict(re.findall(r"^\| \[(\w+\.py)\].*\| ([\d, ]+) \|$", (HERE / "README.md").read_text(), re.M))
+    assert set(rows) == {path.name for path in HERE.glob("*.py")}
+    for name, said in rows.items():
+        lines = (HERE / name).read_text().splitlines()
+        for number, true in zip(said.split(","), (code_lines("\n".join(lines)), len(lines)), strict=True):
+            assert int(number) == pytest.approx(true, rel=0.1), f"{name} has {true} lines, README says {number}"
+
+
+def code_lines(source: str) -> int:
+    tree, tokens = ast.parse(source), tokenize.generate_tokens(io.StringIO(source).readline)
+    silent = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
+    lines = {n for t in tokens if t.type not in silent for n in range(t.start[0], t.end[0] + 1)}
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node, False) is not None:
+            lines -= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+    return len(lines)
 
 
 def test_readme_block_for_open_clip(monkeypatch, tmp_path):

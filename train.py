@@ -35,25 +35,22 @@ import threading
 import time
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from matplotlib.figure import Figure
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from data import DataError, Pictures, Tokenizer, evaluation_loader, open_data, picture_grid, to_image, training_loader
+from data import (Data, DataError, Pictures, Tokenizer, evaluation_loader, open_data, picture_grid, to_image,
+                  training_loader)
 from decoders import CaptionDecoder, LatentDecoder
 from encoder import SIZES, ImageEncoder, TextEncoder, save_encoder
-from losses import LPIPS, PerceptualDistance, contrastive_loss, openvision3_loss, tokens_per_process
-from vae import FLUX, AutoencoderKL, Pixels, find_vae, load_vae
+from losses import LPIPS, contrastive_loss, openvision3_loss, tokens_per_process
+from vae import AutoencoderKL, Pixels, find_vae, load_vae
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Configuration: one field, one flag
@@ -114,6 +111,7 @@ class Config:
     sample_every: int = field(100, "steps between picture grids; there is one before the first step")
     log_ids: bool = field(False, "write the sample ids of every step to ids-RANK.jsonl")
     dry_run: bool = field(False, "print what the run would cost and stop")
+    bench: bool = field(False, "time the training step on made-up pictures and stop; --steps of them, 20 if not given")
 
 
 PRESETS = {
@@ -151,6 +149,8 @@ def parse_config(argv: list[str] | None = None) -> Config:
                             help=f"{f.metadata['help']} (laptop: {f.default})", **how)
     given = vars(parser.parse_args(argv))
     config = Config(**{**PRESETS[given.pop("preset")], **given})
+    if config.bench and not config.dry_run and "steps" not in given:
+        config.steps = 20
     check_config(config)
     if config.base_lr is not None and "lr" not in given:
         config.lr = config.base_lr * config.batch_size / 256  # OpenVision 1's rule
@@ -443,66 +443,6 @@ def save_curves(log: Path, path: Path, batch_size: int, vocab_size: int) -> None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What a run would cost
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def cost_card(c: Config) -> None:
-    """Parameters, operations and memory of a step, counted on tensors without content; nothing is downloaded.
-
-    Operations are those of matrix products, convolutions and attention, twice the multiplications. Trained parts need
-    three times their forward pass, the VAE's decoder twice (no gradient of its weights), its encoder once."""
-    tokenizer = (SimpleNamespace(vocab_size=2048 + 3, pad=0) if c.tokenizer == "bpe"  # at most
-                 else Tokenizer.named(c.tokenizer, c.context_length))
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    B, R, W = max(1, c.batch_size // world // c.accumulate), c.resolution, SIZES[c.size]["width"]
-    vae_arguments = FLUX if c.vae == "flux" else load_vae(c.vae).config
-    with FakeTensorMode() as no_content:
-        vae = Pixels() if c.vae == "pixels" else AutoencoderKL(**vae_arguments)
-        model = OpenVision3(dataclasses.replace(c, lpips_weight=0.0), tokenizer, vae.requires_grad_(False))
-        images, ids = torch.empty(1, 3, R, R), torch.zeros(1, c.context_length, dtype=torch.long)
-        latents, tokens = vae.encode(images), torch.empty(1, (R // 16) ** 2, W)
-        eye = PerceptualDistance() if c.lpips_weight > 0 else None
-    model.config, model.frozen[1] = c, eye
-    calls = {"VAE encoder": (vae.encoder, 1, lambda: vae.encode(images)),
-             "encoder": (model.encoder, 1 if c.freeze_encoder else 3, lambda: model.encoder(latents)),
-             "latent decoder": (model.latent_decoder, 3, lambda: model.latent_decoder(tokens)),
-             "VAE decoder": (vae.decoder, 2 / c.pixel_every, lambda: vae.decode(latents)),
-             "caption decoder": (model.caption_decoder, 3, lambda: model.caption_decoder(tokens, ids[:, 1:])),
-             "text encoder": (model.text_encoder, 3, lambda: model.text_encoder(ids))}
-    if eye is not None:
-        calls["LPIPS"] = (eye, 2 / c.pixel_every, lambda: eye(images, images))
-    print(f"{'part':16} {'million parameters':>18} {'GFLOP an image':>15}")
-    total, trained, frozen = 0.0, 0, 0
-    for name, (part, passes, call) in calls.items():
-        with no_content, torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            call()  # attention as plain products, which the counter knows on every device
-        flops, count = counter.get_total_flops() * passes / 1e9, sum(p.numel() for p in part.parameters())
-        total += flops
-        trained, frozen = (trained, frozen + count) if passes < 3 else (trained + count, frozen)
-        print(f"{name:16} {count / 1e6:18.1f} {flops:15.2f}")
-    kept: dict[int, int] = {}  # what autograd keeps for the backward pass of one picture, by storage
-
-    def keep(tensor: Tensor) -> Tensor:
-        kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    weights = {p.untyped_storage()._cdata for part in (model, vae, eye or vae) for p in part.parameters()}
-    with no_content, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        loss = model(images.expand(c.pixel_every, -1, -1, -1), ids.expand(c.pixel_every, -1))["loss"]
-    activations = sum(size for storage, size in kept.items() if storage not in weights) / c.pixel_every * B
-    del loss
-    state = trained * 16 + frozen * 4  # fp32: weights, gradients, two moments; frozen: weights
-    print(f"{'sum':16} {(trained + frozen) / 1e6:18.1f} {total:15.2f}\n"
-          f"{c.steps:,} steps of {c.batch_size:,}: {c.steps * c.batch_size:,} pictures, "
-          f"{c.steps * c.batch_size * (R // 16) ** 2:,} image tokens, "
-          f"{c.steps * c.batch_size * total / 1e6:,.3g} PFLOP\n"
-          f"memory of each of {world} process(es), estimated: {state / 1e9:.2f} GB for weights and optimizer,\n"
-          f"{activations / 1e9:.2f} GB kept for the backward pass of {B} pictures in fp32 "
-          "(about half in bf16, less with --recompute; --accumulate N divides it by N)")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # The loop
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -518,7 +458,7 @@ def make_optimizer(model: OpenVision3, c: Config) -> torch.optim.AdamW:
     """AdamW, betas 0.9 and 0.95; decay on matrices and convolutions, not on biases, norms, embeddings or the scale.
 
     DIFFERS: the paper names no optimizer; these are OpenVision 1's, which keeps its first moment in bfloat16 and sets
-    no gradient clipping (here: norm 1, in the loop)."""
+    no gradient clipping (here: norm 1, in take_step)."""
     learning = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     decayed = [p for name, p in learning if p.ndim >= 2 and "embedding" not in name]
     others = [p for name, p in learning if not (p.ndim >= 2 and "embedding" not in name)]
@@ -551,12 +491,24 @@ def keep_log_until(path: Path, step: int) -> None:
     write_atomically(path, lambda temporary: temporary.write_text("".join(line + "\n" for line in kept)))
 
 
-def train(c: Config, stop: threading.Event) -> None:
-    """The whole run; `stop`, once set, ends it after the step at hand with a checkpoint."""
-    # 1. Where are we: one process, or one of several under torchrun
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    main = rank == 0
-    device = choose_device(c.device)
+class Place(NamedTuple):
+    """Where this process runs, one of `world`."""
+    rank: int
+    world: int
+    device: torch.device
+    dtype: torch.dtype
+
+    @property
+    def main(self) -> bool:
+        return self.rank == 0
+
+    def autocast(self):
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+
+def find_place(c: Config) -> Place:
+    """Alone, or one of several under torchrun, which are connected here."""
+    rank, world, device = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), choose_device(c.device)
     if c.batch_size % world:
         raise UserError(f"--batch-size {c.batch_size} is the global batch; it must be a multiple of the {world} "
                         "processes")
@@ -569,24 +521,105 @@ def train(c: Config, stop: threading.Event) -> None:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     auto = "bfloat16" if device.type == "cuda" else "float32"
-    dtype = getattr(torch, auto if c.dtype == "auto" else c.dtype)
+    return Place(rank, world, device, getattr(torch, auto if c.dtype == "auto" else c.dtype))
+
+
+def earlier_run(c: Config, place: Place) -> dict | None:
+    """The checkpoint to go on from, or None for a run from step 0; what does not fit together is a UserError."""
     out = Path(c.out)
     begun = (out / "config.json").exists() and not (out / "last.pt").exists()
-    if c.resume and begun and main:
+    if c.resume and begun and place.main:
         print(f"{out} was stopped before its first checkpoint: it starts again from step 0")
     resumed = read_checkpoint(out) if c.resume and not begun else None
-    if resumed is None and (out / "last.pt").exists():
-        raise UserError(f"{out} already holds a run: continue it with --resume, or choose another --out")
-    if resumed and resumed["config"] != (now := dataclasses.asdict(c)):
-        free = ("resume", "out", "device", "dtype", "compile", "workers", "log_every", "save_every", "sample_every",
-                "log_ids", "dry_run", "accumulate", "recompute", "init")
-        changed = [f"--{k.replace('_', '-')} {now[k]} (was {v})" for k, v in resumed["config"].items()
-                   if k not in free and now[k] != v]
-        if changed:
-            raise UserError(f"--resume takes the flags the run began with; changed: {', '.join(changed)}")
-    if resumed and c.streaming and (resumed["world"], resumed["config"]["workers"]) != (world, c.workers):
+    if resumed is None:
+        if (out / "last.pt").exists():
+            raise UserError(f"{out} already holds a run: continue it with --resume, or choose another --out")
+        return None
+    now, free = dataclasses.asdict(c), ("resume", "out", "device", "dtype", "compile", "workers", "log_every",
+                                        "save_every", "sample_every", "log_ids", "dry_run", "bench", "accumulate",
+                                        "recompute", "init")
+    changed = [f"--{k.replace('_', '-')} {now[k]} (was {v})" for k, v in resumed["config"].items()
+               if k not in free and now[k] != v]
+    if changed:
+        raise UserError(f"--resume takes the flags the run began with; changed: {', '.join(changed)}")
+    if c.streaming and (resumed["world"], resumed["config"]["workers"]) != (place.world, c.workers):
         raise UserError(f"a stream goes on only as it was cut: with {resumed['world']} process(es) and --workers "
                         f"{resumed['config']['workers']}")
+    return resumed
+
+
+def make_ready(model: OpenVision3, c: Config, device: torch.device) -> None:
+    """Training mode, recomputation and compilation, as the flags say."""
+    parts = (model.encoder, model.latent_decoder, model.caption_decoder, model.text_encoder)
+    for part in parts:
+        part.transformer.recompute = c.recompute
+    model.vae.decoder.recompute = c.recompute
+    model.train()
+    if c.compile or (c.compile is None and device.type == "cuda"):
+        for part in (*parts, model.vae.encoder, model.vae.decoder):
+            part.compile()
+
+
+def take_step(parallel: nn.Module, model: OpenVision3, optimizer: torch.optim.Optimizer, images: Tensor, ids: Tensor,
+              step: int, place: Place) -> dict[str, Tensor]:
+    """One optimizer step on this process's share of the batch. Returns the terms and the gradient's norm, still on the
+    device: nothing here waits for it."""
+    c = model.config
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(step, c)
+    torch.manual_seed((c.seed * c.steps + step) * place.world + place.rank)  # the decoder's noise, same after a resume
+    optimizer.zero_grad()
+    terms = backward_in_parts(parallel, model, images, ids, c.accumulate, place.autocast)
+    norm = nn.utils.clip_grad_norm_(model.parameters(), c.clip)
+    optimizer.step()
+    return {name: term.detach() for name, term in terms.items()} | {"grad_norm": norm}
+
+
+def check_finite(recent: dict[int, dict[str, Tensor]], out: Path) -> None:
+    """The terms of some steps by the steps' numbers: an error names the first step that went wrong, and what in it."""
+    values = torch.stack([torch.stack(list(terms.values())) for terms in recent.values()]).tolist()
+    for (step, terms), row in zip(recent.items(), values):
+        broken = [name for name, value in zip(terms, row) if not math.isfinite(value)]
+        if broken:
+            raise UserError(f"step {step}: not finite any more: {', '.join(broken)}; {last_checkpoint(out)}; start "
+                            "again with a lower --lr in another --out")
+
+
+def announce(model: OpenVision3, tokenizer: Tokenizer, data: Data, place: Place, start: int, caption: str) -> None:
+    """Says what is about to happen, and what the losses should begin at."""
+    c, E, V = model.config, SIZES[model.config.size]["embed_dim"], tokenizer.vocab_size
+    parts = {"encoder": model.encoder, "latent decoder": model.latent_decoder,
+             "caption decoder": model.caption_decoder, "text encoder": model.text_encoder, "frozen VAE": model.vae}
+    size = "streamed" if data.stream else f"{len(data.train):,} training"
+    print(f"{c.data}: {size} pictures, {len(data.test):,} held out; "
+          f"{c.steps - start:,} steps of {c.batch_size} on {place.world} x {place.device} in {place.dtype}")
+    print("millions of parameters: " + ", ".join(f"{name} {sum(p.numel() for p in part.parameters()) / 1e6:.1f}"
+                                                 for name, part in parts.items()))
+    spread = model.log_scale.exp().item() ** 2 / (2 * E)  # what the chance similarities of whitened vectors cost
+    print(f"{(c.resolution // 16) ** 2} tokens a picture, {V} words and pieces; expected at the start: contrastive "
+          f"ln {c.batch_size} + {spread:.2f} = {math.log(c.batch_size) + spread:.2f}, "
+          f"caption ln {V} = {math.log(V):.2f}")
+    print(f"a caption: {tokenizer.decode(tokenizer.encode(caption))!r}")
+    rule = f" = {c.base_lr:.3g} * {c.batch_size} / 256" if c.base_lr is not None else ""
+    print(f"peak learning rate {c.lr:.3g}{rule} after {c.warmup} steps; "
+          f"starting from {c.init or 'random weights' if start == 0 else f'step {start}'}")
+
+
+def log_row(step: int, terms: dict[str, Tensor], model: OpenVision3, place: Place) -> dict:
+    """The terms, as means over the processes, and what else is worth a curve."""
+    values = torch.stack(list(terms.values()))
+    if place.world > 1:
+        dist.all_reduce(values)
+        values /= place.world
+    return {"step": step, **dict(zip(terms, values.tolist())), "lr": learning_rate(step - 1, model.config),
+            "logit_scale": model.log_scale.exp().item()}
+
+
+def train(c: Config, stop: threading.Event) -> None:
+    """The whole run; `stop`, once set, ends it after the step at hand with a checkpoint."""
+    # 1. Where are we, and is there a run to go on with
+    place, out = find_place(c), Path(c.out)
+    resumed, main, device = earlier_run(c, place), place.main, place.device
     if resumed and resumed["step"] >= c.steps:
         print(f"{out} is finished: {resumed['step']} steps")
         return
@@ -610,7 +643,7 @@ def train(c: Config, stop: threading.Event) -> None:
     optimizer = make_optimizer(model, c)
     out.mkdir(parents=True, exist_ok=True)
     if main:  # nothing the user gave can be wrong any more; from here on --resume goes on
-        about_run = dataclasses.asdict(c) | {"torch": torch.__version__, "world_size": world}
+        about_run = dataclasses.asdict(c) | {"torch": torch.__version__, "world_size": place.world}
         (out / "config.json").write_text(json.dumps(about_run, indent=1) + "\n")
     start = 0
     if resumed:
@@ -621,105 +654,72 @@ def train(c: Config, stop: threading.Event) -> None:
         start_from(model, stage_one, vae_hash(c.vae))
     else:
         whiten(model, data.train, tokenizer)
-    for part in (model.encoder, model.latent_decoder, model.caption_decoder, model.text_encoder):
-        part.transformer.recompute = c.recompute
-    vae.decoder.recompute = c.recompute
     about = {"tokenizer": tokenizer.state(), "class_names": data.class_names, "vae_sha256": vae_hash(c.vae),
-             "world": world}
-    model.train()
-    if c.compile or (c.compile is None and device.type == "cuda"):
-        for part in (model.encoder, model.latent_decoder, model.caption_decoder, model.text_encoder,
-                     vae.encoder, vae.decoder):
-            part.compile()
-    parallel = DistributedDataParallel(model) if world > 1 else model
-    loader = training_loader(data, tokenizer, c.batch_size, c.seed, start, c.steps, rank, world, c.workers,
+             "world": place.world}
+    make_ready(model, c, device)
+    parallel = DistributedDataParallel(model) if place.world > 1 else model
+    loader = training_loader(data, tokenizer, c.batch_size, c.seed, start, c.steps, place.rank, place.world, c.workers,
                              pin_memory=device.type == "cuda")
     test_batch = next(iter(evaluation_loader(data.test, tokenizer, 8, limit=8)))
-
-    # 3. Say what is about to happen
     if main:
         keep_log_until(out / "log.jsonl", start)
-        parts = {"encoder": model.encoder, "latent decoder": model.latent_decoder,
-                 "caption decoder": model.caption_decoder, "text encoder": model.text_encoder, "frozen VAE": vae}
-        size = "streamed" if data.stream else f"{len(data.train):,} training"
-        print(f"{c.data}: {size} pictures, {len(data.test):,} held out; "
-              f"{c.steps - start:,} steps of {c.batch_size} on {world} x {device} in {dtype}")
-        print("millions of parameters: " + ", ".join(f"{name} {sum(p.numel() for p in part.parameters()) / 1e6:.1f}"
-                                                     for name, part in parts.items()))
-        E, V = SIZES[c.size]["embed_dim"], tokenizer.vocab_size
-        spread = model.log_scale.exp().item() ** 2 / (2 * E)  # what the chance similarities of whitened vectors cost
-        print(f"{(c.resolution // 16) ** 2} tokens a picture, {V} words and pieces; expected at the start: contrastive "
-              f"ln {c.batch_size} + {spread:.2f} = {math.log(c.batch_size) + spread:.2f}, "
-              f"caption ln {V} = {math.log(V):.2f}")
-        print(f"a caption: {tokenizer.decode(tokenizer.encode(test_batch['captions'][0]))!r}")
-        rule = f" = {c.base_lr:.3g} * {c.batch_size} / 256" if c.base_lr is not None else ""
-        print(f"peak learning rate {c.lr:.3g}{rule} after {c.warmup} steps; "
-              f"starting from {c.init or 'random weights' if start == 0 else f'step {start}'}")
+        announce(model, tokenizer, data, place, start, test_batch["captions"][0])
         if start == 0:
             save_grid(model, tokenizer, test_batch, out / "recon_000000.png")
 
-    # 4. Train
-    bar = None if main else True  # None: tqdm draws its bar on a terminal only; the log lines go everywhere
-    progress = tqdm(total=c.steps, initial=start, desc="train", disable=bar, mininterval=1, smoothing=0.05)
+    # 3. Train
+    progress = tqdm(total=c.steps, initial=start, desc="train", disable=None if main else True, mininterval=1,
+                    smoothing=0.05)  # None: a bar on a terminal only; the log lines go everywhere
     if c.log_ids:
-        keep_log_until(out / f"ids-{rank}.jsonl", start)
-    ids_file = open(out / f"ids-{rank}.jsonl", "a") if c.log_ids else None
+        keep_log_until(out / f"ids-{place.rank}.jsonl", start)
+    ids_file = open(out / f"ids-{place.rank}.jsonl", "a") if c.log_ids else None
     log_file = open(out / "log.jsonl", "a") if main else None
-    logged, waited, clock = start, 0.0, time.time()
+    logged, waited, clock, recent = start, 0.0, time.time(), {}
     batches = (batch for batch in loader if batch is not None)
-    autocast = partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32)
     for step in range(start, c.steps):
-        began = time.time()
+        began, done = time.time(), step + 1
         batch = next_batch(batches, step, out)
         images = batch["image"].to(device, non_blocking=True, memory_format=torch.channels_last)
         ids = batch["text"].to(device, non_blocking=True)
         waited += time.time() - began
         if ids_file:
-            row = {"step": step + 1, "rank": rank, "epoch": batch["epochs"][0], "ids": batch["ids"]}
+            row = {"step": done, "rank": place.rank, "epoch": batch["epochs"][0], "ids": batch["ids"]}
             print(json.dumps(row), file=ids_file, flush=True)
 
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, c)
-        torch.manual_seed((c.seed * c.steps + step) * world + rank)  # the decoder's noise, the same after a resume
-        optimizer.zero_grad()
-        terms = backward_in_parts(parallel, model, images, ids, c.accumulate, autocast)
-        grad_norm = nn.utils.clip_grad_norm_(model.parameters(), c.clip)
-        if not torch.isfinite(terms["loss"] + grad_norm):
-            broken = [name for name, value in {**terms, "gradient": grad_norm}.items() if not torch.isfinite(value)]
-            raise UserError(f"step {step + 1}: not finite any more: {', '.join(broken)}; {last_checkpoint(out)}; start "
-                            "again with a lower --lr in another --out")
-        optimizer.step()
+        terms = take_step(parallel, model, optimizer, images, ids, step, place)
 
-        done = step + 1
         progress.update()
-        stopping = torch.tensor(float(stop.is_set()), device=device)
-        if world > 1:
-            dist.all_reduce(stopping)  # one process's SIGTERM stops all of them at the same step
-        if done % c.log_every == 0 or done == c.steps:
-            values = torch.stack([value.detach() for value in terms.values()])
-            if world > 1:
-                dist.all_reduce(values)
-                values /= world
+        stopping = stop.is_set()
+        if place.world > 1:
+            votes = torch.tensor(float(stopping), device=device)
+            dist.all_reduce(votes)  # one process's SIGTERM stops all of them at the same step
+            stopping = bool(votes)
+        logging, sampling = (done % every == 0 or done == c.steps for every in (c.log_every, c.sample_every))
+        saving = done % c.save_every == 0 or done == c.steps or stopping
+        recent[done] = terms
+        if logging or sampling or saving:  # not at every step: reading a number makes the device wait
+            check_finite(recent, out)
+            recent.clear()
+        if logging:
+            row = log_row(done, terms, model, place)
+            elapsed, clock = time.time() - clock, time.time()
+            pace = elapsed / (done - logged)  # seconds a step
+            row |= {"images_per_s": round(c.batch_size / pace, 1), "data_share": round(waited / elapsed, 3)}
+            logged, waited = done, 0.0
             if main:
-                elapsed, clock = time.time() - clock, time.time()
-                row = {"step": done, **dict(zip(terms, values.tolist())), "lr": learning_rate(step, c),
-                       "grad_norm": grad_norm.item(), "logit_scale": model.log_scale.exp().item(),
-                       "images_per_s": round(c.batch_size * (done - logged) / elapsed, 1),
-                       "data_share": round(waited / elapsed, 3)}
                 print(json.dumps(row), file=log_file, flush=True)
                 progress.set_postfix_str(f"loss {row['loss']:.3f} caption {row['caption']:.2f} "
                                          f"match {row['contrastive']:.2f} pixel {row['pixel']:.3f}")
-                remaining = tqdm.format_interval((c.steps - done) * elapsed / (done - logged))
+                remaining = tqdm.format_interval((c.steps - done) * pace)
                 tqdm.write(f"step {done:6d}  loss {row['loss']:.4f}  pixel {row['pixel']:.4f}  "
                            f"latent {row['latent']:.4f}  lpips {row['lpips']:.4f}  caption {row['caption']:.4f}  "
                            f"contrastive {row['contrastive']:.4f}  |grad| {row['grad_norm']:.2f}  "
                            f"{row['images_per_s']:.0f} img/s  {remaining} left")
-                logged, waited = done, 0.0
         pause = time.time()
-        if main and (done % c.sample_every == 0 or done == c.steps):
+        if main and sampling:
             save_grid(model, tokenizer, test_batch, out / f"recon_{done:06d}.png")
             save_curves(out / "log.jsonl", out / "curves.png", c.batch_size, tokenizer.vocab_size)
-        if main and (done % c.save_every == 0 or done == c.steps or stopping):
+        if main and saving:
             save_checkpoint(out, model, optimizer, done, about)
         if stopping and done < c.steps:
             tqdm.write(f"stopped after step {done} as asked; the same command with --resume goes on")
@@ -729,7 +729,7 @@ def train(c: Config, stop: threading.Event) -> None:
     if main and done == c.steps:
         print(f"done: {out / 'encoder.safetensors'}, pictures {out / 'recon_*.png'}, curves {out / 'curves.png'}; "
               f"next: python eval_probe.py --ckpt {out}")
-    if world > 1:
+    if place.world > 1:
         dist.destroy_process_group()
 
 
@@ -767,7 +767,11 @@ def main() -> None:
     sys.stdout.reconfigure(line_buffering=True)  # under nohup each line is written as it comes
     with stop_signal() as stop, plain_errors():
         config = parse_config()
-        cost_card(config) if config.dry_run else train(config, stop)
+        if config.dry_run or config.bench:
+            import bench  # it builds on this file
+            bench.measure(config)
+        else:
+            train(config, stop)
 
 
 if __name__ == "__main__":
