@@ -10,7 +10,8 @@ process of its own.
                                only pass through it, x 1 where none do -> GFLOP that the method needs
     B made-up pictures -> take_step of train.py, n times -> median milliseconds -> pictures and TFLOP per second
 
-Letters: B batch, R resolution, N image tokens, W width, T text length, V vocabulary.
+Letters: B batch, R resolution, N image tokens, W width, E shared embedding width, D width of the latent decoder,
+         T text length, V vocabulary.
 
 Run:    python train.py --preset paper-b --dry-run
         python train.py --bench

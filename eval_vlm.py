@@ -215,8 +215,9 @@ class LanguageModel(nn.Module):
         past = torch.ones(S, S, dtype=torch.bool, device=x.device).tril()                  # (S, S)
         itself = torch.eye(S, dtype=torch.bool, device=x.device)  # padding too: who sees nothing becomes NaN
         mask = (past & seen[:, None]) | itself                                             # (B, S, S)
-        places = F.embedding(positions, self.positions)  # its gradient does not depend on threads; indexing's does
-        x = self.transformer(x + places, mask[:, None, S - new :], cache)  # (B, new, W)
+        # an embedding, because the gradient of plain indexing depends on threads
+        x = x + F.embedding(positions, self.positions)                                     # (B, new, W)
+        x = self.transformer(x, mask[:, None, S - new :], cache)                           # (B, new, W)
         x = x[:, -1:] if last else x
         with torch.autocast(x.device.type, enabled=False):
             return self.head(self.ln_final(x.float()))                                     # (B, new or 1, V)

@@ -17,10 +17,10 @@ Letters: B batch, R resolution, N = (R/16)^2 image tokens, W width, E shared emb
 Run:    python train.py                                   # laptop: 2 CPU cores, minutes, nothing downloaded
         python train.py --data FOLDER --out runs/mine     # your own pictures, with captions or class folders
         torchrun --nproc-per-node 2 train.py              # the same run on several processes, the same global batch
-        python train.py --preset paper-b --dry-run        # what a run would cost
+        python train.py --preset paper-b --dry-run        # what a run would cost; --bench: how long a step takes here
 Source: paper sec 3-4 and Table 1 (presets); optimizer and schedule as OpenVision 1 where the paper is silent; batches
         in parts as GradCache (arXiv 2101.06983).
-Next:   eval_probe.py
+Next:   bench.py
 """
 import argparse
 import dataclasses
