@@ -46,8 +46,8 @@ from data import (Collate, Data, Tokenizer, TrainingOrder, evaluation_loader, op
                   to_image)
 from encoder import Attention, sincos_positions
 from eval_probe import Inception, frechet_distance, save_json
-from train import (OpenVision3, UserError, choose_device, keep_log_until, load_run, plain_errors, stop_signal,
-                   write_atomically)
+from train import (OpenVision3, UserError, choose_device, end_group, keep_log_until, load_run, plain_errors,
+                   stop_signal, write_atomically)
 
 # Width, depth, heads of the base and of the head, and the settings that go with them: RAE's S and XL to the number.
 # DIFFERS: laptop is ours, with a larger rate, a shorter average, and times shifted by 3, where the formula says 1: a
@@ -680,8 +680,7 @@ def generate(args: argparse.Namespace, stop: threading.Event) -> None:
         bad.to(lesson.device)
     average = train_generator(args, lesson, bad, stop)
     if lesson.world > 1:
-        dist.barrier()
-        dist.destroy_process_group()
+        end_group()
     if average is None or lesson.rank > 0:
         return
     result = sample_and_measure(args, lesson, average, bad, inception)

@@ -917,7 +917,7 @@ GRADIENTS = """if True:
         torch.save({"gradients": {n: p.grad for n, p in model.named_parameters()},
                     "terms": {n: t.detach() for n, t in terms.items() if n != "token_std"}}, out)
     if world > 1:
-        dist.destroy_process_group()"""
+        train.end_group()"""
 
 
 def test_gradients_do_not_depend_on_processes_or_parts(tmp_path):

@@ -524,6 +524,14 @@ def find_place(c: Config) -> Place:
     return Place(rank, world, device, getattr(torch, auto if c.dtype == "auto" else c.dtype))
 
 
+def end_group() -> None:
+    """Leaves the group of processes, in peace: gloo's threads need the interpreter's lock to let go of the last
+    tensors, and the group's end holds it while it waits for them. Without the pause one run in twelve hung there
+    (PyTorch 2.13)."""
+    time.sleep(0.5)
+    dist.destroy_process_group()
+
+
 def earlier_run(c: Config, place: Place) -> dict | None:
     """The checkpoint to go on from, or None for a run from step 0; what does not fit together is a UserError."""
     out = Path(c.out)
@@ -730,7 +738,7 @@ def train(c: Config, stop: threading.Event) -> None:
         print(f"done: {out / 'encoder.safetensors'}, pictures {out / 'recon_*.png'}, curves {out / 'curves.png'}; "
               f"next: python eval_probe.py --ckpt {out}")
     if place.world > 1:
-        dist.destroy_process_group()
+        end_group()
 
 
 @contextmanager
