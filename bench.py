@@ -40,11 +40,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from data import Tokenizer, open_data, training_loader
+from data import HelpWithDefaults, Tokenizer, UserError, open_data, plain_errors, training_loader
 from encoder import SIZES
 from losses import PerceptualDistance
-from train import (Config, OpenVision3, Place, UserError, find_place, make_optimizer, make_ready, parse_config,
-                   plain_errors, take_step)
+from train import Config, OpenVision3, Place, find_place, make_optimizer, make_ready, parse_config, take_step
 from vae import FLUX, AutoencoderKL, Pixels, load_vae
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -160,7 +159,7 @@ def peak_memory(device: torch.device) -> float:
     """GB of this process since its start: on cuda PyTorch's, elsewhere all that was ever resident, libraries too."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 1e9
-    import resource  # Windows has none, and needs none to count
+    import resource  # absent on Windows, where --dry-run works
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
 
@@ -205,18 +204,18 @@ def time_loading(c: Config, pictures: int = 64) -> float:
     data = open_data(c.data, c.resolution, c.config, c.split, c.image_col, c.text_col, c.label_col, c.seed, c.crop,
                      c.flip, streaming=c.streaming)
     tokenizer = Tokenizer.train([], c.context_length)
-    loader = training_loader(data, tokenizer, 16, c.seed, 0, pictures // 16 + 1)
-    batches = iter(loader)
+    share = min(16, len(data.train))
+    batches = iter(training_loader(data, tokenizer, share, c.seed, 0, pictures // share + 1))
     next(batches)  # opens files
     began = time.perf_counter()
-    for _ in range(pictures // 16):
+    for _ in range(pictures // share):
         next(batches)
-    return (time.perf_counter() - began) / pictures
+    return (time.perf_counter() - began) / (pictures // share * share)
 
 
 def bench(c: Config) -> None:
     """Times `c.steps` steps of the run and its parts; prints, last, one line of JSON."""
-    place = find_place(c)
+    place = find_place(c.device, c.dtype, c.batch_size, c.accumulate * c.pixel_every)
     if place.world > 1:
         raise UserError("--bench times one process: start it with python")
     torch.manual_seed(c.seed)
@@ -256,12 +255,11 @@ def bench(c: Config) -> None:
 
 def measure(c: Config) -> None:
     """What train.py's --dry-run and --bench do."""
-    with plain_errors():
-        try:
-            cost_card(c, int(os.environ.get("WORLD_SIZE", 1))) if c.dry_run else bench(c)
-        except torch.OutOfMemoryError:
-            raise UserError(f"{c.batch_size} pictures do not fit the memory of this device: lower --batch-size, or "
-                            "cut the step into parts with --accumulate") from None
+    try:
+        cost_card(c, int(os.environ.get("WORLD_SIZE", 1))) if c.dry_run else bench(c)
+    except torch.OutOfMemoryError:
+        raise UserError(f"{c.batch_size} pictures do not fit the memory of this device: lower --batch-size, or cut the "
+                        "step into parts with --accumulate") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -331,7 +329,7 @@ def bench_libraries(c: Config) -> None:
     if c.vae == "pixels" or c.accumulate > 1 or c.recompute or c.freeze_encoder or 0 in (c.w_rec, c.w_und):
         raise UserError("the libraries' composition has no --vae pixels, --accumulate, --recompute, --freeze-encoder, "
                         "--w-rec 0 or --w-und 0")
-    place = find_place(c)
+    place = find_place(c.device, c.dtype, c.batch_size, c.pixel_every)
     torch.manual_seed(c.seed)
     vocabulary = vocabulary_of(c)
     model = Composition(c, vocabulary).to(place.device).train()
@@ -359,12 +357,15 @@ def bench_libraries(c: Config) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
+        formatter_class=HelpWithDefaults,
         description="Times train.py's step and the same method made of diffusers, open_clip and lpips by turns, and "
                     "prints the medians. All other flags are train.py's.")
-    parser.add_argument("--rounds", type=int, default=2, help="times that each is started (default: 2)")
+    parser.add_argument("--rounds", type=int, default=2, help="times that each is started")
     parser.add_argument("--libraries", action="store_true", help="time the libraries alone, once")
     args, flags = parser.parse_known_args()
     with plain_errors():
+        if args.rounds < 1:
+            raise UserError(f"--rounds {args.rounds} must be at least 1")
         config = parse_config(["--bench", *flags])
         if config.dry_run:
             raise UserError("bench.py measures: python train.py --dry-run counts")

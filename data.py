@@ -26,6 +26,7 @@ import io
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import random
 import re
@@ -35,6 +36,7 @@ import textwrap
 import time
 import warnings
 from collections import Counter, defaultdict
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -227,7 +229,7 @@ def all_wordings(scene: dict) -> set[str]:
 
 
 def shapes_example(split: str, index: int, resolution: int) -> dict:
-    """Picture `index` of a split: the same for everyone and for ever; no index of train is one of test."""
+    """Picture `index` of a split: the same for everyone and for ever; train and test share no picture."""
     rng = random.Random(f"{split} {index}")
     scene = sample_scene(rng)
     text = wording(scene, rng.choice)
@@ -275,7 +277,7 @@ def decode_image(source: Image.Image | dict) -> Image.Image:
 
 
 def centre_crop(image: Image.Image, resolution: int) -> Image.Image:
-    """The largest centred square, resized: the usual resize-and-crop without its giant step for a 1x5000 picture."""
+    """The largest centred square, resized: cropped first, so that a 1x5000 picture never grows huge."""
     side = min(image.size)
     left, top = (image.width - side) / 2, (image.height - side) / 2
     return image.resize((resolution, resolution), Image.BICUBIC, box=(left, top, left + side, top + side))
@@ -318,8 +320,43 @@ HELD_OUT = 0.1  # the test share where a data set brings none, at most 2,000 pic
 STREAM_HEAD = 2000  # rows of a stream that are read ahead; held out are HELD_OUT of them
 
 
-class DataError(Exception):
-    """Something is wrong with the data, said in one sentence that names it and what to do."""
+class UserError(Exception):
+    """Something the user gave or asked for cannot be had; the message is one sentence that names it and the way out."""
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+class HelpWithDefaults(argparse.ArgumentDefaultsHelpFormatter):
+    """--help with each flag's default, where it has one that says something."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        return action.help if action.default in (None, False, []) else super()._get_help_string(action)
+
+
+def is_main() -> bool:
+    """The first of torchrun's processes, which speaks for all of them; or the only one."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+@contextmanager
+def plain_errors():
+    """Errors that a user can mend become one sentence and exit status 1; loader processes are ended in any case."""
+    problem = None
+    try:
+        yield
+    except (UserError, OSError, ValueError) as error:
+        problem = str(error)
+    except RuntimeError as error:  # raised by a signal, wherever the program is
+        if "DataLoader worker" not in str(error):
+            raise
+        problem = f"a loader process died ({first_line(error)}); perhaps out of memory: lower --workers"
+    finally:
+        for worker in multiprocessing.active_children():
+            worker.kill()  # they do not listen to SIGTERM, see outlive_sigterm
+    if problem:
+        raise SystemExit(f"error: {problem}")
 
 
 def class_prompts(name: str) -> list[str]:
@@ -353,17 +390,13 @@ class Pictures(torch.utils.data.Dataset):
             return 0
         checked = min(limit, len(self.rows))
         for i in tqdm(self.good[:checked].tolist(), desc="checking pictures", leave=False,
-                      disable=None if self.is_main() else True):
+                      disable=None if is_main() else True):
             try:
                 decode_image(self.rows[i][self.image_col])
             except Exception as error:  # whatever a decoder trips over means: not a picture
-                self.report(i, error, quiet=not self.is_main())  # every process looks at the same ones
+                self.report(i, error, quiet=not is_main())  # every process looks at the same ones
         self.good = self.good[~np.isin(self.good, list(self.broken))]
         return checked
-
-    @staticmethod
-    def is_main() -> bool:
-        return os.environ.get("RANK", "0") == "0"
 
     def report(self, i: int | str, error: Exception, row: dict | None = None, quiet: bool = False) -> None:
         """Names a broken picture, once."""
@@ -372,8 +405,8 @@ class Pictures(torch.utils.data.Dataset):
         source = (row or self.rows[i])[self.image_col]
         self.broken[i] = (source.get("path") if isinstance(source, dict) else None) or f"row {i}"
         if not quiet:
-            reason = (str(error).splitlines() or [""])[0]
-            tqdm.write(f"data: skipped {self.broken[i]} ({type(error).__name__}: {reason}), {len(self.broken)} so far")
+            tqdm.write(f"data: skipped {self.broken[i]} ({type(error).__name__}: {first_line(error)}), "
+                       f"{len(self.broken)} so far")
 
     def captions(self, row: dict) -> list[str]:
         """The row's own captions, else one per template from its label."""
@@ -402,7 +435,7 @@ class Pictures(torch.utils.data.Dataset):
                 self.report(i, error)
                 index = (index + 1) % len(self.good)
         else:
-            raise DataError(f"100 pictures in a row cannot be read, the last one {self.broken[i]}: "
+            raise UserError(f"100 pictures in a row cannot be read, the last one {self.broken[i]}: "
                             "is the disk still there?")
         return self.example(row, image, epoch, i)
 
@@ -444,7 +477,7 @@ class Stream(torch.utils.data.IterableDataset):
         that a resumed run goes on exactly there, unless some of them were broken."""
         readers = world * max(1, workers)
         if self.rows.num_shards < readers:
-            raise DataError(f"--streaming: {self.rows.num_shards} shard(s) (files) cannot be shared by {world} "
+            raise UserError(f"--streaming: {self.rows.num_shards} shard(s) (files) cannot be shared by {world} "
                             f"process(es) of {workers} workers; lower --workers, or cut the data into more files")
         part = Stream(self.rows.shard(world, rank).shuffle(self.pictures.seed, buffer_size=self.BUFFER),
                       self.pictures, self.held_out)
@@ -462,8 +495,9 @@ class Stream(torch.utils.data.IterableDataset):
     def __iter__(self):
         info = torch.utils.data.get_worker_info()  # `datasets` gives each worker its part of the shards by itself
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
-        drop = self.share * len(range(worker, self.start, workers))  # the loader takes batches from workers in turn,
-        if worker < self.start % workers:  # beginning with the first: those whose turn it is not pass
+        # the loader takes batches from workers in turn, from the first on: those before the resumed step pass once
+        drop = self.share * len(range(worker, self.start, workers))
+        if worker < self.start % workers:
             yield None
         pictures, batch, seen, broken = self.pictures, [], 0, []
         for epoch in itertools.count():
@@ -482,18 +516,18 @@ class Stream(torch.utils.data.IterableDataset):
                     pictures.report(i, error, row)
                     broken.append(pictures.broken[i])
                     if len(broken) > max(10, 0.01 * seen):
-                        raise DataError(f"{len(broken)} of the first {seen} pictures of a reader are broken, "
+                        raise UserError(f"{len(broken)} of the first {seen} pictures of a reader are broken, "
                                         f"more than 1 %: {', '.join(broken[-5:])}") from None
                     continue
                 if pictures.text_col is None and pictures.label(row) < 0 and row[pictures.label_col] is not None:
-                    raise DataError(f"the label {row[pictures.label_col]!r} is not among those of the stream's first "
+                    raise UserError(f"the label {row[pictures.label_col]!r} is not among those of the stream's first "
                                     f"{STREAM_HEAD} rows; shuffle the data, or add captions")
                 batch.append(pictures.example(row, image, epoch, i))
                 if len(batch) == self.share:
                     yield batch
                     batch = []
             if seen == before:
-                raise DataError("the stream holds no training pictures")
+                raise UserError("the stream holds no training pictures")
 
 
 @dataclass
@@ -508,7 +542,7 @@ class Data:
 
 def find_column(columns: list[str], asked: str | None, usual: tuple[str, ...], what: str) -> str | None:
     if asked is not None and asked not in columns:
-        raise DataError(f"there is no {what} column {asked!r}; the columns are {', '.join(columns)}")
+        raise UserError(f"there is no {what} column {asked!r}; the columns are {', '.join(columns)}")
     return asked or next((c for c in usual if c in columns), None)
 
 
@@ -525,7 +559,7 @@ def find_classes(rows: datasets.Dataset, column: str) -> tuple[list[str], dict] 
 
 
 def check_tar(path: Path) -> None:
-    """Readers of tars take one that was cut off, damaged or glued together for a shorter one, without a word."""
+    """Tar readers silently take a cut, damaged or joined file for a shorter one."""
     try:
         with tarfile.open(path, "r:") as tar, open(path, "rb") as file:
             for _ in tar:  # headers only
@@ -536,7 +570,7 @@ def check_tar(path: Path) -> None:
     except tarfile.TarError:
         whole = False
     if not whole:
-        raise DataError(f"{path} has no proper end: it was cut off or damaged, or several tars were joined")
+        raise UserError(f"{path} has no proper end: it was cut off or damaged, or several tars were joined")
 
 
 def load_folder(folder: Path, streaming: bool) -> datasets.DatasetDict:
@@ -544,13 +578,13 @@ def load_folder(folder: Path, streaming: bool) -> datasets.DatasetDict:
     tars; sub-folders train/ and test/ (or validation/, val/) are its splits."""
     files = [p for p in folder.rglob("*") if p.is_file()] if folder.is_dir() else [folder]
     if not files:
-        raise DataError(f"the folder {folder} is empty")
+        raise UserError(f"the folder {folder} is empty")
     endings = {p.suffix.lower() for p in files}
     kind = "parquet" if ".parquet" in endings else "webdataset" if ".tar" in endings else "imagefolder"
     if streaming and kind == "imagefolder":
-        raise DataError(f"--streaming: {folder} is a folder of pictures, which is read picture by picture anyway; "
+        raise UserError(f"--streaming: {folder} is a folder of pictures, which is read picture by picture anyway; "
                         "leave --streaming out (it is for hub data sets, parquet files and tars)")
-    if kind == "webdataset" and Pictures.is_main():
+    if kind == "webdataset" and is_main():
         tars = [p for p in files if p.suffix.lower() == ".tar"]
         for tar in tqdm(tars, desc="checking tars", leave=False, disable=None):
             check_tar(tar)
@@ -570,9 +604,9 @@ def head_of(rows: datasets.IterableDataset, count: int, name: str) -> datasets.D
     try:
         head = list(rows.take(count))
     except Exception as error:  # a shard that is none, or no network
-        raise DataError(f"--streaming: {name} cannot be read: {type(error).__name__}: {error}") from None
+        raise UserError(f"--streaming: {name} cannot be read: {type(error).__name__}: {error}") from None
     if not head:
-        raise DataError(f"--streaming: {name} holds nothing")
+        raise UserError(f"--streaming: {name} holds nothing")
     return datasets.Dataset.from_list(head, features=rows.features)
 
 
@@ -580,17 +614,16 @@ def load_source(name: str, config: str | None, streaming: bool) -> datasets.Data
     path = Path(name).expanduser()
     local = path.exists()
     if not local and (name.startswith((".", "/", "~")) or not re.fullmatch(r"[\w.-]+/[\w.-]+", name)):
-        raise DataError(f"--data {name}: no such file or folder (built in: shapes; hub ids look like owner/name)")
+        raise UserError(f"--data {name}: no such file or folder (built in: shapes; hub ids look like owner/name)")
     try:
         if local:
             return load_folder(path, streaming)
         return datasets.load_dataset(name, config, streaming=streaming)
-    except DataError:
+    except UserError:
         raise
     except Exception as error:  # `datasets` raises dozens of kinds; all mean that there is no data
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         hint = "" if local else "; offline, download it elsewhere and give the folder of its parquet files"
-        raise DataError(f"--data {name} cannot be loaded: {reason}{hint}") from None
+        raise UserError(f"--data {name} cannot be loaded: {first_line(error)}{hint}") from None
 
 
 def open_data(name: str, resolution: int, config: str | None = None, split: str | None = None,
@@ -598,10 +631,10 @@ def open_data(name: str, resolution: int, config: str | None = None, split: str 
               seed: int = 0, crop: float = 0.4, flip: bool = False, need_text: bool = True,
               streaming: bool = False, look: int = 1000) -> Data:
     """Opens a data set by name (`shapes`, a folder or file, a hub id), both splits; of each, the first `look` pictures
-    are tried. Errors are DataErrors of one sentence."""
+    are tried. Errors are UserErrors of one sentence."""
     stream, held_out = None, set()
     if name == "shapes" and streaming:
-        raise DataError("--streaming: shapes are drawn as they are needed; leave it out")
+        raise UserError("--streaming: shapes are drawn as they are needed; leave it out")
     if name == "shapes":
         parts = {"train": shapes_dataset("train", 1_000_000, resolution),
                  "test": shapes_dataset("test", 2000, resolution)}
@@ -610,22 +643,22 @@ def open_data(name: str, resolution: int, config: str | None = None, split: str 
         source = load_source(name, config, streaming)
         train_name = split or ("train" if "train" in source else next(iter(source)))
         if train_name not in source:
-            raise DataError(f"--split {split}: {name} has the splits {', '.join(source)}")
+            raise UserError(f"--split {split}: {name} has the splits {', '.join(source)}")
         names = source[train_name].column_names
         columns = [find_column(names, asked, usual, what) for asked, usual, what in
                    ((image_col, IMAGE_COLUMNS, "image"), (text_col, TEXT_COLUMNS, "text"),
                     (label_col, LABEL_COLUMNS, "label"))]
         if columns[0] is None:
-            raise DataError(f"{name} has no picture column; name it with --image-col (columns: {', '.join(names)})")
+            raise UserError(f"{name} has no picture column; name it with --image-col (columns: {', '.join(names)})")
         if need_text and columns[1] is None and columns[2] is None:
-            raise DataError(f"{name} has neither captions nor labels: add metadata.jsonl with file_name and text, "
+            raise UserError(f"{name} has neither captions nor labels: add metadata.jsonl with file_name and text, "
                             "or sort the pictures into class folders, or name a column with --text-col or "
                             f"--label-col (columns: {', '.join(names)})")
         try:
             # decode_image does it, and can name what is broken
             source = source.cast_column(columns[0], datasets.Image(decode=False))
         except Exception:  # an Arrow type that no picture is stored in
-            raise DataError(f"the column {columns[0]!r} of {name} holds no pictures; "
+            raise UserError(f"the column {columns[0]!r} of {name} holds no pictures; "
                             "name theirs with --image-col") from None
         train = source[train_name]
         test_name = next((n for n in ("test", "validation", "val") if n in source and n != train_name), None)
@@ -635,7 +668,7 @@ def open_data(name: str, resolution: int, config: str | None = None, split: str 
         if test_name:
             test = source[test_name]
         elif len(train) < 2:
-            raise DataError(f"{name} has {len(train)} picture(s); training and testing need at least 2")
+            raise UserError(f"{name} has {len(train)} picture(s); training and testing need at least 2")
         else:
             order = np.random.default_rng(0).permutation(len(train))  # the same part is held out in every run
             held = max(1, min(2000, int(HELD_OUT * len(train))))
@@ -645,7 +678,7 @@ def open_data(name: str, resolution: int, config: str | None = None, split: str 
         if columns[2] is not None:
             classes = find_classes(train, columns[2])
             if classes is None and (columns[1] is None or label_col):
-                raise DataError(f"the label column {columns[2]!r} holds neither names nor whole numbers; "
+                raise UserError(f"the label column {columns[2]!r} holds neither names nor whole numbers; "
                                 "name another with --label-col")
             if classes is None:
                 print(f"data: the column {columns[2]!r} holds neither names nor whole numbers "
@@ -655,19 +688,19 @@ def open_data(name: str, resolution: int, config: str | None = None, split: str 
             feature = train.features[columns[1]]
             feature = getattr(feature, "feature", feature)  # a list's elements
             if not (isinstance(feature, datasets.Value) and feature.dtype.endswith("string")):
-                raise DataError(f"the caption column {columns[1]!r} holds no text; name another with --text-col")
+                raise UserError(f"the caption column {columns[1]!r} holds no text; name another with --text-col")
     class_names, class_index = classes or (None, None)
     pictures = {part: Pictures(rows, resolution, *columns, class_names, class_index, seed, crop, flip)
                 for part, rows in parts.items()}
     checked = sum(part.check(look) for part in pictures.values())
     broken = [name for part in pictures.values() for name in part.broken.values()]
     if len(broken) > 0.01 * checked:
-        raise DataError(f"{len(broken)} of the first {checked} pictures are broken, more than 1 %: "
+        raise UserError(f"{len(broken)} of the first {checked} pictures are broken, more than 1 %: "
                         f"{', '.join(broken[:5])}")
-    if broken and Pictures.is_main():
+    if broken and is_main():
         print(f"data: {len(broken)} of the first {checked} pictures are broken and left out")
     if need_text and not any(text.strip() for text in pictures["train"].sample_captions(1000)):
-        raise DataError(f"{name}: none of the first captions holds a word; name their column with --text-col")
+        raise UserError(f"{name}: none of the first captions holds a word; name their column with --text-col")
     if stream is not None:
         stream = Stream(stream, pictures["train"], held_out)
     return Data(pictures["train"], pictures["test"], class_names, stream)
@@ -734,12 +767,12 @@ class Tokenizer:
     @classmethod
     def named(cls, name: str, context_length: int) -> "Tokenizer":
         if name not in tiktoken.list_encoding_names():
-            raise DataError(f"--tokenizer {name}: tiktoken knows {', '.join(tiktoken.list_encoding_names())}; "
+            raise UserError(f"--tokenizer {name}: tiktoken knows {', '.join(tiktoken.list_encoding_names())}; "
                             "`bpe` trains one on the captions")
         try:
             return cls(tiktoken.get_encoding(name), context_length)
         except Exception as error:  # network errors of any kind
-            raise DataError(f"--tokenizer {name}: its file could not be fetched ({type(error).__name__}); put it "
+            raise UserError(f"--tokenizer {name}: its file could not be fetched ({type(error).__name__}); put it "
                             "into the folder that TIKTOKEN_CACHE_DIR names, or use --tokenizer bpe, which needs "
                             "no download") from None
 
@@ -791,7 +824,7 @@ class TrainingOrder(torch.utils.data.Sampler):
 
     def __init__(self, length: int, batch_size: int, seed: int, start: int, stop: int, rank: int = 0, world: int = 1):
         if length < batch_size:
-            raise DataError(f"the batch of {batch_size} is larger than the data set of {length} training pictures; "
+            raise UserError(f"the batch of {batch_size} is larger than the data set of {length} training pictures; "
                             "lower --batch-size")
         self.length, self.batch_size, self.seed, self.start, self.stop, self.rank, self.world = (
             length, batch_size, seed, start, stop, rank, world)
@@ -813,7 +846,7 @@ class TrainingOrder(torch.utils.data.Sampler):
 
 
 class Collate:
-    """Examples -> the batch of the contract."""
+    """Examples -> the batch drawn at the top of this file."""
 
     def __init__(self, tokenizer: Tokenizer):
         self.tokenizer = tokenizer
@@ -874,7 +907,9 @@ def spread(numbers: list[int]) -> str:
 
 def check_data(opened: Data, resolution: int, context_length: int) -> None:
     """Opens every picture and reads every caption, and says what a training would meet; more than 1 % of broken
-    pictures is a DataError, as there."""
+    pictures is a UserError, as there."""
+    if opened.train.drawn:
+        raise UserError("--check opens files, and shapes are drawn: there is nothing to check")
     every = broken = 0
     for name, part in (("training", opened.train), ("test", opened.test)):
         sides, captions, labels = [], [], Counter()
@@ -891,7 +926,7 @@ def check_data(opened: Data, resolution: int, context_length: int) -> None:
         part.good = part.good[~np.isin(part.good, list(part.broken))]
         print(f"{name}: {len(sides):,} good pictures, {len(part.broken):,} broken")
         if not sides:
-            raise DataError(f"none of the {name} pictures can be read")
+            raise UserError(f"none of the {name} pictures can be read")
         small = sum(side < resolution for side in sides)
         print(f"  shorter side: {spread(sides)} px; {small:,} below {resolution}, which are enlarged")
         if part is opened.train:
@@ -908,12 +943,30 @@ def check_data(opened: Data, resolution: int, context_length: int) -> None:
             print(f"  {len(counts)} of {len(part.class_names)} classes: {most:,} of {common!r} to {least:,} of "
                   f"{rare!r}; {labels[-1]:,} pictures without a label")
     if broken > 0.01 * every:
-        raise DataError(f"{broken:,} of {every:,} pictures are broken, more than 1 %: training may refuse; they are "
+        raise UserError(f"{broken:,} of {every:,} pictures are broken, more than 1 %: training may refuse; they are "
                         "named above, move them away")
+
+
+def show(args: argparse.Namespace) -> None:
+    opened = open_data(args.check or args.data, args.resolution, look=0 if args.check else 1000)
+    if args.check:
+        check_data(opened, args.resolution, args.context_length)
+    start = time.time()
+    examples = [opened.train[(0, i)] for i in range(min(len(opened.train), 256))]
+    rate = len(examples) / (time.time() - start)
+    tokenizer = Tokenizer.train([e["caption"] for e in examples], context_length=32)
+    print(f"{args.check or args.data}: {len(opened.train)} training and {len(opened.test)} test pictures, "
+          f"{len(opened.class_names or [])} classes, {rate:.0f} pictures/s at {args.resolution} px in one process")
+    print(f"tokens of a caption: {tokenizer.encode(examples[0]['caption'])} = {examples[0]['caption']!r}")
+    grid = picture_grid([[to_image(e["image"])] for e in examples[:8]], [e["caption"] for e in examples[:8]])
+    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+    grid.save(args.out, format="png")
+    print(f"wrote {args.out}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
+        formatter_class=HelpWithDefaults,
         description="Shows what a data set looks like to the model: a grid of cropped pictures with captions.")
     parser.add_argument("--data", default="shapes", help="shapes, a folder or file, or a hub id")
     parser.add_argument("--check", metavar="DATA",
@@ -922,23 +975,10 @@ def main() -> None:
     parser.add_argument("--context-length", type=int, default=26, help="of --check: tokens a caption may have")
     parser.add_argument("--out", default="samples.png", help="where the grid goes")
     args = parser.parse_args()
-    try:
-        opened = open_data(args.check or args.data, args.resolution, look=0 if args.check else 1000)
-        if args.check and opened.train.drawn:
-            raise DataError("--check opens files, and shapes are drawn: there is nothing to check")
-        if args.check:
-            check_data(opened, args.resolution, args.context_length)
-    except DataError as error:
-        parser.exit(1, f"error: {error}\n")
-    start = time.time()
-    examples = [opened.train[(0, i)] for i in range(min(len(opened.train), 256))]
-    rate = len(examples) / (time.time() - start)
-    tokenizer = Tokenizer.train([e["caption"] for e in examples], context_length=32)
-    print(f"{args.check or args.data}: {len(opened.train)} training and {len(opened.test)} test pictures, "
-          f"{len(opened.class_names or [])} classes, {rate:.0f} pictures/s at {args.resolution} px in one process")
-    print(f"tokens of a caption: {tokenizer.encode(examples[0]['caption'])} = {examples[0]['caption']!r}")
-    picture_grid([[to_image(e["image"])] for e in examples[:8]], [e["caption"] for e in examples[:8]]).save(args.out)
-    print(f"wrote {args.out}")
+    with plain_errors():
+        if args.resolution < 1 or args.context_length < 4:
+            raise UserError("--resolution must be at least 1, --context-length at least 4")
+        show(args)
 
 
 if __name__ == "__main__":

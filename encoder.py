@@ -13,7 +13,7 @@ encoder to the letter: its weights load here with no renaming, and what is saved
     caption ids [B,T] -> embed, + learned positions, + class token last -> D blocks -> LayerNorm -> head -> [B,E]
 
 Letters: B batch, h w height and width of the latent map, P patch side, N image tokens, T text length, W width,
-         H heads, D depth, E shared embedding width.
+         H heads, D depth, E shared embedding width; F features and M samples in whitening.
 
 Run:    python encoder.py      # prints the size table with parameter counts, and a shape trace
 Source: paper sec 3.2; the details of the released checkpoints: class token, no norm before the blocks, no patch bias,
@@ -50,14 +50,6 @@ SIZES = {
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def rotate(x: Tensor, angles: Tensor) -> Tensor:
-    """Rotary positions (only generate.py's network has them): x [B,H,N,D], angles [N,D/2]; number i and number i + D/2
-    of a token are turned as a pair."""
-    first, second = x.chunk(2, dim=-1)                                              # (B, H, N, D/2) each
-    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
-
-
 class Attention(nn.Module):
     """Multi-head self-attention. in_proj and out_proj are named and laid out as in the released checkpoints."""
 
@@ -68,16 +60,15 @@ class Attention(nn.Module):
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
         self.out_proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, angles: Tensor | None = None,
-                cache: dict | None = None) -> Tensor:
-        """x [B,N,W]; mask [N,N] or [B,1,N,N], True where a row may look, or None where everyone sees everything; angles
-        [N,W/H/2] of rotary positions, or None; cache: keys and values of what came before, to which x's are added, so
-        that a text written word by word is read once (a column of the mask for each of them)."""
+    def forward(self, x: Tensor, mask: Tensor | None = None, turn=None, cache: dict | None = None) -> Tensor:
+        """x [B,N,W]; mask [N,N] or [B,1,N,N], True where a row may look, or None where everyone sees everything; turn:
+        what rotary positions do to queries and keys (generate.py); cache: keys and values of what came before, to which
+        x's are added, so that a text written word by word is read once (a column of the mask for each of them)."""
         B, N, W = x.shape
         qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)                   # (B, N, 3*W)
         q, k, v = qkv.view(B, N, 3, self.heads, W // self.heads).permute(2, 0, 3, 1, 4)  # (B, H, N, W/H) each
-        if angles is not None:
-            q, k = rotate(q, angles), rotate(k, angles)
+        if turn is not None:
+            q, k = turn(q), turn(k)
         if cache is not None:
             if cache:
                 k, v = torch.cat([cache["k"], k], dim=2), torch.cat([cache["v"], v], dim=2)
@@ -123,7 +114,7 @@ class Transformer(nn.Module):
 
     def __init__(self, width: int, depth: int, heads: int, text: bool = False):
         super().__init__()
-        self.recompute = False  # in the backward pass, in place of keeping what lies between the blocks' ends
+        self.recompute = False  # the insides of blocks in the backward pass, not store them
         self.resblocks = nn.ModuleList(Block(width, heads, "tanh" if text else "none") for _ in range(depth))
         into, hidden = (width**-0.5, (2 * width) ** -0.5) if text else (0.02 * 768 / width, 0.02 * 768 / width)
         out = (2 * width * depth) ** -0.5 if text else 0.0
@@ -137,7 +128,7 @@ class Transformer(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None = None, caches: list[dict] | None = None) -> Tensor:
         for block, cache in zip(self.resblocks, caches or [None] * len(self.resblocks)):
-            again = self.recompute and torch.is_grad_enabled()
+            again = self.recompute and cache is None and torch.is_grad_enabled()
             x = checkpoint(block, x, mask, use_reentrant=False) if again else block(x, mask, cache)
         return x
 
@@ -157,22 +148,22 @@ def sincos_positions(rows: int, columns: int, width: int) -> Tensor:
 
 
 def whitening(x: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """x [M,D] -> mean [D] and a matrix [D,width]: (x - mean) @ matrix has deviation 1 and, where width >= D allows it,
-    uncorrelated columns up to a rotation. Directions of less than 2 % of the mean variance are raised less.
+    """x [M,F] -> mean [F] and a matrix [F,width]: (x - mean) @ matrix has deviation 1 and uncorrelated columns, or
+    roughly so where width > F. Directions of less than 2 % of the mean variance are raised less.
 
     DIFFERS: OpenVision starts from noise. But edges, which tell shapes apart, have a thirtieth of the deviation of
-    brightness in the latents; and what either tower makes of different inputs is nine tenths the same, so that the
-    contrastive loss is blind to most words and features for hundreds of steps. White, all of them count at once."""
+    brightness in the latents; and either tower's outputs for different inputs are nine tenths alike, so that the
+    contrastive loss misses most words and features for hundreds of steps. Whitened, all count at once."""
     samples = x.cpu().double()  # which mps has not
-    mean = samples.mean(dim=0)                                                         # (D,)
-    variances, directions = torch.linalg.eigh((samples - mean).T.cov())                # (D,), (D, D)
+    mean = samples.mean(dim=0)                                                         # (F,)
+    variances, directions = torch.linalg.eigh((samples - mean).T.cov())                # (F,), (F, F)
     scale = (variances + 0.02 * variances.mean()).clamp(min=1e-6).rsqrt() * max(1, width / len(mean)) ** 0.5
     rotation = nn.init.orthogonal_(torch.empty(len(mean), width, dtype=torch.double))
     if width < len(mean):  # no room for all of them: those of most variance (pixels, 768 numbers a patch)
         largest = directions[:, -width:]
         left, _, right = torch.linalg.svd(largest @ largest.T @ rotation, full_matrices=False)
-        rotation = left @ right                                                        # (D, width)
-    return mean.to(x), (directions * scale @ directions.T @ rotation).to(x)  # symmetric: no matter which directions
+        rotation = left @ right                                                        # (F, width)
+    return mean.to(x), (directions * scale @ directions.T @ rotation).to(x)  # symmetric root: signs cancel
 
 
 class VisionTransformer(nn.Module):

@@ -48,12 +48,12 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from data import (COLORS, COMPANIONS, SIDES, Data, Tokenizer, all_wordings, centre_crop, class_prompts,
-                  decode_image, evaluation_loader, open_data, picture_grid, to_image, to_tensor)
+from data import (COLORS, COMPANIONS, SIDES, Data, Tokenizer, UserError, all_wordings, centre_crop, class_prompts,
+                  decode_image, evaluation_loader, open_data, picture_grid, plain_errors, to_image, to_tensor)
 from encoder import find_encoder, load_encoder
 from losses import LPIPS
-from train import (Config, OpenVision3, UserError, check_config, choose_device, load_run, parse_config, plain_errors,
-                   read_checkpoint, write_atomically)
+from train import (Config, OpenVision3, check_config, choose_device, load_run, parse_config, read_checkpoint,
+                   write_atomically)
 from train import train as run_training
 from vae import AutoencoderKL, Pixels, find_vae, load_vae, psnr
 
@@ -362,8 +362,7 @@ def reconstruct_and_caption(model: OpenVision3 | EncoderAlone, pictures, tokeniz
         else:
             ceiling, ours, tokens = model.reconstruct(images)
             pairs = {"": ours, "_vae": ceiling}
-            ids = model.caption_decoder.generate(tokens, tokenizer.bos, tokenizer.eos, tokenizer.context_length)
-            texts = [tokenizer.decode(row) for row in ids.tolist()]
+            texts = model.write_captions(tokens, tokenizer)
             valid = [all_wordings(json.loads(scene)) if scene else captions
                      for captions, scene in zip(batch["all_captions"], batch["scenes"])]
             rows["caption_exact"].append(torch.tensor([float(t in v) for t, v in zip(texts, valid)]))
@@ -445,15 +444,19 @@ def evaluate(model: OpenVision3 | EncoderAlone, tokenizer, data: Data, n_train: 
     else:
         pairs = {captions[0]: i for i, captions in reversed(list(enumerate(test["captions"]))) if captions[0]}
         chosen = sorted(pairs.values())[:RETRIEVAL_PAIRS]  # the first pictures whose captions all differ
-        texts = encode_texts(model, tokenizer, [test["captions"][i][0] for i in chosen], batch_size)
-        metrics |= retrieval(test["pooled"][chosen], texts)
+        if chosen:
+            texts = encode_texts(model, tokenizer, [test["captions"][i][0] for i in chosen], batch_size)
+            metrics |= retrieval(test["pooled"][chosen], texts)
         print(f"retrieval is among {len(chosen)} held-out pairs with distinct captions")
         if perceptual is None:
             print("lpips: null, without its weights; give --lpips-vgg and --lpips-lin, each a FILE or fetch")
     if isinstance(model.vae, Pixels):
         print("*_vae: null, there is no VAE")
     n_reconstruct = min(n_reconstruct, len(data.test))
-    if inception is None:
+    if inception is not None and n_reconstruct < 2:
+        print("rfid: null, a single picture has no distribution")
+        inception = None
+    elif inception is None:
         print("rfid: null, without Inception's weights; give --inception FILE")
     elif n_reconstruct < 10_000:
         print(f"rfid: over {n_reconstruct:,} pictures only; it is biased upwards, and below 10,000 compares with no "
@@ -482,8 +485,7 @@ def show_image(model: OpenVision3, tokenizer, path: Path, class_names: list[str]
         raise UserError(f"--image {path} is no picture that can be read: {error}") from None
     images = to_tensor(image)[None].to(next(model.parameters()).device)
     ceiling, ours, tokens = model.reconstruct(images)
-    caption = tokenizer.decode(
-        model.caption_decoder.generate(tokens, tokenizer.bos, tokenizer.eos, tokenizer.context_length)[0].tolist())
+    caption, = model.write_captions(tokens, tokenizer)
     print(f"caption: {caption}")
     if class_names:
         pooled, _ = model.encoder(model.vae.encode(images))
@@ -660,10 +662,10 @@ def reproduce_table(args: argparse.Namespace) -> None:
         for value in values:
             folder = train_row(f"{name}-{value}", 0, {name: value})
             points.append((value, measure_folder(folder)))
-        sweeps[name] = sorted(points, key=lambda point: str(point[0]))
+        sweeps[name] = sorted(points, key=lambda point: point[0] if isinstance(point[0], float) else str(point[0]))
     rows = {name: summary(seeds) for name, seeds in results.items() if seeds}
     environment = {"torch": torch.__version__, "python": platform.python_version(), "machine": platform.machine(),
-                   "cores": os.cpu_count(), "evaluated on": str(device), "trained on": joint.device}
+                   "cores": os.cpu_count(), "evaluated on": str(device), "trained on": str(choose_device(joint.device))}
     save_json({"arguments": {key: getattr(args, key) for key in ("seeds", "flags", "sweep", *ASKED)},
                "config": dataclasses.asdict(joint), "environment": environment, "rows": rows, "sweeps": sweeps},
               out / "results.json")

@@ -41,12 +41,12 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from data import (COLORS, COMPANIONS, RADIUS, SHAPES, SIDES, Data, Tokenizer, centre_crop, decode_image,
-                  evaluation_loader, open_data, to_tensor)
+from data import (COLORS, COMPANIONS, RADIUS, SHAPES, SIDES, Data, HelpWithDefaults, Tokenizer, UserError, centre_crop,
+                  decode_image, evaluation_loader, first_line, open_data, plain_errors, to_tensor)
 from encoder import Transformer
-from eval_probe import open_run_data, save_json
+from eval_probe import open_run_data, print_table, save_json
 from generate import Space, save_sheet
-from train import OpenVision3, UserError, choose_device, load_run, plain_errors, write_atomically
+from train import OpenVision3, choose_device, load_run, write_atomically
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Questions with true answers
@@ -82,7 +82,7 @@ def presence(kind: str, name: str, here: bool) -> Question:
 def scene_choices(scene: dict, rng: random.Random) -> list[Question]:
     """Questions of SEED-Bench's kind about a drawn scene. No two objects of a scene have the same shape. Most scenes
     have one object, so that only a third of these is asked for the number; companions are always small, so that sizes
-    are asked of single objects. "four" and "tiny" are offered and never true: who knows that guesses one in three."""
+    are asked of single objects. "four" and "tiny" are offered and never true: knowing it, one guesses 1 in 3."""
     objects, questions = scene["objects"], []
     colors = Counter(item["color"] for item in objects)
     for item in objects:
@@ -124,7 +124,7 @@ class Census:
         """Something that is not in picture i, as POPE chooses it: anything; one of the more frequent half; or what is
         easily taken for `here`, which is there. POPE's adversary is what often occurs together with it; in drawn scenes
         nothing does, so that it is the same shape in another color, or another shape in that color; None for class
-        names. Like is exchanged for like, a companion for a companion: there are more of them, which would tell."""
+        names. Companions replace companions only; unequal frequencies would give the answer away."""
         candidates = self.common
         if self.scenes[i]:
             color, shape = here.split()
@@ -159,9 +159,9 @@ class Census:
 # ---------------------------------------------------------------------------------------------------------------------
 
 SMALL = (192, 4, 6)  # width, depth, heads of the language model from scratch
-QUESTIONS = 4  # to each picture of a step, which is read once for all of them
+AT_ONCE = 4  # questions to each picture of a step, which is read once for all of them
 PADDING, SILENT = -1, -100  # in ids: nothing stands here; in targets: nothing is asked here
-# DIFFERS: this share of the pictures in the instruction step is noise, so that the model knows the control without one
+# DIFFERS: this share of the pictures in the instruction step is noise, so that the blind control is familiar
 BLIND = 0.1
 LONGEST = 256  # ids of an answer or a caption; what is longer is cut
 
@@ -185,7 +185,7 @@ class LanguageModel(nn.Module):
 
     def __init__(self, vocab_size: int, length: int, width: int, depth: int, heads: int):
         super().__init__()
-        self.width = width
+        self.width, self.room = width, length
         self.embedding = nn.Embedding(vocab_size, width)
         self.positions = nn.Parameter(torch.randn(length, width) * 0.01)
         self.transformer = Transformer(width, depth, heads, text=True)
@@ -239,11 +239,11 @@ class HuggingFaceLM(nn.Module):
                 name, trust_remote_code=False, use_safetensors=True, dtype=torch.float32)
             self.tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         except Exception as error:  # dozens of kinds; all mean that there is no such model
-            reason = (str(error).splitlines() or [""])[0]
-            raise UserError(f"--lm {name} could not be loaded ({type(error).__name__}: {reason}); offline, give the "
-                            "folder of a downloaded model with safetensors") from None
+            raise UserError(f"--lm {name} could not be loaded ({type(error).__name__}: {first_line(error)}); offline, "
+                            "give the folder of a downloaded model with safetensors") from None
         self.cache_kind = transformers.DynamicCache
         self.width = self.model.get_input_embeddings().embedding_dim
+        self.room = getattr(self.model.config, "max_position_embeddings", None) or sys.maxsize
         self.eos = self.tokenizer.eos_token_id
         if self.eos is None:
             raise UserError(f"--lm {name}: its tokenizer has no end-of-text token, which ends the answers")
@@ -348,8 +348,10 @@ class VisionLanguageModel(nn.Module):
 
     @torch.no_grad()
     def generate(self, tokens: Tensor, prompts: list[list[int]], longest: int) -> list[list[int]]:
-        """Greedy answers of at most `longest` ids, up to and without the end."""
+        """Greedy answers of at most `longest` ids, fewer where the language model has no room for them, up to and
+        without the end."""
         x, seen = self.embed(tokens, pack(prompts).to(tokens.device), align=True)
+        longest = min(longest, max(1, self.language.room - x.shape[1] + 1))  # the last one written is not read again
         cache, written = self.language.new_cache(), []
         ended = torch.zeros(len(prompts), dtype=torch.bool, device=tokens.device)
         while len(written) < longest and not ended.all():
@@ -554,7 +556,9 @@ def pope_metrics(model: VisionLanguageModel, album: Album, asked: list[Asked]) -
     kinds = [kind for kind in NEGATIVES if any(q.kind.endswith(kind) for _, q in asked)]
     among = [torch.tensor([q.kind.endswith(kind) for _, q in asked]) for kind in kinds]
     result, several = {}, len({reference for reference, _ in asked}) > 1
-    for picture, title in (("true", "pope_"), ("noise", "pope_blind_"), ("another", "pope_another_"))[: 2 + several]:
+    for picture, title in (("true", "pope_"), ("noise", "pope_blind_"), ("another", "pope_another_")):
+        if picture == "another" and not several:
+            continue
         said = ask(model, album, asked, picture) == 0
         every = [presence_metrics(said[these], true[these]) for these in among]
         result |= {title + name: sum(row[name] for row in every) / len(every) for name in every[0]}
@@ -624,8 +628,8 @@ class Lessons:
         self.weights = list(accumulate(len(census.choices(i, rng)) for i in census.askable))
 
     def question(self, i: int, rng: random.Random) -> Question:
-        """About picture i: as often whether something is there as anything else. What is popular is asked only in the
-        end, because one could learn to say no to it."""
+        """About picture i: as often whether something is there as anything else. Popular negatives stay in the exam:
+        learning from them would teach to say no to them."""
         here = self.census.presences(i, (rng.choice(("random", "adversarial")),), rng)
         here = here or self.census.presences(i, ("random",), rng)
         return rng.choice(rng.choice([questions for questions in (here, self.census.choices(i, rng)) if questions]))
@@ -647,20 +651,20 @@ class Lessons:
                 [self.ending(rng.choice(self.captions[i])) for i in chosen])
 
     def instruction(self, rng: random.Random) -> tuple:
-        """Pictures, a few of them noise, questions, answers: QUESTIONS to a picture of a data set, one to one of a
+        """Pictures, a few of them noise, questions, answers: AT_ONCE to a picture of a data set, one to one of a
         file."""
         if self.instruct:
             pictures, turns = zip(*((path, turn) for path, *turn in self.pick(self.instruct, rng)))
         else:
             pictures = rng.choices(self.census.askable, cum_weights=self.weights, k=self.batch_size)
-            asked = [self.question(i, rng) for i in pictures for _ in range(QUESTIONS)]
+            asked = [self.question(i, rng) for i in pictures for _ in range(AT_ONCE)]
             turns = [(q.text, q.answer) for q in asked]
         tokens = self.album.tokens(list(pictures))                                         # (B, N, C)
         blind = torch.tensor([rng.random() < BLIND for _ in pictures], device=tokens.device)  # (B,)
         generator = torch.Generator().manual_seed(rng.getrandbits(32))
         noise = torch.randn(tokens.shape, generator=generator).to(tokens)                  # (B, N, C)
         return (torch.where(blind[:, None, None], noise, tokens),
-                [self.model.words.encode(question_prompt(text)) for text, _ in turns],
+                [self.model.words.encode(question_prompt(text))[-2 * LONGEST :] for text, _ in turns],
                 [self.ending(text) for _, text in turns])
 
 
@@ -677,7 +681,7 @@ def make_model(lm: str | None, texts: list[str], N: int, C: int, seed: int) -> V
         language = words = HuggingFaceLM(lm)
         return VisionLanguageModel(language, words, C)
     words = Words(Tokenizer.train(texts, 4096, vocab_size=1024))
-    longest = min(2 * LONGEST, max(len(words.encode(text)) for text in texts))
+    longest = min(2 * LONGEST, max(len(words.encode(text)) for text in texts))  # a question and its answer
     language = LanguageModel(words.tokenizer.vocab_size, 1 + N + 2 * longest, *SMALL)
     return VisionLanguageModel(language, words, C)
 
@@ -741,14 +745,14 @@ def run(args: argparse.Namespace) -> None:
     census = Census(known["scenes"], known["labels"], data.class_names)
     exam = Census(asked_of["scenes"], asked_of["labels"], data.class_names, census.common)
     if not (instruct or census.askable):
-        raise UserError("questions need labels of at least two classes, and these pictures have one")
+        raise UserError("questions need labels of at least two classes, and these pictures have fewer")
     rng = random.Random("exam")  # the same questions for all seeds and encoders
     choices = [(i, q) for i in exam.askable for q in exam.choices(i, rng)]
     presences = [(i, q) for i in exam.askable for q in exam.presences(i, NEGATIVES, rng)]
 
     # 3. Language model and projector; the two steps
     texts = [caption for captions in known["captions"] for caption in captions]
-    texts += [text for turns in (align, instruct) for _, *both in turns or () for text in both]
+    texts += [f"{question_prompt(asked)} {told}" for turns in (align, instruct) for _, asked, told in turns or ()]
     examples = [q for i in census.askable[:2000]
                 for q in census.choices(i, rng) + census.presences(i, NEGATIVES, rng)]
     texts += [f"{question_prompt(q.text)} {word}" for q in examples for word in (q.answer, *q.options)]
@@ -781,9 +785,7 @@ def run(args: argparse.Namespace) -> None:
     if seed_bench:
         result |= {f"file_{key}": value for key, value in choice_metrics(answerer, held_out, seed_bench).items()}
     save_json(result, out / f"{name}.json")
-    print(f"\n| {args.ckpt}{baseline} | |\n|---|---|")
-    for key, value in result.items():
-        print(f"| {key} | {f'{value:.3f}' if isinstance(value, float) else 'null' if value is None else value} |")
+    print_table(args.ckpt + baseline, result)
     if choices:
         save_answers(answerer, held_out, data, choices, out / f"{name}.png")
     print(f"wrote {out / name}.json; ask it yourself: python eval_vlm.py --ckpt {args.ckpt}{baseline} "
@@ -801,7 +803,7 @@ def save_answers(model: VisionLanguageModel, album: Album, data: Data, choices: 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpWithDefaults,
         description="Puts the frozen encoder of a run under a language model, teaches it to answer questions about "
                     "pictures, and counts the right answers, with and without the picture.")
     parser.add_argument("--ckpt", required=True, help="run folder of train.py; everything is written into it")
@@ -816,9 +818,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, nargs=2, default=[1500, 1500], metavar=("ALIGNMENT", "INSTRUCTION"),
                         help="optimizer steps")
     parser.add_argument("--batch-size", type=int, default=16,
-                        help=f"pictures per step, with a caption or {QUESTIONS} questions each")
-    parser.add_argument("--lr", type=float, help="peak learning rate of the language model; %(default)s: 1e-3, with "
-                                                 "--lm LLaVA-1.5's 2e-5")
+                        help=f"pictures per step, with a caption or {AT_ONCE} questions each")
+    parser.add_argument("--lr", type=float, help="peak learning rate of the language model (default: 1e-3, with --lm "
+                                                 "LLaVA-1.5's 2e-5)")
     parser.add_argument("--pool", type=int, default=12_000, help="training pictures, encoded once")
     parser.add_argument("--n-pictures", type=int, default=500, help="held-out pictures to ask about")
     parser.add_argument("--pope", nargs="+", default=[], metavar="FILE", help="POPE's own files, with --images")

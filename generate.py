@@ -24,11 +24,11 @@ import argparse
 import copy
 import json
 import math
-import os
 import sys
 import threading
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -42,16 +42,15 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from data import (Collate, Data, Tokenizer, TrainingOrder, evaluation_loader, open_data, outlive_sigterm, picture_grid,
-                  to_image)
+from data import (Collate, Data, HelpWithDefaults, Tokenizer, TrainingOrder, UserError, evaluation_loader, is_main,
+                  open_data, outlive_sigterm, picture_grid, plain_errors, to_image)
 from encoder import Attention, sincos_positions
-from eval_probe import Inception, frechet_distance, save_json
-from train import (OpenVision3, UserError, choose_device, end_group, keep_log_until, load_run, plain_errors,
-                   stop_signal, write_atomically)
+from eval_probe import Inception, frechet_distance, print_table, save_json
+from train import (OpenVision3, Place, end_group, find_place, keep_log_until, load_run, stop_signal, write_atomically)
 
 # Width, depth, heads of the base and of the head, and the settings that go with them: RAE's S and XL to the number.
-# DIFFERS: laptop is ours, with a larger rate, a shorter average, and times shifted by 3, where the formula says 1: a
-# token of 192 numbers stands for 64, so that it shines through noise; what is to be learned lies close to pure noise.
+# DIFFERS: laptop is ours, with a larger rate, a shorter average, and times shifted by 3, where the formula says 1:
+# 192 numbers carry 64, so that tokens stay visible until nearly pure noise, where the learning is.
 SIZES = {"laptop": dict(base=(192, 4, 3), head=(256, 1, 4), lr=2e-3, ema=0.99, batch_size=64, shift=3.0),
          "S": dict(base=(384, 12, 6), head=(2048, 2, 16), lr=2e-4, ema=0.9995, batch_size=1024, shift=None),
          "XL": dict(base=(1152, 28, 16), head=(2048, 2, 16), lr=2e-4, ema=0.9995, batch_size=1024, shift=None)}
@@ -61,8 +60,15 @@ SIZES = {"laptop": dict(base=(192, 4, 3), head=(256, 1, 4), lr=2e-3, ema=0.99, b
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def rotate(x: Tensor, angles: Tensor) -> Tensor:
+    """Rotary positions: x [B,H,N,2P], angles [N,P]; numbers i and i + P of a token are turned as a pair."""
+    first, second = x.chunk(2, dim=-1)                                                     # (B, H, N, P) each
+    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+
 def rotary_angles(side: int, head_width: int) -> Tensor:
-    """[N,head_width/2]: half of the pairs turn with the row, half with the column, at frequencies 10000^-(k/K)."""
+    """[N,head_width/2]: half of the pairs turn with the row, half with the column, 10000^-(k/n) each."""
     frequencies = 10000.0 ** -(torch.arange(head_width // 4).float() / (head_width // 4))  # (head_width/4,)
     row, column = torch.meshgrid(torch.arange(side).float(), torch.arange(side).float(), indexing="ij")
     return torch.cat([row.reshape(-1, 1) * frequencies, column.reshape(-1, 1) * frequencies], dim=1)
@@ -92,7 +98,7 @@ class ConditionedBlock(nn.Module):
     def forward(self, x: Tensor, condition: Tensor, angles: Tensor) -> Tensor:
         """x [B,N,W]; condition [B,1,W], or [B,N,W] where each token has its own."""
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = self.modulation(F.silu(condition)).chunk(6, dim=-1)
-        x = x + gate_1 * self.attention(self.norm_1(x) * (1 + scale_1) + shift_1, angles=angles)
+        x = x + gate_1 * self.attention(self.norm_1(x) * (1 + scale_1) + shift_1, turn=partial(rotate, angles=angles))
         return x + gate_2 * self.mlp(self.norm_2(x) * (1 + scale_2) + shift_2)
 
 
@@ -370,7 +376,7 @@ def nearest(samples: Tensor, known: Tensor) -> Tensor:
 def measure(images: Tensor, labels: Tensor, real: dict, held_out: dict, space: Space, judge: Classifier | None,
             inception: nn.Module | None) -> dict:
     """Of samples uint8 [M,3,R,R]: Frechet distance to held-out pictures, precision, recall, class accuracy; for scale
-    the same distance of as many training pictures as there are samples (fd_real: what a perfect generator would have),
+    the same distance of as many training pictures, or of all in --pool (fd_real: what a perfect generator would have),
     and of those training pictures after going through the tokens and back (fd_reconstruction)."""
     result = dict.fromkeys(("fd", "fd_features", "class_accuracy", "classifier_accuracy", "precision", "recall",
                             "fd_real", "fd_reconstruction")) | {"n_real": len(held_out["images"])}
@@ -448,9 +454,7 @@ class Lesson:
     out: Path                  # the run's folder
     tag: str                   # of file names: "" or "_latents"
     checkpoint: Path
-    device: torch.device
-    rank: int
-    world: int
+    place: Place
     space: Space
     data: Data
     tokenizer: Tokenizer
@@ -469,7 +473,7 @@ def find_resumed(checkpoint: Path, args: argparse.Namespace) -> dict | None:
                             "finished); remove it to start anew")
         return None
     if not checkpoint.exists():
-        if os.environ.get("RANK", "0") == "0":
+        if is_main():
             print(f"there is no {checkpoint} yet: it starts from step 0")
         return None
     state = load_generator(checkpoint)[0]
@@ -483,15 +487,8 @@ def find_resumed(checkpoint: Path, args: argparse.Namespace) -> dict | None:
 def open_lesson(args: argparse.Namespace) -> Lesson:
     """Joins the other processes, settles what the flags left open, loads the run and the checkpoint to go on from,
     encodes the pictures once, fits the statistics and the judge."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = choose_device(args.device)
-    if args.batch_size % world:
-        raise UserError(f"--batch-size {args.batch_size} must be a multiple of the {world} processes")
-    if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    args.dtype = ("bfloat16" if device.type == "cuda" else "float32") if args.dtype == "auto" else args.dtype
+    place = find_place(args.device, args.dtype, args.batch_size)
+    device, main = place.device, place.main
     model, tokenizer, _ = load_run(args.ckpt, device)
     out, tag, config = Path(args.ckpt), "" if args.space == "tokens" else "_latents", model.config
     own = args.data in (None, config.data)
@@ -512,45 +509,47 @@ def open_lesson(args: argparse.Namespace) -> Lesson:
         raise UserError(f"--size {args.size} has a head of width {SIZES[args.size]['head'][0]}; tokens of width "
                         f"{space.mean.shape[1]} need one at least as wide, or not even one picture can be learned")
     real = read_pictures(space, data.train, tokenizer, min(len(data.train), args.pool), "training pictures")
-    held_out = {} if rank else read_pictures(space, data.test, tokenizer, max(2000, args.n_samples),
-                                             "held-out pictures")
-    for part in (real, held_out) if rank == 0 else (real,):
+    held_out = (read_pictures(space, data.test, tokenizer, max(2000, args.n_samples), "held-out pictures") if main
+                else {})
+    for part in (real, held_out) if main else (real,):
         part["labels"] = torch.where(part["labels"] < 0, K, part["labels"])
     space.measure(real["tokens"])  # DIFFERS: RAE's statistics are over all training pictures
     if resumed:
-        if not torch.allclose(space.mean.cpu(), resumed["space"]["mean"], rtol=1e-2, atol=1e-2):
+        mean = resumed["space"]["mean"]
+        if mean.shape != space.mean.shape or not torch.allclose(space.mean.cpu(), mean, rtol=1e-2, atol=1e-2):
             raise UserError(f"{checkpoint} was trained on other tokens than {args.ckpt} gives now: remove it to start "
                             "anew")
         space.load_state_dict(resumed["space"])
     enough = K > 1 and (real["labels"] < K).sum() >= 64
-    judge = train_classifier(real, K, device) if enough and rank == 0 else None
-    return Lesson(out, tag, checkpoint, device, rank, world, space, data, tokenizer, real, held_out,
-                  data.class_names or [], judge, resumed)
+    judge = train_classifier(real, K, device) if enough and main else None
+    return Lesson(out, tag, checkpoint, place, space, data, tokenizer, real, held_out, data.class_names or [], judge,
+                  resumed)
 
 
 def training_batches(args: argparse.Namespace, lesson: Lesson, start: int):
     """(tokens [B,N,C], labels [B]) of one process for each step from `start` on: picks from the pool, or --online."""
-    K, share = len(lesson.class_names), args.batch_size // lesson.world
+    K, share = len(lesson.class_names), args.batch_size // lesson.place.world
     if args.online:  # whole pictures, in train.py's order. DIFFERS: RAE mirrors half of them
-        order = TrainingOrder(len(lesson.data.train), args.batch_size, args.seed, start, args.steps, lesson.rank,
-                              lesson.world)
+        order = TrainingOrder(len(lesson.data.train), args.batch_size, args.seed, start, args.steps, lesson.place.rank,
+                              lesson.place.world)
         for batch in DataLoader(lesson.data.train, batch_sampler=([i for _, i in batch] for batch in order),
                                 num_workers=args.workers, collate_fn=Collate(lesson.tokenizer),
                                 worker_init_fn=outlive_sigterm):
             labels = torch.where(batch["label"] < 0, K, batch["label"])
-            yield lesson.space.read(batch["image"].to(lesson.device)), labels
+            yield lesson.space.read(batch["image"].to(lesson.place.device)), labels
     else:
         for step in range(start, args.steps):
             picks = torch.Generator().manual_seed((args.seed + 1) * 10_000_019 + step)  # the same for all processes
             chosen = torch.randint(len(lesson.real["tokens"]), (args.batch_size,), generator=picks)
-            chosen = chosen[lesson.rank * share : (lesson.rank + 1) * share]
-            yield lesson.real["tokens"][chosen].float().to(lesson.device), lesson.real["labels"][chosen]
+            chosen = chosen[lesson.place.rank * share : (lesson.place.rank + 1) * share]
+            yield lesson.real["tokens"][chosen].float().to(lesson.place.device), lesson.real["labels"][chosen]
 
 
 def train_generator(args: argparse.Namespace, lesson: Lesson, bad: DiTDH | None,
                     stop: threading.Event) -> DiTDH | None:
     """Flow matching to the last step; returns the averaged network, or None where it was stopped before."""
-    device, main, space, K = lesson.device, lesson.rank == 0, lesson.space, len(lesson.class_names)
+    space, K = lesson.space, len(lesson.class_names)
+    rank, world, device, main = lesson.place.rank, lesson.place.world, lesson.place.device, lesson.place.main
     torch.manual_seed(args.seed)
     towers = {part: SIZES[args.size][part] for part in ("base", "head")}
     shape = dict(token_dim=space.mean.shape[1], side=space.side, classes=K, **towers)
@@ -565,7 +564,7 @@ def train_generator(args: argparse.Namespace, lesson: Lesson, bad: DiTDH | None,
         start, lesson.resumed = lesson.resumed["step"], None  # its memory is free again
     if args.compile or (args.compile is None and device.type == "cuda"):
         network.compile()
-    parallel = DistributedDataParallel(network) if lesson.world > 1 else network
+    parallel = DistributedDataParallel(network) if world > 1 else network
     log, (N, C) = lesson.out / f"generate{lesson.tag}.jsonl", space.mean.shape
     shown = wanted_labels(128, K, args.seed)
     if main:
@@ -573,20 +572,18 @@ def train_generator(args: argparse.Namespace, lesson: Lesson, bad: DiTDH | None,
         print(f"{args.data}: {len(lesson.real['tokens']):,} token maps of {N} x {C}, {K} classes; "
               f"{sum(p.numel() for p in network.parameters()) / 1e6:.1f} M parameters; time shift "
               f"{args.shift:.2f}; the loss starts at 2.0; {args.steps - start:,} steps of "
-              f"{args.batch_size} on {lesson.world} x {device} in {args.dtype}")
+              f"{args.batch_size} on {world} x {device} in {lesson.place.dtype}")
     progress = tqdm(total=args.steps, initial=start, desc="generate", disable=None if main else True, mininterval=1)
-    clock, logged, losses = time.time(), start, []
+    clock, logged, losses, votes = time.time(), start, [], 0.0
     for step, (tokens, labels) in enumerate(training_batches(args, lesson, start), start):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args)
-        torch.manual_seed((args.seed * args.steps + step) * lesson.world + lesson.rank)  # times and noise
-        with torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
+        torch.manual_seed((args.seed * args.steps + step) * world + rank)  # times and noise
+        with lesson.place.autocast():
             loss = flow_loss(parallel, space.standardise(tokens), labels.to(device), K, args.shift)
         optimizer.zero_grad()
         loss.backward()
         norm = nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-        if not torch.isfinite(loss + norm):
-            raise UserError(f"step {step + 1}: not finite any more; start again with a lower --lr")
         optimizer.step()
         done = step + 1
         decay = min(args.ema, (1 + done) / (10 + done))  # so that a short run does not average its first weights
@@ -594,30 +591,36 @@ def train_generator(args: argparse.Namespace, lesson: Lesson, bad: DiTDH | None,
             slow.lerp_(fast.detach(), 1 - decay)
         losses.append(loss.detach())
         progress.update()
-        stopping = over_processes(torch.tensor(float(stop.is_set()), device=device), lesson.world) > 0
-        if done % args.log_every == 0 or done == args.steps:
-            value = over_processes(torch.stack(losses).mean(), lesson.world) / lesson.world
+        stopping = stop.is_set() if world == 1 else bool(votes)  # a step late, as in train.py
+        votes = over_processes(torch.tensor(float(stop.is_set()), device=device), world)
+        logging, sampling = (done % every == 0 or done == args.steps for every in (args.log_every, args.sample_every))
+        saving = done % args.save_every == 0 or done == args.steps or stopping
+        if (logging or sampling or saving) and not torch.isfinite(torch.stack(losses).sum() + norm):
+            raise UserError(f"step {done}: not finite any more; start again with a lower --lr")
+        if logging:
+            value = over_processes(torch.stack(losses).mean(), world) / world
             row = {"step": done, "loss": value.item(), "lr": learning_rate(step, args), "grad_norm": norm.item(),
                    "images_per_s": round(args.batch_size * (done - logged) / (time.time() - clock), 1)}
             if main:
                 tell(row, log, args.steps)
             logged, losses, clock = done, [], time.time()
         pause = time.time()
-        if main and (done % args.sample_every == 0 or done == args.steps):
+        if main and sampling:
             images = draw_samples(average, space, shown, args, bad)[0]
             save_sheet([images[:32]], class_titles(shown[:32], lesson),
                        lesson.out / f"samples{lesson.tag}_{done:06d}.png")
             if lesson.judge is not None:
                 right = (judged(lesson.judge, images)[1] == shown).float().mean().item()
                 tell({"step": done, "class_accuracy": right}, log, args.steps)
-        if main and (done % args.save_every == 0 or done == args.steps or stopping):
+        if main and saving:
             state = {"step": done, "settings": {key: getattr(args, key) for key in KEPT}, "shape": shape,
                      "network": network.state_dict(), "ema": average.state_dict(),
                      "optimizer": optimizer.state_dict(), "space": space.state_dict()}
             write_atomically(lesson.checkpoint, lambda path: torch.save(state, path))
         clock += time.time() - pause
         if stopping and done < args.steps:
-            tqdm.write(f"stopped after step {done} as asked; the same command with --resume goes on")
+            if main:
+                tqdm.write(f"stopped after step {done} as asked; the same command with --resume goes on")
             return None
     progress.close()
     return average
@@ -649,7 +652,7 @@ def sample_and_measure(args: argparse.Namespace, lesson: Lesson, average: DiTDH,
     images, tokens = draw_samples(average, space, labels, args, bad)
     result = measure(images, labels, lesson.real, lesson.held_out, space, lesson.judge, inception)
     save_sheet([images[:48]], titles, out / f"samples{tag}.png")
-    known = torch.cat([space.standardise(part.to(lesson.device).float()).half().cpu()
+    known = torch.cat([space.standardise(part.to(lesson.place.device).float()).half().cpu()
                        for part in lesson.real["tokens"].split(1000)])
     closest = nearest(tokens[:48].cpu(), known)
     save_sheet([images[:48], lesson.real["images"][closest]], titles, out / f"neighbours{tag}.png",
@@ -674,23 +677,21 @@ def generate(args: argparse.Namespace, stop: threading.Event) -> None:
     lesson = open_lesson(args)
     args.shift = SIZES[args.size]["shift"] or time_shift(lesson.space.mean.numel())
     if inception is not None:
-        inception.to(lesson.device)
+        inception.to(lesson.place.device)
     if bad is not None:
         check_bad(bad_state, len(lesson.class_names), lesson.space)
-        bad.to(lesson.device)
+        bad.to(lesson.place.device)
     average = train_generator(args, lesson, bad, stop)
-    if lesson.world > 1:
+    if lesson.place.world > 1:
         end_group()
-    if average is None or lesson.rank > 0:
+    if average is None or not lesson.place.main:
         return
     result = sample_and_measure(args, lesson, average, bad, inception)
-    if lesson.device.type == "cuda":
+    if lesson.place.device.type == "cuda":
         result["peak_memory_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
     result |= {"n_samples": args.n_samples, "seconds": round(time.time() - began, 1), "guidance": args.guidance,
                "points": args.points, "shift": args.shift, **{key: getattr(args, key) for key in KEPT}}
-    print(f"\n| {args.ckpt}, {args.space} | |\n|---|---|")
-    for key, value in result.items():
-        print(f"| {key} | {'null' if value is None else f'{value:.3f}' if isinstance(value, float) else value} |")
+    print_table(f"{args.ckpt}, {args.space}", result)
     save_json(result, lesson.out / f"generate{lesson.tag}.json")
 
 
@@ -721,7 +722,7 @@ def save_curve(log: Path, path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpWithDefaults,
         description="Trains a generator in the token space of a frozen run, samples from it, and measures the samples.")
     parser.add_argument("--ckpt", required=True, help="run folder of train.py; everything is written into it")
     parser.add_argument("--data", help="data set to learn to generate (default: the one of the run)")
@@ -730,9 +731,9 @@ def main() -> None:
     parser.add_argument("--size", default="laptop", choices=SIZES, help="row of generate.SIZES")
     parser.add_argument("--steps", type=int, default=1300, help="optimizer steps")
     parser.add_argument("--batch-size", type=int,
-                        help="token maps per step, over all processes (%(default)s: the size's own)")
-    parser.add_argument("--lr", type=float, help="peak learning rate (%(default)s: the size's own)")
-    parser.add_argument("--ema", type=float, help="decay of the averaged weights (%(default)s: the size's own)")
+                        help="token maps per step, over all processes (default: the size's own)")
+    parser.add_argument("--lr", type=float, help="peak learning rate (default: the size's own)")
+    parser.add_argument("--ema", type=float, help="decay of the averaged weights (default: the size's own)")
     parser.add_argument("--pool", type=int, default=12_000,
                         help="training pictures that are encoded once and kept: for the statistics, the judge, the "
                              "nearest neighbours, and to train on")

@@ -572,19 +572,19 @@ def test_class_folders_parquet_and_splits(tmp_path):
 
 
 def test_bad_folders(tmp_path):
-    with pytest.raises(data.DataError, match="no such file or folder"):
+    with pytest.raises(data.UserError, match="no such file or folder"):
         data.open_data(str(tmp_path / "missing"), 32)
-    with pytest.raises(data.DataError, match="no such file or folder"):
+    with pytest.raises(data.UserError, match="no such file or folder"):
         data.open_data("shpaes", 32)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(data.DataError, match="empty"):
+    with pytest.raises(data.UserError, match="empty"):
         data.open_data(str(tmp_path / "empty"), 32)
     (tmp_path / "bare").mkdir()
     for i in range(4):
         Image.new("RGB", (8, 8)).save(tmp_path / "bare" / f"{i}.png")
-    with pytest.raises(data.DataError, match="neither captions nor labels"):
+    with pytest.raises(data.UserError, match="neither captions nor labels"):
         data.open_data(str(tmp_path / "bare"), 32)
-    with pytest.raises(data.DataError, match="no text column 'words'"):
+    with pytest.raises(data.UserError, match="no text column 'words'"):
         data.open_data(str(tmp_path / "bare"), 32, text_col="words")
     for name in "ab":
         (tmp_path / "broken" / name).mkdir(parents=True)
@@ -592,7 +592,7 @@ def test_bad_folders(tmp_path):
             Image.new("RGB", (8, 8)).save(tmp_path / "broken" / name / f"{i}.png")
     (tmp_path / "broken" / "a" / "3.png").write_bytes(b"")
     (tmp_path / "broken" / "b" / "4.png").write_bytes(b"\x89PNG but not for long")
-    with pytest.raises(data.DataError, match="more than 1 %.*png"):
+    with pytest.raises(data.UserError, match="more than 1 %.*png"):
         data.open_data(str(tmp_path / "broken"), 32)
 
 
@@ -611,7 +611,7 @@ def test_tokenizer():
     assert batch.shape == (2, 26) and batch[1].tolist() == [tokenizer.bos, tokenizer.eos] + 24 * [tokenizer.pad]
     again = data.Tokenizer.from_state(json.loads(json.dumps(tokenizer.state())), 26)
     assert all(again.encode(t) == tokenizer.encode(t) for t in texts)
-    with pytest.raises(data.DataError, match="bpe"):
+    with pytest.raises(data.UserError, match="bpe"):
         data.Tokenizer.named("gpt3", 26)
 
 
@@ -627,7 +627,7 @@ def test_tiktokens_own_encodings(monkeypatch):
     assert tokenizer.state() == {"name": "gpt2"}
     assert data.Tokenizer.from_state({"name": "gpt2"}, 20).encoding is theirs
     monkeypatch.setattr(tiktoken, "get_encoding", lambda name: (_ for _ in ()).throw(ConnectionError("no route")))
-    with pytest.raises(data.DataError, match="TIKTOKEN_CACHE_DIR"):
+    with pytest.raises(data.UserError, match="TIKTOKEN_CACHE_DIR"):
         data.Tokenizer.named("cl100k_base", 20)
 
 
@@ -641,7 +641,7 @@ def test_order_is_that_of_one_process():
     assert batches(2) == one and batches(4) == one and batches(2, start=7) == one[7:]
     first_epoch = [key for batch in one[:6] for key in batch]
     assert len(set(first_epoch)) == 48 and {e for e, _ in first_epoch} == {0} and one[6][0][0] == 1
-    with pytest.raises(data.DataError, match="--batch-size"):
+    with pytest.raises(data.UserError, match="--batch-size"):
         data.TrainingOrder(5, 8, 0, 0, 1)
 
 
@@ -983,9 +983,9 @@ def test_stream_goes_on_where_it_stopped(tars, monkeypatch):
     for workers in (0, 2):
         assert ids(7, 12, workers) == ids(0, 12, workers)[7:]
     assert ids(0, 3, 0) != [[f"000.tar:{i:05}" for i in range(30 * k, 30 * k + 30)] for k in range(3)]  # shuffled
-    with pytest.raises(data.DataError, match="lower --workers"):
+    with pytest.raises(data.UserError, match="lower --workers"):
         opened.stream.part(10, 0, 0, 3, 3)
-    with pytest.raises(data.DataError, match="leave it out"):
+    with pytest.raises(data.UserError, match="leave it out"):
         data.open_data("shapes", 16, streaming=True)
 
 
@@ -1018,7 +1018,7 @@ def test_loading_never_fails_silently(tars, tmp_path, monkeypatch):
     damaged = whole[:409_600] + b"\1" * 512 + whole[410_112:]  # the header of the 201st picture
     for content in (whole[: len(whole) // 2], whole + other, damaged):
         shard.write_bytes(content)
-        with pytest.raises(data.DataError, match="007.tar has no proper end"):
+        with pytest.raises(data.UserError, match="007.tar has no proper end"):
             data.open_data(str(bad), 16, streaming=True)
 
     class Killed(torch.utils.data.Dataset):
@@ -1034,7 +1034,7 @@ def test_loading_never_fails_silently(tars, tmp_path, monkeypatch):
             for i in range(2200)]
     datasets.Dataset.from_list(rows, features=features).to_parquet(tmp_path / "sorted" / "a.parquet")
     opened = data.open_data(str(tmp_path / "sorted"), 16, streaming=True)
-    with pytest.raises(data.DataError, match="'dog' is not among those"):
+    with pytest.raises(data.UserError, match="'dog' is not among those"):
         opened.stream.held_out = set()
         list(itertools.islice(opened.stream.part(100, 0, 0, 1, 0), 22))
 
@@ -1342,7 +1342,7 @@ def test_generator_has_raes_size_and_starts_at_its_expectation():
 def test_rotary_positions_depend_on_distance_alone():
     angles = generate.rotary_angles(4, 16)
     q, k = torch.randn(16), torch.randn(16)
-    turned = [encoder.rotate(v.expand(1, 1, 16, 16), angles)[0, 0] for v in (q, k)]
+    turned = [generate.rotate(v.expand(1, 1, 16, 16), angles)[0, 0] for v in (q, k)]
     products = turned[0] @ turned[1].T                                             # (16, 16) by place
     assert torch.allclose(products[0, 5], products[5, 10], atol=1e-5)              # one row and one column further
     assert torch.allclose(products[1, 2], products[13, 14], atol=1e-5) and not torch.allclose(
@@ -2095,8 +2095,10 @@ def test_readme_commands_exist():
             helps[program] = helps.get(program) or command(program, "--help").stdout
             for flag in re.findall(r"--[a-z][a-z-]*", part):
                 assert flag in helps[program], f"{program} has no {flag}"
-    for name in re.findall(r"\]\((assets/[^)]+)\)|src=\"(assets/[^\"]+)\"", text):
-        assert (HERE / (name[0] or name[1])).is_file(), name
+    sections = {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in re.findall(r"(?m)^## (.*)$", text)}
+    for name in re.findall(r"\]\(([^)]+)\)", text):
+        there = name[1:] in sections if name[0] == "#" else name.startswith("https:") or (HERE / name).is_file()
+        assert there, f"README.md points to {name}"
 
 
 def test_reading_table_is_true():

@@ -12,7 +12,7 @@ configuration, one straight loop, and what a run leaves behind.
         pooled, text encoder(caption)                                              InfoNCE over the batch        * 1.0
 
 Letters: B batch, R resolution, N = (R/16)^2 image tokens, W width, E shared embedding width, T text length,
-         V vocabulary.
+         V vocabulary. With --vae pixels latents are the pictures, [B,3,R,R].
 
 Run:    python train.py                                   # laptop: 2 CPU cores, minutes, nothing downloaded
         python train.py --data FOLDER --out runs/mine     # your own pictures, with captions or class folders
@@ -27,7 +27,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import multiprocessing
 import os
 import signal
 import sys
@@ -45,8 +44,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from data import (Data, DataError, Pictures, Tokenizer, evaluation_loader, open_data, picture_grid, to_image,
-                  training_loader)
+from data import (Data, Pictures, Tokenizer, UserError, evaluation_loader, first_line, is_main, open_data,
+                  picture_grid, plain_errors, to_image, training_loader)
 from decoders import CaptionDecoder, LatentDecoder
 from encoder import SIZES, ImageEncoder, TextEncoder, save_encoder
 from losses import LPIPS, contrastive_loss, openvision3_loss, tokens_per_process
@@ -81,7 +80,8 @@ class Config:
     size: str = field("Nano", f"row of encoder.SIZES: {', '.join(SIZES)}")
     steps: int = field(900, "optimizer steps of the whole run")
     batch_size: int = field(64, "pictures per step, over all processes; also the number of contrastive candidates")
-    accumulate: int = field(1, "parts each process's share of a step is cut into, to fit the memory; same gradients")
+    accumulate: int = field(1, "parts each process's share of a step is cut into, to fit the memory; same gradients, "
+                               "but for the decoder's noise")
     recompute: bool = field(False, "recompute the insides of blocks in the backward pass: less memory, more time")
     lr: float = field(7e-4, "peak learning rate")
     base_lr: float | None = field(None, "learning rate per 256 pictures of the batch; it replaces --lr where given")
@@ -89,7 +89,7 @@ class Config:
     weight_decay: float = field(0.1, "decoupled decay, on matrices only")
     clip: float = field(1.0, "largest gradient norm; larger ones are scaled down to it")
     w_rec: float = field(0.5, "weight of reconstruction (paper Table 1); 0: the encoder learns nothing from it")
-    w_und: float = field(1.0, "weight of understanding (paper Table 1); 0: it teaches only the pooled vector's matrix")
+    w_und: float = field(1.0, "weight of understanding (paper Table 1); 0: it trains only the pooling head")
     beta: float = field(0.4, "weight of latent L1 within reconstruction (paper Table 1)")
     alpha: float = field(1.0, "weight of the contrastive term within understanding (paper Table 1)")
     lpips_weight: float = field(0.0, "weight of LPIPS (paper Table 1: 0, in finetuning 0.5); needs the two files below")
@@ -132,15 +132,11 @@ for name in ("paper-b", "paper-l"):
         lpips_vgg="fetch", lpips_lin="fetch", out=f"runs/{name}-finetune")
 
 
-class UserError(Exception):
-    """Something the user asked for cannot be had; the message says what and what to do."""
-
-
 def parse_config(argv: list[str] | None = None) -> Config:
     parser = argparse.ArgumentParser(
         description="Trains the OpenVision 3 objective. Without flags: the laptop preset, on drawn shapes, on whatever "
                     "this machine has.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
+        allow_abbrev=False)
     parser.add_argument("--preset", choices=PRESETS, default="laptop", help="starting values for all other flags")
     for f in dataclasses.fields(Config):
         kind = next(t for t in (bool, int, float, str) if t.__name__ in str(f.type).split(" | ")[0] or t is f.type)
@@ -188,16 +184,19 @@ def check_config(c: Config) -> None:
 def choose_device(name: str) -> torch.device:
     """For "auto": cuda (this process's own, under torchrun), else mps, else cpu. A missing one is a UserError."""
     alone = int(os.environ.get("WORLD_SIZE", 1)) == 1  # gloo cannot serve several processes on mps
-    available = {"cuda": torch.cuda.device_count() > int(os.environ.get("LOCAL_RANK", 0)),
-                 "mps": torch.backends.mps.is_available() and alone, "cpu": True}
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available() and alone, "cpu": True}
     if name not in ("auto", *available):
         raise UserError(f"--device {name} is unknown; there are auto, {', '.join(available)}")
     if name == "auto":
         name = next(device for device, there in available.items() if there)
+    own = int(os.environ.get("LOCAL_RANK", 0))
+    if name == "cuda" and own >= torch.cuda.device_count() > 0:
+        raise UserError(f"process {own} of this machine has no GPU of its own: give torchrun --nproc-per-node "
+                        f"{torch.cuda.device_count()}")
     if not available[name]:
         raise UserError(f"--device {name}: this machine has none that PyTorch can use; take --device cpu or "
                         "leave the flag out")
-    return torch.device(name, int(os.environ.get("LOCAL_RANK", 0))) if name == "cuda" else torch.device(name)
+    return torch.device(name, own) if name == "cuda" else torch.device(name)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -221,7 +220,7 @@ class OpenVision3(nn.Module):
         self.latent_decoder = LatentDecoder(W, grid, *decoder, P, channels)   # *: width, depth, heads
         self.caption_decoder = CaptionDecoder(*text, W, *writer)
         self.text_encoder = TextEncoder(*text, *reader, E)
-        self.log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))  # of the contrastive temperature, as CLIP
+        self.log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))  # CLIP's start; not bounded, as in OpenVision 1
         perceptual = LPIPS(config.lpips_vgg, config.lpips_lin) if config.lpips_weight > 0 else None
         self.frozen = [vae, perceptual]  # a list hides them from state_dict(), parameters() and train()
         self.config, self.pad = config, tokenizer.pad
@@ -242,8 +241,8 @@ class OpenVision3(nn.Module):
             latents = self.vae.encode(images)                          # (B, 16, R/8, R/8), in fp32
         pooled, tokens = self.encoder(latents)                         # (B, E), (B, N, W)
         rebuilt = understood = tokens
-        if c.w_rec == 0:                                               # an untrained branch still watches, and learns
-            rebuilt = tokens.detach()                                  # DIFFERS: the paper (figs 4, 5) says not how
+        if c.w_rec == 0:                                               # weight 0: trains on detached tokens
+            rebuilt = tokens.detach()                                  # DIFFERS: the paper (figs 4, 5) does not say
         if c.w_und == 0:
             understood = tokens.detach()
             pooled = self.encoder.pool(understood)                     # (B, E)
@@ -285,6 +284,11 @@ class OpenVision3(nn.Module):
         _, tokens = self.encoder(latents)
         return self.vae.decode(latents), self.vae.decode(self.latent_decoder(tokens)), tokens
 
+    def write_captions(self, tokens: Tensor, tokenizer: Tokenizer) -> list[str]:
+        """The likeliest word after word, [B,N,W] -> B captions."""
+        ids = self.caption_decoder.generate(tokens, tokenizer.bos, tokenizer.eos, tokenizer.context_length)
+        return [tokenizer.decode(row) for row in ids.tolist()]
+
 
 def backward_in_parts(parallel: nn.Module, model: OpenVision3, images: Tensor, ids: Tensor, parts: int,
                       autocast) -> dict[str, Tensor]:
@@ -324,7 +328,7 @@ def whiten(model: OpenVision3, pictures: Pictures, tokenizer: Tokenizer, count: 
     device = next(model.parameters()).device
     latents, ids = [], []
     for batch in tqdm(evaluation_loader(pictures, tokenizer, 32, limit=count), desc="first look at the data",
-                      leave=False, disable=None if pictures.is_main() else True):
+                      leave=False, disable=None if is_main() else True):
         latents.append(model.vae.encode(batch["image"].to(device)))
         ids.append(batch["text"].to(device))
     model.encoder.whiten(torch.cat(latents))
@@ -356,7 +360,7 @@ def write_atomically(path: Path, write) -> None:
             raise
         temporary.unlink(missing_ok=True)
         before = "; the file from before is as it was" if path.exists() else ""
-        raise UserError(f"{path} could not be written: {str(error).splitlines()[0]}{before}") from None
+        raise UserError(f"{path} could not be written: {first_line(error)}{before}") from None
 
 
 def save_checkpoint(out: Path, model: OpenVision3, optimizer: torch.optim.Optimizer, step: int, about: dict) -> None:
@@ -391,7 +395,7 @@ def read_checkpoint(folder: Path) -> dict:
         if not isinstance(state, dict) or not needed <= set(state):
             raise ValueError("it is not one of train.py's")
     except Exception as error:  # truncated, no zip archive, or objects that weights_only refuses
-        raise UserError(f"{path} is no readable checkpoint: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{path} is no readable checkpoint: {first_line(error)}") from None
     if state["vae_sha256"] != vae_hash(state["config"]["vae"]):
         raise UserError(f"the VAE {state['config']['vae']} is not the file {path} was trained with; its tokens "
                         "would mean nothing")
@@ -416,9 +420,8 @@ def save_grid(model: OpenVision3, tokenizer: Tokenizer, batch: dict, path: Path)
     model.eval()
     images = batch["image"].to(next(model.parameters()).device)
     ceiling, ours, tokens = model.reconstruct(images)
-    ids = model.caption_decoder.generate(tokens, tokenizer.bos, tokenizer.eos, model.config.context_length)
     columns = [[to_image(x) for x in column] for column in zip(images, ceiling, ours)]
-    grid = picture_grid(columns, [tokenizer.decode(row) for row in ids.tolist()], rows=("input", "VAE", "ours"))
+    grid = picture_grid(columns, model.write_captions(tokens, tokenizer), rows=("input", "VAE", "ours"))
     write_atomically(path, lambda temporary: grid.save(temporary, format="png"))
     model.train(was_training)
 
@@ -448,7 +451,7 @@ def save_curves(log: Path, path: Path, batch_size: int, vocab_size: int) -> None
 
 
 def learning_rate(step: int, c: Config) -> float:
-    """Linear from 0 to the peak over `warmup` steps, then a cosine to 0 at the last."""
+    """Linear to the peak over `warmup` steps, then a cosine towards 0."""
     if step < c.warmup:
         return c.lr * (step + 1) / c.warmup
     return c.lr * 0.5 * (1 + math.cos(math.pi * (step - c.warmup) / max(1, c.steps - c.warmup)))
@@ -506,26 +509,26 @@ class Place(NamedTuple):
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
 
-def find_place(c: Config) -> Place:
-    """Alone, or one of several under torchrun, which are connected here."""
-    rank, world, device = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), choose_device(c.device)
-    if c.batch_size % world:
-        raise UserError(f"--batch-size {c.batch_size} is the global batch; it must be a multiple of the {world} "
+def find_place(device: str, dtype: str, batch_size: int, multiple: int = 1) -> Place:
+    """Alone, or one of several under torchrun, which are connected here. `multiple`: of what each one's share of the
+    batch must be a multiple."""
+    rank, world, device = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), choose_device(device)
+    if batch_size % world:
+        raise UserError(f"--batch-size {batch_size} is the global batch; it must be a multiple of the {world} "
                         "processes")
-    share = c.batch_size // world
-    if share % (c.accumulate * c.pixel_every):  # or N processes or parts would decode other pictures than one does
-        raise UserError(f"{share} pictures per process are no multiple of --accumulate {c.accumulate} x --pixel-every "
-                        f"{c.pixel_every}; give --pixel-every 1, as in the paper, or other divisors")
+    if batch_size // world % multiple:  # else processes and parts would change which pictures are decoded
+        raise UserError(f"{batch_size // world} pictures per process are no multiple of --accumulate x --pixel-every, "
+                        f"{multiple}; give --pixel-every 1, as in the paper, or other divisors")
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     if device.type == "cuda":
         torch.cuda.set_device(device)
     auto = "bfloat16" if device.type == "cuda" else "float32"
-    return Place(rank, world, device, getattr(torch, auto if c.dtype == "auto" else c.dtype))
+    return Place(rank, world, device, getattr(torch, auto if dtype == "auto" else dtype))
 
 
 def end_group() -> None:
-    """Leaves the group of processes, in peace: gloo's threads need the interpreter's lock to let go of the last
+    """Ends the process group after a pause: gloo's threads need the interpreter's lock to let go of the last
     tensors, and the group's end holds it while it waits for them. Without the pause one run in twelve hung there
     (PyTorch 2.13)."""
     time.sleep(0.5)
@@ -604,7 +607,7 @@ def announce(model: OpenVision3, tokenizer: Tokenizer, data: Data, place: Place,
     print("millions of parameters: " + ", ".join(f"{name} {sum(p.numel() for p in part.parameters()) / 1e6:.1f}"
                                                  for name, part in parts.items()))
     spread = model.log_scale.exp().item() ** 2 / (2 * E)  # what the chance similarities of whitened vectors cost
-    print(f"{(c.resolution // 16) ** 2} tokens a picture, {V} words and pieces; expected at the start: contrastive "
+    print(f"{(c.resolution // 16) ** 2} tokens a picture, {V} words and pieces; chance: contrastive "
           f"ln {c.batch_size} + {spread:.2f} = {math.log(c.batch_size) + spread:.2f}, "
           f"caption ln {V} = {math.log(V):.2f}")
     print(f"a caption: {tokenizer.decode(tokenizer.encode(caption))!r}")
@@ -626,10 +629,11 @@ def log_row(step: int, terms: dict[str, Tensor], model: OpenVision3, place: Plac
 def train(c: Config, stop: threading.Event) -> None:
     """The whole run; `stop`, once set, ends it after the step at hand with a checkpoint."""
     # 1. Where are we, and is there a run to go on with
-    place, out = find_place(c), Path(c.out)
+    place, out = find_place(c.device, c.dtype, c.batch_size, c.accumulate * c.pixel_every), Path(c.out)
     resumed, main, device = earlier_run(c, place), place.main, place.device
     if resumed and resumed["step"] >= c.steps:
-        print(f"{out} is finished: {resumed['step']} steps")
+        if main:
+            print(f"{out} is finished: {resumed['step']} steps")
         return
 
     # 2. Data, tokenizer, model
@@ -637,6 +641,8 @@ def train(c: Config, stop: threading.Event) -> None:
     data = open_data(c.data, c.resolution, c.config, c.split, c.image_col, c.text_col, c.label_col,
                      c.seed, c.crop, c.flip, streaming=c.streaming)
     stage_one = read_checkpoint(Path(c.init)) if c.init and not resumed else None
+    if stage_one and stage_one["config"]["tokenizer"] != c.tokenizer:
+        raise UserError(f"--init keeps the tokenizer of {c.init}: give --tokenizer {stage_one['config']['tokenizer']}")
     if resumed or stage_one:
         tokenizer = Tokenizer.from_state((resumed or stage_one)["tokenizer"], c.context_length)
     elif c.tokenizer == "bpe":
@@ -649,10 +655,6 @@ def train(c: Config, stop: threading.Event) -> None:
         model.perceptual.to(device)
     model.encoder.requires_grad_(not c.freeze_encoder)
     optimizer = make_optimizer(model, c)
-    out.mkdir(parents=True, exist_ok=True)
-    if main:  # nothing the user gave can be wrong any more; from here on --resume goes on
-        about_run = dataclasses.asdict(c) | {"torch": torch.__version__, "world_size": place.world}
-        (out / "config.json").write_text(json.dumps(about_run, indent=1) + "\n")
     start = 0
     if resumed:
         model.load_state_dict(resumed["model"])
@@ -662,6 +664,7 @@ def train(c: Config, stop: threading.Event) -> None:
         start_from(model, stage_one, vae_hash(c.vae))
     else:
         whiten(model, data.train, tokenizer)
+    resumed = stage_one = None  # their memory is free again
     about = {"tokenizer": tokenizer.state(), "class_names": data.class_names, "vae_sha256": vae_hash(c.vae),
              "world": place.world}
     make_ready(model, c, device)
@@ -669,7 +672,10 @@ def train(c: Config, stop: threading.Event) -> None:
     loader = training_loader(data, tokenizer, c.batch_size, c.seed, start, c.steps, place.rank, place.world, c.workers,
                              pin_memory=device.type == "cuda")
     test_batch = next(iter(evaluation_loader(data.test, tokenizer, 8, limit=8)))
-    if main:
+    out.mkdir(parents=True, exist_ok=True)
+    if main:  # nothing the user gave can be wrong any more; from here on --resume goes on
+        about_run = dataclasses.asdict(c) | {"torch": torch.__version__, "world_size": place.world}
+        (out / "config.json").write_text(json.dumps(about_run, indent=1) + "\n")
         keep_log_until(out / "log.jsonl", start)
         announce(model, tokenizer, data, place, start, test_batch["captions"][0])
         if start == 0:
@@ -682,7 +688,7 @@ def train(c: Config, stop: threading.Event) -> None:
         keep_log_until(out / f"ids-{place.rank}.jsonl", start)
     ids_file = open(out / f"ids-{place.rank}.jsonl", "a") if c.log_ids else None
     log_file = open(out / "log.jsonl", "a") if main else None
-    logged, waited, clock, recent = start, 0.0, time.time(), {}
+    logged, waited, clock, recent, votes = start, 0.0, time.time(), {}, 0.0
     batches = (batch for batch in loader if batch is not None)
     for step in range(start, c.steps):
         began, done = time.time(), step + 1
@@ -697,11 +703,10 @@ def train(c: Config, stop: threading.Event) -> None:
         terms = take_step(parallel, model, optimizer, images, ids, step, place)
 
         progress.update()
-        stopping = stop.is_set()
+        stopping = stop.is_set() if place.world == 1 else bool(votes)  # a step late: the device need not be waited for
         if place.world > 1:
-            votes = torch.tensor(float(stopping), device=device)
+            votes = torch.tensor(float(stop.is_set()), device=device)
             dist.all_reduce(votes)  # one process's SIGTERM stops all of them at the same step
-            stopping = bool(votes)
         logging, sampling = (done % every == 0 or done == c.steps for every in (c.log_every, c.sample_every))
         saving = done % c.save_every == 0 or done == c.steps or stopping
         recent[done] = terms
@@ -730,7 +735,8 @@ def train(c: Config, stop: threading.Event) -> None:
         if main and saving:
             save_checkpoint(out, model, optimizer, done, about)
         if stopping and done < c.steps:
-            tqdm.write(f"stopped after step {done} as asked; the same command with --resume goes on")
+            if main:
+                tqdm.write(f"stopped after step {done} as asked; the same command with --resume goes on")
             break
         clock += time.time() - pause  # images_per_s is that of training alone
     progress.close()
@@ -739,25 +745,6 @@ def train(c: Config, stop: threading.Event) -> None:
               f"next: python eval_probe.py --ckpt {out}")
     if place.world > 1:
         end_group()
-
-
-@contextmanager
-def plain_errors():
-    """What the user of a program can mend ends it with one sentence; loader processes end with it."""
-    problem = None
-    try:
-        yield
-    except (UserError, DataError, OSError, ValueError) as error:
-        problem = str(error)
-    except RuntimeError as error:  # raised by a signal, wherever the program is
-        if "DataLoader worker" not in str(error):
-            raise
-        problem = f"a loader process died ({str(error).splitlines()[0]}); perhaps out of memory: lower --workers"
-    finally:
-        for worker in multiprocessing.active_children():
-            worker.kill()  # they do not listen to SIGTERM (data.py)
-    if problem:
-        raise SystemExit(f"error: {problem}")
 
 
 @contextmanager

@@ -5,8 +5,8 @@ OpenVision 3 never shows its ViT a pixel. A convolutional VAE, trained beforehan
 picture into a small map of latents (paper sec 3.2, eq 1); the ViT reads that map (encoder.py), and on the way back
 the same VAE's decoder paints what the latent decoder predicts (decoders.py). The paper takes FLUX.1's VAE; the class
 below has exactly that architecture at any width. Two sizes are named: FLUX (84 M parameters) and TINY, the same
-network at an eighth of the width with fewer blocks, trained by this file on drawn pictures and committed in
-assets/tiny_vae.safetensors.
+network with 16 to 96 channels in place of 128 to 512 and fewer blocks, trained by this file on drawn pictures and
+committed in assets/tiny_vae.safetensors. What trains it is the file's second half, and can wait.
 
     image [B,3,H,W] in [-1,1] -> Encoder -> mean, log-variance [B,16,H/8,W/8] each -> 0.3611 * mean = latents
     latents [B,16,H/8,W/8]    -> 1/0.3611 -> Decoder -> image [B,3,H,W]
@@ -17,6 +17,7 @@ Run:    python vae.py                                             # parameters, 
         python vae.py --data procedural --out runs/vae --steps N  # train the tiny VAE again (recipe in the README)
 Source: the module names are those of the FLUX.1 release (black-forest-labs/flux, autoencoder.py), so that its
         ae.safetensors loads with no renaming. The convention, mean * 0.3611 and no shift, is OpenVision 3's.
+        Muon: Keller Jordan's, its steps scaled by 0.2 * sqrt(longer side) as in Moonlight (arXiv 2502.16982).
 Next:   encoder.py
 """
 import argparse
@@ -51,7 +52,7 @@ TINY_PATH = Path(__file__).parent / "assets" / "tiny_vae.safetensors"
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
-    """FLUX's 32 groups where 32 divides the channels; four channels a group in levels narrower than that: with
+    """FLUX's 32 groups where 32 divides the channels, else four channels a group: with
     one channel a group the last norm erases each picture's own brightness and contrast, and training stalls on grey."""
     return nn.GroupNorm(32 if channels % 32 == 0 else channels // 4, channels, eps=1e-6)
 
@@ -248,7 +249,128 @@ class Pixels(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Drawn pictures to train on: no photograph is needed to make a codec for photographs, only their statistics
+# Weights in and out
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def psnr(x: Tensor, y: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio in dB per image; x, y [B,3,H,W] in [-1,1] (clamped), so the peak-to-peak range
+    is 2."""
+    return 10 * torch.log10(4 / (x.clamp(-1, 1) - y.clamp(-1, 1)).square().mean((1, 2, 3)).clamp(min=1e-10))
+
+
+def save_vae(vae: AutoencoderKL, path: Path) -> None:
+    """fp16 safetensors with the constructor's arguments as metadata; whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    tensors = {name: t.half().contiguous() for name, t in vae.state_dict().items()}
+    save_file(tensors, temporary, metadata={"config": json.dumps(vae.config)})
+    os.replace(temporary, path)
+
+
+# FLUX.1's weights by the name "flux". The first copy is not gated; the file is the same in all three places.
+FLUX_PLACES = (("Comfy-Org/z_image_turbo", "split_files/vae/ae.safetensors"),
+               ("black-forest-labs/FLUX.1-schnell", "ae.safetensors"),
+               ("black-forest-labs/FLUX.1-dev", "ae.safetensors"))
+FLUX_SHA256 = "afc8e28272cd15db3919bacdb6918ce9c1ed22e96cb12c4d5ed0fba823529e38"
+
+
+def fetch_flux() -> Path:
+    """ae.safetensors (335 MB) from the Hugging Face hub's cache or the hub; any other content is refused."""
+    failures = []
+    for cached, (repository, name) in itertools.product((True, False), FLUX_PLACES):
+        try:
+            path = Path(hf_hub_download(repository, name, local_files_only=cached))
+        except Exception as error:  # huggingface_hub raises dozens of kinds; all mean that there is no file
+            if cached:
+                continue
+            gated = type(error).__name__ == "GatedRepoError"
+            advice = ": accept its licence on the hub and run `hf auth login`" if gated else ""
+            failures.append(f"{repository} ({type(error).__name__}{advice})")
+            if "Connect" in type(error.__cause__).__name__:
+                break  # no network: the other places are no nearer
+            continue
+        with open(path, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        if digest == FLUX_SHA256:
+            return path
+        failures.append(f"{repository} (its {name} has sha256 {digest}, not FLUX.1's {FLUX_SHA256})")
+    raise FileNotFoundError(f"FLUX's VAE could not be fetched from {', '.join(failures)}; offline, download one of "
+                            "these ae.safetensors elsewhere and give its path, or take tiny, which is here")
+
+
+def find_vae(source: str | os.PathLike) -> Path:
+    """The weights file behind a name, a file or a folder in diffusers' layout."""
+    if str(source) == "pixels":
+        raise FileNotFoundError("pixels is no VAE and has no file")
+    names = {"tiny": lambda: TINY_PATH, "flux": fetch_flux}
+    path = names.get(str(source), lambda: Path(os.path.expanduser(source)))()
+    path = path / "diffusion_pytorch_model.safetensors" if path.is_dir() else path
+    if not path.is_file():
+        raise FileNotFoundError(f"no VAE at {path}: give tiny, flux, a file written by vae.py, FLUX's ae.safetensors, "
+                                "or a file or folder as diffusers saves it")
+    return path
+
+
+def from_diffusers(name: str, levels: int) -> str:
+    """A tensor's name in diffusers' layout -> in FLUX's, which counts the decoder's levels from the finest."""
+    parts = name.split(".")
+    if parts[1:2] == ["up_blocks"]:
+        parts[2] = str(levels - 1 - int(parts[2]))
+    name = ".".join(parts)
+    for theirs, ours in (("down_blocks", "down"), ("up_blocks", "up"), ("mid_block.resnets.0", "mid.block_1"),
+                         ("mid_block.resnets.1", "mid.block_2"), ("mid_block.attentions.0", "mid.attn_1"),
+                         ("resnets", "block"), ("downsamplers.0", "downsample"), ("upsamplers.0", "upsample"),
+                         ("conv_shortcut", "nin_shortcut"), ("conv_norm_out", "norm_out"), ("group_norm", "norm"),
+                         ("to_q", "q"), ("to_k", "k"), ("to_v", "v"), ("to_out.0", "proj_out")):
+        name = name.replace(f".{theirs}.", f".{ours}.")
+    return name
+
+
+def read_vae(path: Path) -> tuple[dict, dict[str, Tensor]]:
+    """(constructor's arguments, tensors under FLUX's names) of a file in either layout. The arguments are those that
+    vae.py wrote into the file, else those of a diffusers config.json beside it, else FLUX's."""
+    with safe_open(path, framework="pt") as file:
+        config = json.loads((file.metadata() or {}).get("config", "null")) or FLUX
+        tensors = {name: file.get_tensor(name).float() for name in file.keys()}
+    if not any("_blocks." in name for name in tensors):
+        return config, tensors
+    if (path.parent / "config.json").is_file():
+        their = json.loads((path.parent / "config.json").read_text())
+        widths = their["block_out_channels"]
+        groups, act = their.get("norm_num_groups", 32), their.get("act_fn", "silu")
+        if act != "silu" or any(group_norm(width).num_groups != groups for width in widths):
+            raise ValueError(f"its config.json asks for {act} and norms of {groups} groups, FLUX has silu and 32")
+        # their shift_factor stays behind: OpenVision 3 does not shift (paper's inference script)
+        config = dict(ch=widths[0], ch_mult=[w // widths[0] for w in widths], num_res_blocks=their["layers_per_block"],
+                      z_channels=their["latent_channels"], scale_factor=their["scaling_factor"])
+    tensors = {from_diffusers(name, len(config["ch_mult"])): t for name, t in tensors.items()}
+    for name, t in tensors.items():
+        if ".attn_1." in name and t.ndim == 2:  # their linear layers are 1x1 convolutions here
+            tensors[name] = t[:, :, None, None]
+    return config, tensors
+
+
+def load_vae(source: str | os.PathLike = "tiny") -> AutoencoderKL | Pixels:
+    """`source`: "tiny"; "flux", fetched from the hub; a file written by `python vae.py`; FLUX's ae.safetensors; a file
+    or folder in diffusers' layout; or "pixels", no VAE at all. Frozen, in eval mode, fp32. Strict: a file that is no
+    VAE, or has a missing, unexpected or misshapen tensor, is a ValueError that names it."""
+    if str(source) == "pixels":
+        return Pixels().eval()
+    path = find_vae(source)
+    try:
+        config, tensors = read_vae(path)
+        with torch.device("meta"):  # no weights of its own: the file's take their place
+            vae = AutoencoderKL(**config)
+        vae.load_state_dict(tensors, assign=True)
+    except Exception as error:  # no safetensors, another architecture, a config.json of something else
+        problems = "; ".join(str(error).split("\n\t")[1:] or [f"{type(error).__name__}: {error}"])
+        raise ValueError(f"{path} is no VAE of this architecture: {problems[:400]}") from None
+    return vae.requires_grad_(False).eval()  # important! it stays as it is through every stage
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From here on, only what trains the tiny VAE: a first reader goes on to encoder.py. Drawn pictures to train on: no
+# photograph is needed to make a codec for photographs, only their statistics
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -362,6 +484,20 @@ class Procedural(torch.utils.data.Dataset):
         return torch.from_numpy(picture).permute(2, 0, 1)                                        # (3, size, size) uint8
 
 
+class Images(torch.utils.data.Dataset):
+    """The pictures of any data set of data.py, cropped at random: for training a VAE on one's own images."""
+
+    def __init__(self, name: str, size: int, length: int):
+        self.pictures, self.length = data.open_data(name, size, need_text=False).train, length
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> Tensor:
+        image = self.pictures[divmod(index, len(self.pictures))]["image"]
+        return ((image + 1) * 127.5).round().byte()
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Training the tiny VAE
 # ---------------------------------------------------------------------------------------------------------------------
@@ -370,9 +506,9 @@ class Procedural(torch.utils.data.Dataset):
 @torch.no_grad()
 def start_as_linear_codec(vae: AutoencoderKL) -> None:
     """Initial weights that let the picture through: residual branches at zero, the convolutions between them orthogonal
-    maps of single pixels (of 2x2 blocks where they halve). With PyTorch's defaults the first hundreds of steps go into
-    finding such a path (pixel L1 over steps 100-120, 16 pictures a step: 0.23 then, 0.18 so, seed 0). Log-variances
-    start at -6: little noise until there is a code."""
+    maps of single pixels (of 2x2 blocks where they halve). PyTorch's defaults need hundreds of steps to find such a
+    path (pixel L1 over steps 100-120, 16 pictures a step: 0.23 with them, 0.18 here, seed 0). Log-variances start
+    at -6: little noise until there is a code."""
     for name, module in vae.named_modules():
         if isinstance(module, ResnetBlock):
             nn.init.zeros_(module.conv2.weight)
@@ -428,12 +564,6 @@ def vae_loss(vae: AutoencoderKL, images: Tensor, w_gradient: float = 0.5, w_kl: 
     return {"loss": pixel + w_gradient * gradient + w_kl * kl, "pixel": pixel, "gradient": gradient, "kl": kl}
 
 
-def psnr(x: Tensor, y: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio in dB per image; x, y [B,3,H,W] in [-1,1] (clamped), so the peak-to-peak range
-    is 2."""
-    return 10 * torch.log10(4 / (x.clamp(-1, 1) - y.clamp(-1, 1)).square().mean((1, 2, 3)).clamp(min=1e-10))
-
-
 @torch.no_grad()
 def unit_latents(vae: AutoencoderKL, images: Tensor) -> AutoencoderKL:
     """A copy whose every latent channel has, on these pictures, standard deviation 1 after scaling (FLUX's are near
@@ -450,131 +580,10 @@ def unit_latents(vae: AutoencoderKL, images: Tensor) -> AutoencoderKL:
     return copy
 
 
-def save_vae(vae: AutoencoderKL, path: Path) -> None:
-    """fp16 safetensors with the constructor's arguments as metadata; whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    tensors = {name: t.half().contiguous() for name, t in vae.state_dict().items()}
-    save_file(tensors, temporary, metadata={"config": json.dumps(vae.config)})
-    os.replace(temporary, path)
-
-
-# FLUX.1's weights by the name "flux". The first copy is not gated; the file is the same in all three places.
-FLUX_PLACES = (("Comfy-Org/z_image_turbo", "split_files/vae/ae.safetensors"),
-               ("black-forest-labs/FLUX.1-schnell", "ae.safetensors"),
-               ("black-forest-labs/FLUX.1-dev", "ae.safetensors"))
-FLUX_SHA256 = "afc8e28272cd15db3919bacdb6918ce9c1ed22e96cb12c4d5ed0fba823529e38"
-
-
-def fetch_flux() -> Path:
-    """ae.safetensors (335 MB) from the Hugging Face hub's cache or the hub; any other content is refused."""
-    failures = []
-    for cached, (repository, name) in itertools.product((True, False), FLUX_PLACES):
-        try:
-            path = Path(hf_hub_download(repository, name, local_files_only=cached))
-        except Exception as error:  # huggingface_hub raises dozens of kinds; all mean that there is no file
-            if cached:
-                continue
-            gated = type(error).__name__ == "GatedRepoError"
-            advice = ": accept its licence on the hub and run `hf auth login`" if gated else ""
-            failures.append(f"{repository} ({type(error).__name__}{advice})")
-            if "Connect" in type(error.__cause__).__name__:
-                break  # no network: the other places are no nearer
-            continue
-        with open(path, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        if digest == FLUX_SHA256:
-            return path
-        failures.append(f"{repository} (its {name} has sha256 {digest}, not FLUX.1's {FLUX_SHA256})")
-    raise FileNotFoundError(f"FLUX's VAE could not be fetched from {', '.join(failures)}; offline, download one of "
-                            "these ae.safetensors elsewhere and give its path, or take tiny, which is here")
-
-
-def find_vae(source: str | os.PathLike) -> Path:
-    """The weights file behind a name, a file or a folder in diffusers' layout."""
-    if str(source) == "pixels":
-        raise FileNotFoundError("pixels is no VAE and has no file")
-    names = {"tiny": lambda: TINY_PATH, "flux": fetch_flux}
-    path = names.get(str(source), lambda: Path(os.path.expanduser(source)))()
-    path = path / "diffusion_pytorch_model.safetensors" if path.is_dir() else path
-    if not path.is_file():
-        raise FileNotFoundError(f"no VAE at {path}: give tiny, flux, a file written by vae.py, FLUX's ae.safetensors, "
-                                "or a file or folder as diffusers saves it")
-    return path
-
-
-def from_diffusers(name: str, levels: int) -> str:
-    """A tensor's name in diffusers' layout -> in FLUX's, which counts the decoder's levels from the finest."""
-    parts = name.split(".")
-    if parts[1:2] == ["up_blocks"]:
-        parts[2] = str(levels - 1 - int(parts[2]))
-    name = ".".join(parts)
-    for theirs, ours in (("down_blocks", "down"), ("up_blocks", "up"), ("mid_block.resnets.0", "mid.block_1"),
-                         ("mid_block.resnets.1", "mid.block_2"), ("mid_block.attentions.0", "mid.attn_1"),
-                         ("resnets", "block"), ("downsamplers.0", "downsample"), ("upsamplers.0", "upsample"),
-                         ("conv_shortcut", "nin_shortcut"), ("conv_norm_out", "norm_out"), ("group_norm", "norm"),
-                         ("to_q", "q"), ("to_k", "k"), ("to_v", "v"), ("to_out.0", "proj_out")):
-        name = name.replace(f".{theirs}.", f".{ours}.")
-    return name
-
-
-def read_vae(path: Path) -> tuple[dict, dict[str, Tensor]]:
-    """(constructor's arguments, tensors under FLUX's names) of a file in either layout. The arguments are those that
-    vae.py wrote into the file, else those of a diffusers config.json beside it, else FLUX's."""
-    with safe_open(path, framework="pt") as file:
-        config = json.loads((file.metadata() or {}).get("config", "null")) or FLUX
-        tensors = {name: file.get_tensor(name).float() for name in file.keys()}
-    if not any("_blocks." in name for name in tensors):
-        return config, tensors
-    if (path.parent / "config.json").is_file():
-        their = json.loads((path.parent / "config.json").read_text())
-        widths = their["block_out_channels"]
-        groups, act = their.get("norm_num_groups", 32), their.get("act_fn", "silu")
-        if act != "silu" or any(group_norm(width).num_groups != groups for width in widths):
-            raise ValueError(f"its config.json asks for {act} and norms of {groups} groups, FLUX has silu and 32")
-        # their shift_factor stays behind: OpenVision 3 does not shift (paper's inference script)
-        config = dict(ch=widths[0], ch_mult=[w // widths[0] for w in widths], num_res_blocks=their["layers_per_block"],
-                      z_channels=their["latent_channels"], scale_factor=their["scaling_factor"])
-    tensors = {from_diffusers(name, len(config["ch_mult"])): t for name, t in tensors.items()}
-    for name, t in tensors.items():
-        if ".attn_1." in name and t.ndim == 2:  # their linear layers are 1x1 convolutions here
-            tensors[name] = t[:, :, None, None]
-    return config, tensors
-
-
-def load_vae(source: str | os.PathLike = "tiny") -> AutoencoderKL | Pixels:
-    """"tiny"; "flux", fetched from the hub; a file written by `python vae.py`; FLUX's ae.safetensors; a file or folder
-    in diffusers' layout; or "pixels", no VAE at all. Frozen, in eval mode, fp32. Strict: a file that is no VAE, or has
-    a missing, unexpected or misshapen tensor, is a ValueError that names it."""
-    if str(source) == "pixels":
-        return Pixels().eval()
-    path = find_vae(source)
-    try:
-        config, tensors = read_vae(path)
-        with torch.device("meta"):  # no weights of its own: the file's take their place
-            vae = AutoencoderKL(**config)
-        vae.load_state_dict(tensors, assign=True)
-    except Exception as error:  # no safetensors, another architecture, a config.json of something else
-        problems = "; ".join(str(error).split("\n\t")[1:] or [f"{type(error).__name__}: {error}"])
-        raise ValueError(f"{path} is no VAE of this architecture: {problems[:400]}") from None
-    return vae.requires_grad_(False).eval()  # important! it stays as it is through every stage
-
-
-class Images(torch.utils.data.Dataset):
-    """The pictures of any data set of data.py, cropped at random: for training a VAE on one's own images."""
-
-    def __init__(self, name: str, size: int, length: int):
-        self.pictures, self.length = data.open_data(name, size, need_text=False).train, length
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __getitem__(self, index: int) -> Tensor:
-        image = self.pictures[divmod(index, len(self.pictures))]["image"]
-        return ((image + 1) * 127.5).round().byte()
-
-
 def train(args: argparse.Namespace) -> None:
     out = Path(args.out)
+    if (out / "log.jsonl").exists():
+        raise data.UserError(f"{out} holds another training already: give another --out, or remove it")
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -599,8 +608,8 @@ def train(args: argparse.Namespace) -> None:
                       .permute(0, 2, 3, 1, 4, 5).flatten(0, 2))                                   # (4B, 3, 64, 64)
         losses = vae_loss(vae, images.contiguous(memory_format=torch.channels_last))
         if not torch.isfinite(losses["loss"]):
-            raise SystemExit(f"step {step}: the loss is not finite "
-                             f"({', '.join(f'{k} {v.item():.3g}' for k, v in losses.items())}); lower --lr")
+            raise data.UserError(f"step {step}: the loss is not finite "
+                                 f"({', '.join(f'{k} {v.item():.3g}' for k, v in losses.items())}); lower --lr")
         vae.zero_grad()
         losses["loss"].backward()
         factor = min(1.0, step / 50) * 0.5 * (1 + math.cos(math.pi * step / args.steps))          # warm-up, cosine to 0
@@ -636,13 +645,11 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=1, help="processes that draw or load")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    if args.steps < 1 or args.batch_size < 1:
-        parser.error("--steps and --batch-size must be at least 1")
+    if args.steps < 1 or args.batch_size < 1 or args.workers < 0:
+        parser.error("--steps and --batch-size must be at least 1, --workers at least 0")
     if args.data:
-        try:
+        with data.plain_errors():
             return train(args)
-        except data.DataError as error:
-            parser.exit(1, f"error: {error}\n")
     for name, config in (("FLUX", FLUX), ("TINY", TINY)):
         with torch.device("meta"):
             print(f"{name}: {sum(p.numel() for p in AutoencoderKL(**config).parameters()) / 1e6:.2f} M parameters")
