@@ -45,7 +45,7 @@ import datasets
 import numpy as np
 import tiktoken
 import torch
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
@@ -82,7 +82,7 @@ COMPANIONS = {
     "heart": lambda u, v: np.minimum((np.abs(u) + np.abs(v - 0.12) - 0.84) / math.sqrt(2),
                                      np.hypot(np.abs(u) - 0.42, v + 0.30) - 0.59),
 }
-CLASS_NAMES = [f"{color} {shape}" for color in COLORS for shape in SHAPES]  # 64
+CLASS_NAMES = [f"{color} {shape}" for color in COLORS for shape in SHAPES]
 
 
 def place_objects(rng: random.Random, sizes: list[str]) -> list[tuple] | None:
@@ -346,6 +346,8 @@ def plain_errors():
     problem = None
     try:
         yield
+    except KeyboardInterrupt:
+        problem = "interrupted"
     except (UserError, OSError, ValueError) as error:
         problem = str(error)
     except RuntimeError as error:  # raised by a signal, wherever the program is
@@ -613,6 +615,7 @@ def head_of(rows: datasets.IterableDataset, count: int, name: str) -> datasets.D
 def load_source(name: str, config: str | None, streaming: bool) -> datasets.DatasetDict:
     path = Path(name).expanduser()
     local = path.exists()
+    (datasets.disable_progress_bars if local else datasets.enable_progress_bars)()  # nothing is downloaded
     if not local and (name.startswith((".", "/", "~")) or not re.fullmatch(r"[\w.-]+/[\w.-]+", name)):
         raise UserError(f"--data {name}: no such file or folder (built in: shapes; hub ids look like owner/name)")
     try:
@@ -652,7 +655,7 @@ def open_data(name: str, resolution: int, config: str | None = None, split: str 
             raise UserError(f"{name} has no picture column; name it with --image-col (columns: {', '.join(names)})")
         if need_text and columns[1] is None and columns[2] is None:
             raise UserError(f"{name} has neither captions nor labels: add metadata.jsonl with file_name and text, "
-                            "or sort the pictures into class folders, or name a column with --text-col or "
+                            "or sort the pictures into two or more class folders, or name a column with --text-col or "
                             f"--label-col (columns: {', '.join(names)})")
         try:
             # decode_image does it, and can name what is broken
@@ -862,8 +865,9 @@ class Collate:
 
 
 def outlive_sigterm(worker: int) -> None:
-    """Schedulers send SIGTERM to a whole group of processes; the training process saves and then ends its loaders."""
+    """Schedulers and Ctrl-C signal a whole group of processes; the training process saves and then ends its loaders."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def training_loader(data: Data, tokenizer: Tokenizer, batch_size: int, seed: int, start: int, stop: int,
@@ -887,16 +891,19 @@ def evaluation_loader(pictures: Pictures, tokenizer: Tokenizer, batch_size: int,
 def picture_grid(columns: list[list[Image.Image]], captions: list[str], rows: tuple[str, ...] = (),
                  cell: int = 128, lines: int = 4) -> Image.Image:
     """One column per example, its pictures one under another, the caption below; `rows` names the rows at the left."""
-    margin, step = (46 if rows else 4), cell + 4
-    grid = Image.new("RGB", (margin + len(columns) * step, 4 + len(columns[0]) * step + 13 * lines), "white")
+    margin, step, font = (46 if rows else 4), cell + 4, ImageFont.load_default(12)
+    drawable = [re.sub(r"[^ -~\xa1-\xff]", "?", caption) for caption in captions]  # the font's letters are Latin-1's
+    wrapped = [textwrap.wrap(caption, cell // 7)[:lines] for caption in drawable]
+    below = 4 + 16 * max(map(len, wrapped), default=0)
+    grid = Image.new("RGB", (margin + len(columns) * step, 4 + len(columns[0]) * step + below), "white")
     pen = ImageDraw.Draw(grid)
     for j, name in enumerate(rows):
-        pen.text((6, 4 + j * step + cell // 2), name, fill="black")
-    for i, (pictures, caption) in enumerate(zip(columns, captions)):
+        pen.text((6, 4 + j * step + cell // 2), name, font=font, fill="black")
+    for i, (pictures, text) in enumerate(zip(columns, wrapped)):
         for j, picture in enumerate(pictures):
             grid.paste(picture.resize((cell, cell), Image.NEAREST), (margin + i * step, 4 + j * step))
-        wrapped = textwrap.wrap(caption.encode("ascii", "replace").decode(), cell // 6)[:lines]
-        pen.multiline_text((margin + i * step, len(pictures) * step + 2), "\n".join(wrapped), fill="black", spacing=1)
+        pen.multiline_text((margin + i * step, len(pictures) * step + 2), "\n".join(text), font=font, fill="black",
+                           spacing=2)
     return grid
 
 

@@ -48,8 +48,9 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from data import (COLORS, COMPANIONS, SIDES, Data, Tokenizer, UserError, all_wordings, centre_crop, class_prompts,
-                  decode_image, evaluation_loader, open_data, picture_grid, plain_errors, to_image, to_tensor)
+from data import (COLORS, COMPANIONS, SIDES, Data, HelpWithDefaults, Tokenizer, UserError, all_wordings, centre_crop,
+                  class_prompts, decode_image, evaluation_loader, open_data, picture_grid, plain_errors, to_image,
+                  to_tensor)
 from encoder import find_encoder, load_encoder
 from losses import LPIPS
 from train import (Config, OpenVision3, check_config, choose_device, load_run, parse_config, read_checkpoint,
@@ -497,7 +498,7 @@ def show_image(model: OpenVision3, tokenizer, path: Path, class_names: list[str]
     picture_grid([[to_image(images[0])], [to_image(ceiling[0])], [to_image(ours[0])]],
                  ["input", f"VAE {psnr(ceiling, images)[0]:.1f} dB",
                   f"ours {psnr(ours, images)[0]:.1f} dB: {caption}"], cell=256).save(out)
-    print(f"wrote {out}")
+    print(f"wrote {out}; move it before you train on its folder, which would take it for a picture")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -737,6 +738,7 @@ def save_sensitivity(sweeps: dict, path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
+        formatter_class=HelpWithDefaults,
         description="Measures a frozen encoder: probes, retrieval, captions, reconstruction. Or trains and measures "
                     "every row of the table that checks the paper's claims.")
     what = parser.add_mutually_exclusive_group(required=True)

@@ -779,7 +779,8 @@ def run(args: argparse.Namespace) -> None:
     # 4. The questions
     result = evaluate(answerer, held_out, choices, presences)
     result |= {"seconds": round(time.time() - began, 1), "steps": args.steps, "seed": args.seed, "lm": args.lm}
-    save_json(result, out / f"{name}.json")
+    if pope or seed_bench:  # hours, perhaps
+        save_json(result, out / f"{name}.json")
     if pope:
         result |= {f"file_{key}": value for key, value in pope_metrics(answerer, held_out, pope).items()}
     if seed_bench:
@@ -788,8 +789,7 @@ def run(args: argparse.Namespace) -> None:
     print_table(args.ckpt + baseline, result)
     if choices:
         save_answers(answerer, held_out, data, choices, out / f"{name}.png")
-    print(f"wrote {out / name}.json; ask it yourself: python eval_vlm.py --ckpt {args.ckpt}{baseline} "
-          "--chat IMAGE QUESTION")
+    print(f"ask it yourself: python eval_vlm.py --ckpt {args.ckpt}{baseline} --chat IMAGE QUESTION")
 
 
 def save_answers(model: VisionLanguageModel, album: Album, data: Data, choices: list[Asked], path: Path) -> None:

@@ -282,15 +282,15 @@ class Classifier(nn.Module):
         return self.out(self.features(images))                                             # (B, K)
 
 
-def train_classifier(real: dict, classes: int, device: torch.device, epochs: int = 2) -> Classifier:
-    """On the real training pictures (uint8) and their labels; the same judge for all seeds of the generator."""
+def train_classifier(real: dict, classes: int, device: torch.device) -> Classifier:
+    """On at most 8,000 of the real training pictures (uint8) and their labels, 250 steps of 64; the same judge for all
+    seeds of the generator."""
     torch.manual_seed(0)
     judge = Classifier(classes).to(device, memory_format=torch.channels_last).train()
     known = (real["labels"] < classes).nonzero()[:, 0][:8000]
-    steps = epochs * (len(known) // 64)
     optimizer = torch.optim.AdamW(judge.parameters(), lr=2e-3, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=max(2, steps))
-    for step in tqdm(range(steps), desc="classifier", leave=False, disable=None):
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=250)
+    for step in tqdm(range(250), desc="classifier", leave=False, disable=None):
         if step % (len(known) // 64) == 0:
             order = known[torch.randperm(len(known))]
         chosen = order[step % (len(known) // 64) * 64 :][:64]
@@ -408,6 +408,10 @@ def measure(images: Tensor, labels: Tensor, real: dict, held_out: dict, space: S
         labelled = held_out["labels"] < judge.out.out_features
         result["classifier_accuracy"] = right[labelled].float().mean().item() if labelled.any() else None
         result["class_accuracy"] = (judged(judge, images)[1] == labels).float().mean().item()
+        if result["classifier_accuracy"] is not None and result["classifier_accuracy"] < 0.5:
+            print(f"the judge is itself right in only {result['classifier_accuracy']:.2f} of real pictures, too few to "
+                  "learn from, perhaps: class_accuracy says little" + ("" if inception else
+                  ", and so do fd, precision and recall, which are distances of its features"))
     return result
 
 

@@ -136,7 +136,7 @@ def parse_config(argv: list[str] | None = None) -> Config:
     parser = argparse.ArgumentParser(
         description="Trains the OpenVision 3 objective. Without flags: the laptop preset, on drawn shapes, on whatever "
                     "this machine has.",
-        allow_abbrev=False)
+        usage="%(prog)s [--preset NAME] [--FLAG VALUE ...]", allow_abbrev=False)
     parser.add_argument("--preset", choices=PRESETS, default="laptop", help="starting values for all other flags")
     for f in dataclasses.fields(Config):
         kind = next(t for t in (bool, int, float, str) if t.__name__ in str(f.type).split(" | ")[0] or t is f.type)
@@ -441,7 +441,7 @@ def save_curves(log: Path, path: Path, batch_size: int, vocab_size: int) -> None
             axis.annotate("chance", (rows[-1]["step"], chance[name]), ha="right", va="top", fontsize=8, color="grey")
         axis.set_title(name)
         axis.set_xlabel("step")
-        axis.set_ylim(bottom=0)
+        axis.set_ylim(bottom=0, top=1.08 * max([row[name] for row in rows] + [chance.get(name, 0)]))
     write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=110, format="png"))
 
 
@@ -552,7 +552,8 @@ def earlier_run(c: Config, place: Place) -> dict | None:
     changed = [f"--{k.replace('_', '-')} {now[k]} (was {v})" for k, v in resumed["config"].items()
                if k not in free and now[k] != v]
     if changed:
-        raise UserError(f"--resume takes the flags the run began with; changed: {', '.join(changed)}")
+        raise UserError(f"--resume takes the flags the run began with; changed: {', '.join(changed)}. A new run can "
+                        f"start from its weights: --init {out} --out ...")
     if c.streaming and (resumed["world"], resumed["config"]["workers"]) != (place.world, c.workers):
         raise UserError(f"a stream goes on only as it was cut: with {resumed['world']} process(es) and --workers "
                         f"{resumed['config']['workers']}")
@@ -724,8 +725,9 @@ def train(c: Config, stop: threading.Event) -> None:
                 progress.set_postfix_str(f"loss {row['loss']:.3f} caption {row['caption']:.2f} "
                                          f"match {row['contrastive']:.2f} pixel {row['pixel']:.3f}")
                 remaining = tqdm.format_interval((c.steps - done) * pace)
+                lpips = f"lpips {row['lpips']:.4f}  " if c.lpips_weight else ""
                 tqdm.write(f"step {done:6d}  loss {row['loss']:.4f}  pixel {row['pixel']:.4f}  "
-                           f"latent {row['latent']:.4f}  lpips {row['lpips']:.4f}  caption {row['caption']:.4f}  "
+                           f"latent {row['latent']:.4f}  {lpips}caption {row['caption']:.4f}  "
                            f"contrastive {row['contrastive']:.4f}  |grad| {row['grad_norm']:.2f}  "
                            f"{row['images_per_s']:.0f} img/s  {remaining} left")
         pause = time.time()
@@ -749,13 +751,21 @@ def train(c: Config, stop: threading.Event) -> None:
 
 @contextmanager
 def stop_signal():
-    """An event that is set by SIGTERM, which schedulers send before they kill."""
+    """An event that is set by SIGTERM, which schedulers send before they kill, or by the first Ctrl-C."""
     stop = threading.Event()
-    before = signal.signal(signal.SIGTERM, lambda *_: stop.set())
+
+    def note(number: int, frame) -> None:
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, before[signal.SIGINT])
+            tqdm.write("stopping after this step; Ctrl-C again ends it at once")
+        stop.set()
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield stop
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def main() -> None:
