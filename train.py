@@ -597,6 +597,37 @@ def check_finite(recent: dict[int, dict[str, Tensor]], out: Path) -> None:
                             "again with a lower --lr in another --out")
 
 
+def build(c: Config, place: Place, resumed: dict | None) -> tuple[Data, Tokenizer, OpenVision3, torch.optim.Optimizer]:
+    """All that a run is made of: new, as the checkpoint has it, or beginning with an earlier stage's weights."""
+    vae = load_vae(c.vae)
+    data = open_data(c.data, c.resolution, c.config, c.split, c.image_col, c.text_col, c.label_col,
+                     c.seed, c.crop, c.flip, streaming=c.streaming)
+    stage_one = read_checkpoint(Path(c.init)) if c.init and not resumed else None
+    if stage_one and stage_one["config"]["tokenizer"] != c.tokenizer:
+        raise UserError(f"--init keeps the tokenizer of {c.init}: give --tokenizer {stage_one['config']['tokenizer']}")
+    if resumed or stage_one:
+        tokenizer = Tokenizer.from_state((resumed or stage_one)["tokenizer"], c.context_length)
+    elif c.tokenizer == "bpe":
+        tokenizer = Tokenizer.train(data.train.sample_captions(), c.context_length)
+    else:
+        tokenizer = Tokenizer.named(c.tokenizer, c.context_length)
+    torch.manual_seed(c.seed)
+    model = OpenVision3(c, tokenizer, vae.to(place.device, memory_format=torch.channels_last)).to(place.device)
+    if model.perceptual is not None:
+        model.perceptual.to(place.device)
+    model.encoder.requires_grad_(not c.freeze_encoder)
+    optimizer = make_optimizer(model, c)
+    if resumed:
+        model.load_state_dict(resumed["model"])
+        optimizer.load_state_dict(resumed["optimizer"])
+    elif stage_one:
+        start_from(model, stage_one, vae_hash(c.vae))
+    else:
+        whiten(model, data.train, tokenizer)
+    make_ready(model, c, place.device)
+    return data, tokenizer, model, optimizer
+
+
 def announce(model: OpenVision3, tokenizer: Tokenizer, data: Data, place: Place, start: int, caption: str) -> None:
     """Says what is about to happen, and what the losses should begin at."""
     c, E, V = model.config, SIZES[model.config.size]["embed_dim"], tokenizer.vocab_size
@@ -638,37 +669,11 @@ def train(c: Config, stop: threading.Event) -> None:
         return
 
     # 2. Data, tokenizer, model
-    vae = load_vae(c.vae)
-    data = open_data(c.data, c.resolution, c.config, c.split, c.image_col, c.text_col, c.label_col,
-                     c.seed, c.crop, c.flip, streaming=c.streaming)
-    stage_one = read_checkpoint(Path(c.init)) if c.init and not resumed else None
-    if stage_one and stage_one["config"]["tokenizer"] != c.tokenizer:
-        raise UserError(f"--init keeps the tokenizer of {c.init}: give --tokenizer {stage_one['config']['tokenizer']}")
-    if resumed or stage_one:
-        tokenizer = Tokenizer.from_state((resumed or stage_one)["tokenizer"], c.context_length)
-    elif c.tokenizer == "bpe":
-        tokenizer = Tokenizer.train(data.train.sample_captions(), c.context_length)
-    else:
-        tokenizer = Tokenizer.named(c.tokenizer, c.context_length)
-    torch.manual_seed(c.seed)
-    model = OpenVision3(c, tokenizer, vae.to(device, memory_format=torch.channels_last)).to(device)
-    if model.perceptual is not None:
-        model.perceptual.to(device)
-    model.encoder.requires_grad_(not c.freeze_encoder)
-    optimizer = make_optimizer(model, c)
-    start = 0
-    if resumed:
-        model.load_state_dict(resumed["model"])
-        optimizer.load_state_dict(resumed["optimizer"])
-        start = resumed["step"]
-    elif stage_one:
-        start_from(model, stage_one, vae_hash(c.vae))
-    else:
-        whiten(model, data.train, tokenizer)
-    resumed = stage_one = None  # their memory is free again
+    start = resumed["step"] if resumed else 0
+    data, tokenizer, model, optimizer = build(c, place, resumed)
+    resumed = None  # its memory is free again
     about = {"tokenizer": tokenizer.state(), "class_names": data.class_names, "vae_sha256": vae_hash(c.vae),
              "world": place.world}
-    make_ready(model, c, device)
     parallel = DistributedDataParallel(model) if place.world > 1 else model
     loader = training_loader(data, tokenizer, c.batch_size, c.seed, start, c.steps, place.rank, place.world, c.workers,
                              pin_memory=device.type == "cuda")
