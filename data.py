@@ -889,12 +889,12 @@ def evaluation_loader(pictures: Pictures, tokenizer: Tokenizer, batch_size: int,
 
 
 def picture_grid(columns: list[list[Image.Image]], captions: list[str], rows: tuple[str, ...] = (),
-                 cell: int = 128, lines: int = 4) -> Image.Image:
+                 cell: int = 128, lines: int = 5) -> Image.Image:
     """One column per example, its pictures one under another, the caption below; `rows` names the rows at the left."""
     margin, step, font = (46 if rows else 4), cell + 4, ImageFont.load_default(12)
     drawable = [re.sub(r"[^ -~\xa1-\xff]", "?", caption) for caption in captions]  # the font's letters are Latin-1's
-    wrapped = [textwrap.wrap(caption, cell // 7)[:lines] for caption in drawable]
-    below = 4 + 16 * max(map(len, wrapped), default=0)
+    wrapped = [textwrap.wrap(caption, cell * 5 // 32)[:lines] for caption in drawable]
+    below = 4 + 15 * max(map(len, wrapped), default=0)
     grid = Image.new("RGB", (margin + len(columns) * step, 4 + len(columns[0]) * step + below), "white")
     pen = ImageDraw.Draw(grid)
     for j, name in enumerate(rows):

@@ -361,9 +361,10 @@ def save_sheet(rows_of_pictures: list[Tensor], captions: list[str], path: Path, 
     columns = [[to_image(picture / 127.5 - 1) for picture in column] for column in zip(*rows_of_pictures)]
     strips = [picture_grid(columns[i : i + 8], captions[i : i + 8], rows, cell, lines)
               for i in range(0, len(columns), 8)]
-    sheet = Image.new("RGB", (strips[0].width, strips[0].height * len(strips)), "white")
-    for i, strip in enumerate(strips):
-        sheet.paste(strip, (0, i * strips[0].height))
+    sheet, top = Image.new("RGB", (strips[0].width, sum(strip.height for strip in strips)), "white"), 0
+    for strip in strips:
+        sheet.paste(strip, (0, top))
+        top += strip.height
     write_atomically(path, lambda temporary: sheet.save(temporary, format="png"))
 
 
