@@ -800,7 +800,7 @@ def test_interrupted_and_resumed_is_bitwise_the_straight_run(monkeypatch, tmp_pa
 
     with monkeypatch.context() as patch:
         patch.setattr(train, "save_checkpoint", save_then_die)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(SystemExit, match="interrupted"):
             run_train(monkeypatch, *TINY_RUN, "--out", tmp_path / "broken")
     (tmp_path / "broken" / "log.jsonl").open("a").write('{"step": 3, "loss": 0}\n')  # a line past the checkpoint
     run_train(monkeypatch, *TINY_RUN, "--out", tmp_path / "broken", "--resume")
