@@ -1448,7 +1448,7 @@ def test_generator_from_training_to_samples(tmp_path, monkeypatch, capsys):
             raise KeyboardInterrupt
 
     monkeypatch.setattr(generate, "write_atomically", save_then_die)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit, match="interrupted"):
         go()
     monkeypatch.setattr(generate, "write_atomically", save)
     assert "--lr" in complaint(monkeypatch, generate, *flags, "--resume", "--lr", 0.5)
