@@ -349,7 +349,7 @@ def plain_errors():
     except KeyboardInterrupt:
         problem = "interrupted"
     except (UserError, OSError, ValueError) as error:
-        problem = str(error)
+        problem = str(error) or type(error).__name__
     except RuntimeError as error:  # raised by a signal, wherever the program is
         if "DataLoader worker" not in str(error):
             raise
