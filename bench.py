@@ -11,7 +11,7 @@ process of its own.
     B made-up pictures -> take_step of train.py, n times -> median milliseconds -> pictures and TFLOP per second
 
 Letters: B batch, R resolution, N image tokens, W width, E shared embedding width, D width of the latent decoder,
-         T text length, V vocabulary.
+         T text length (its last token is only predicted: T-1 are read), V vocabulary.
 
 Run:    python train.py --preset paper-b --dry-run
         python train.py --bench
@@ -294,8 +294,8 @@ class Composition(nn.Module):
         self.caption_in, self.words = nn.Linear(W, W_caption), nn.Embedding(vocabulary, W_caption)
         self.caption = Transformer(W_caption, caption_depth, W_caption // 64)
         self.head = nn.Linear(W_caption, vocabulary)
-        N, T = (side // 2) ** 2, c.context_length - 1
-        mask = torch.full((N + T, N + T), -math.inf).triu(1)
+        N, S = (side // 2) ** 2, (side // 2) ** 2 + c.context_length - 1
+        mask = torch.full((S, S), -math.inf).triu(1)
         mask[:, :N] = 0
         self.register_buffer("mask", mask)
         self.log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
@@ -314,8 +314,8 @@ class Composition(nn.Module):
         predicted = self.to_latents(self.decoder(self.decoder_in(noisy)))              # (B, N, 64)
         predicted = F.pixel_shuffle(predicted.mT.unflatten(2, (latents.shape[2] // 2, -1)), 2)  # (B, 16, R/8, R/8)
         rebuilt = self.vae.decode(predicted[seen] / self.vae.config.scaling_factor).sample      # (B, 3, R, R)
-        x = torch.cat([self.caption_in(tokens), self.words(ids[:, :-1])], dim=1)       # (B, N+T, W)
-        logits = self.head(self.caption(x, attn_mask=self.mask)[:, tokens.shape[1] :])  # (B, T, V)
+        x = torch.cat([self.caption_in(tokens), self.words(ids[:, :-1])], dim=1)       # (B, N+T-1, W_caption)
+        logits = self.head(self.caption(x, attn_mask=self.mask)[:, tokens.shape[1] :])  # (B, T-1, V)
         image, text = F.normalize(pooled, dim=-1), F.normalize(self.text(ids), dim=-1)
         similar, own = self.log_scale.exp() * image @ text.T, torch.arange(len(ids), device=ids.device)
         match = (F.cross_entropy(similar, own) + F.cross_entropy(similar.T, own)) / 2

@@ -52,6 +52,52 @@ from tqdm import tqdm
 Image.MAX_IMAGE_PIXELS = 64_000_000  # a bound on what a small file may unpack to
 
 # ---------------------------------------------------------------------------------------------------------------------
+# What all programs share: errors of one sentence, --help, which process speaks
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class UserError(Exception):
+    """Something the user gave or asked for cannot be had; the message is one sentence that names it and the way out."""
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+class HelpWithDefaults(argparse.ArgumentDefaultsHelpFormatter):
+    """--help with each flag's default, where it has one that says something."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        return action.help if action.default in (None, False, []) else super()._get_help_string(action)
+
+
+def is_main() -> bool:
+    """The first of torchrun's processes, which speaks for all of them; or the only one."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+@contextmanager
+def plain_errors():
+    """Errors that a user can mend become one sentence and exit status 1; loader processes are ended in any case."""
+    problem = None
+    try:
+        yield
+    except KeyboardInterrupt:
+        problem = "interrupted"
+    except (UserError, OSError, ValueError) as error:
+        problem = str(error) or type(error).__name__
+    except RuntimeError as error:  # raised by a signal, wherever the program is
+        if "DataLoader worker" not in str(error):
+            raise
+        problem = f"a loader process died ({first_line(error)}); perhaps out of memory: lower --workers"
+    finally:
+        for worker in multiprocessing.active_children():
+            worker.kill()  # they do not listen to SIGTERM, see outlive_sigterm
+    if problem:
+        raise SystemExit(f"error: {problem}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The shapes data set: scenes
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -318,47 +364,6 @@ IMAGE_COLUMNS, TEXT_COLUMNS, LABEL_COLUMNS = (
     ("image", "img", "jpg", "png", "webp"), ("text", "caption", "captions", "txt"), ("label", "labels", "cls"))
 HELD_OUT = 0.1  # the test share where a data set brings none, at most 2,000 pictures
 STREAM_HEAD = 2000  # rows of a stream that are read ahead; held out are HELD_OUT of them
-
-
-class UserError(Exception):
-    """Something the user gave or asked for cannot be had; the message is one sentence that names it and the way out."""
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-class HelpWithDefaults(argparse.ArgumentDefaultsHelpFormatter):
-    """--help with each flag's default, where it has one that says something."""
-
-    def _get_help_string(self, action: argparse.Action) -> str:
-        return action.help if action.default in (None, False, []) else super()._get_help_string(action)
-
-
-def is_main() -> bool:
-    """The first of torchrun's processes, which speaks for all of them; or the only one."""
-    return os.environ.get("RANK", "0") == "0"
-
-
-@contextmanager
-def plain_errors():
-    """Errors that a user can mend become one sentence and exit status 1; loader processes are ended in any case."""
-    problem = None
-    try:
-        yield
-    except KeyboardInterrupt:
-        problem = "interrupted"
-    except (UserError, OSError, ValueError) as error:
-        problem = str(error) or type(error).__name__
-    except RuntimeError as error:  # raised by a signal, wherever the program is
-        if "DataLoader worker" not in str(error):
-            raise
-        problem = f"a loader process died ({first_line(error)}); perhaps out of memory: lower --workers"
-    finally:
-        for worker in multiprocessing.active_children():
-            worker.kill()  # they do not listen to SIGTERM, see outlive_sigterm
-    if problem:
-        raise SystemExit(f"error: {problem}")
 
 
 def class_prompts(name: str) -> list[str]:

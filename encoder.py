@@ -114,7 +114,7 @@ class Transformer(nn.Module):
 
     def __init__(self, width: int, depth: int, heads: int, text: bool = False):
         super().__init__()
-        self.recompute = False  # the insides of blocks in the backward pass, not store them
+        self.recompute = False  # True: blocks run again in the backward pass, and their insides are not kept
         self.resblocks = nn.ModuleList(Block(width, heads, "tanh" if text else "none") for _ in range(depth))
         into, hidden = (width**-0.5, (2 * width) ** -0.5) if text else (0.02 * 768 / width, 0.02 * 768 / width)
         out = (2 * width * depth) ** -0.5 if text else 0.0

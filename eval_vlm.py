@@ -185,7 +185,7 @@ class LanguageModel(nn.Module):
 
     def __init__(self, vocab_size: int, length: int, width: int, depth: int, heads: int):
         super().__init__()
-        self.width, self.room = width, length
+        self.width, self.room = width, length  # room: places it can read, picture and text
         self.embedding = nn.Embedding(vocab_size, width)
         self.positions = nn.Parameter(torch.randn(length, width) * 0.01)
         self.transformer = Transformer(width, depth, heads, text=True)
@@ -209,9 +209,9 @@ class LanguageModel(nn.Module):
         """With a cache, x are the next places only; `seen` always covers all. `last`: logits of the last place only."""
         S, new = seen.shape[1], x.shape[1]
         positions = (seen.cumsum(1) - 1).clamp(min=0)[:, S - new :]                        # (B, new)
-        if S > len(self.positions):
-            raise UserError(f"{S} places, picture and text, but the language model reads at most "
-                            f"{len(self.positions)}; ask something shorter")
+        if S > self.room:
+            raise UserError(f"{S} places, picture and text, but the language model reads at most {self.room}; ask "
+                            "something shorter")
         past = torch.ones(S, S, dtype=torch.bool, device=x.device).tril()                  # (S, S)
         itself = torch.eye(S, dtype=torch.bool, device=x.device)  # padding too: who sees nothing becomes NaN
         mask = (past & seen[:, None]) | itself                                             # (B, S, S)
@@ -773,7 +773,7 @@ def run(args: argparse.Namespace) -> None:
     answerer.eval()
     state = {"model": answerer.state_dict(), "space": space.state_dict(), "lm": args.lm, "encoder": digest}
     if not args.lm:
-        state |= {"tokenizer": answerer.words.tokenizer.state(), "length": len(answerer.language.positions)}
+        state |= {"tokenizer": answerer.words.tokenizer.state(), "length": answerer.language.room}
     write_atomically(out / f"{name}.pt", lambda path: torch.save(state, path))
 
     # 4. The questions

@@ -46,7 +46,8 @@ from data import (Collate, Data, HelpWithDefaults, Tokenizer, TrainingOrder, Use
                   open_data, outlive_sigterm, picture_grid, plain_errors, to_image)
 from encoder import Attention, sincos_positions
 from eval_probe import Inception, frechet_distance, print_table, save_json
-from train import (OpenVision3, Place, end_group, find_place, keep_log_until, load_run, stop_signal, write_atomically)
+from train import (OpenVision3, Place, any_process, end_group, find_place, keep_log_until, load_run, stop_signal,
+                   write_atomically)
 
 # Width, depth, heads of the base and of the head, and the settings that go with them: RAE's S and XL to the number.
 # DIFFERS: laptop is ours, with a larger rate, a shorter average, and times shifted by 3, where the formula says 1:
@@ -68,7 +69,8 @@ def rotate(x: Tensor, angles: Tensor) -> Tensor:
 
 
 def rotary_angles(side: int, head_width: int) -> Tensor:
-    """[N,head_width/2]: half of the pairs turn with the row, half with the column, 10000^-(k/n) each."""
+    """[N,head_width/2]: half of the pairs turn with the row, half with the column, the k-th of them by
+    10000^(-4k/head_width) a step."""
     frequencies = 10000.0 ** -(torch.arange(head_width // 4).float() / (head_width // 4))  # (head_width/4,)
     row, column = torch.meshgrid(torch.arange(side).float(), torch.arange(side).float(), indexing="ij")
     return torch.cat([row.reshape(-1, 1) * frequencies, column.reshape(-1, 1) * frequencies], dim=1)
@@ -263,6 +265,9 @@ def read_pictures(space: Space, pictures, tokenizer: Tokenizer, count: int, what
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+JUDGE_STEPS = 250
+
+
 class Classifier(nn.Module):
     """A small convolutional network: images [B,3,R,R] in [-1,1] -> class logits [B,K]; `features` gives [B,128]."""
 
@@ -283,14 +288,14 @@ class Classifier(nn.Module):
 
 
 def train_classifier(real: dict, classes: int, device: torch.device) -> Classifier:
-    """On at most 8,000 of the real training pictures (uint8) and their labels, 250 steps of 64; the same judge for all
-    seeds of the generator."""
+    """On at most 8,000 of the real training pictures (uint8) and their labels, in batches of 64; the same judge for
+    all seeds of the generator."""
     torch.manual_seed(0)
     judge = Classifier(classes).to(device, memory_format=torch.channels_last).train()
     known = (real["labels"] < classes).nonzero()[:, 0][:8000]
     optimizer = torch.optim.AdamW(judge.parameters(), lr=2e-3, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=250)
-    for step in tqdm(range(250), desc="classifier", leave=False, disable=None):
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=JUDGE_STEPS)
+    for step in tqdm(range(JUDGE_STEPS), desc="classifier", leave=False, disable=None):
         if step % (len(known) // 64) == 0:
             order = known[torch.randperm(len(known))]
         chosen = order[step % (len(known) // 64) * 64 :][:64]
@@ -410,9 +415,9 @@ def measure(images: Tensor, labels: Tensor, real: dict, held_out: dict, space: S
         result["classifier_accuracy"] = right[labelled].float().mean().item() if labelled.any() else None
         result["class_accuracy"] = (judged(judge, images)[1] == labels).float().mean().item()
         if result["classifier_accuracy"] is not None and result["classifier_accuracy"] < 0.5:
-            print(f"the judge is itself right in only {result['classifier_accuracy']:.2f} of real pictures, too few to "
-                  "learn from, perhaps: class_accuracy says little" + ("" if inception else
-                  ", and so do fd, precision and recall, which are distances of its features"))
+            print(f"the judge itself is right for only {result['classifier_accuracy']:.2f} of real pictures: "
+                  "class_accuracy means little" + ("" if inception else
+                                                   ", and so do fd, precision and recall, which use its features"))
     return result
 
 
@@ -579,7 +584,7 @@ def train_generator(args: argparse.Namespace, lesson: Lesson, bad: DiTDH | None,
               f"{args.shift:.2f}; the loss starts at 2.0; {args.steps - start:,} steps of "
               f"{args.batch_size} on {world} x {device} in {lesson.place.dtype}")
     progress = tqdm(total=args.steps, initial=start, desc="generate", disable=None if main else True, mininterval=1)
-    clock, logged, losses, votes = time.time(), start, [], 0.0
+    clock, logged, losses = time.time(), start, []
     for step, (tokens, labels) in enumerate(training_batches(args, lesson, start), start):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args)
@@ -596,14 +601,15 @@ def train_generator(args: argparse.Namespace, lesson: Lesson, bad: DiTDH | None,
             slow.lerp_(fast.detach(), 1 - decay)
         losses.append(loss.detach())
         progress.update()
-        stopping = stop.is_set() if world == 1 else bool(votes)  # a step late, as in train.py
-        votes = over_processes(torch.tensor(float(stop.is_set()), device=device), world)
+        stopping = any_process(stop.is_set(), world)
         logging, sampling = (done % every == 0 or done == args.steps for every in (args.log_every, args.sample_every))
         saving = done % args.save_every == 0 or done == args.steps or stopping
         if (logging or sampling or saving) and not torch.isfinite(torch.stack(losses).sum() + norm):
             raise UserError(f"step {done}: not finite any more; start again with a lower --lr")
         if logging:
-            value = over_processes(torch.stack(losses).mean(), world) / world
+            value = torch.stack(losses).mean() / world
+            if world > 1:
+                dist.all_reduce(value)
             row = {"step": done, "loss": value.item(), "lr": learning_rate(step, args), "grad_norm": norm.item(),
                    "images_per_s": round(args.batch_size * (done - logged) / (time.time() - clock), 1)}
             if main:
@@ -629,13 +635,6 @@ def train_generator(args: argparse.Namespace, lesson: Lesson, bad: DiTDH | None,
             return None
     progress.close()
     return average
-
-
-def over_processes(value: Tensor, world: int) -> Tensor:
-    """Its sum over all of them."""
-    if world > 1:
-        dist.all_reduce(value)
-    return value
 
 
 def save_arrays(path: Path, arrays: dict) -> None:
@@ -670,7 +669,7 @@ def sample_and_measure(args: argparse.Namespace, lesson: Lesson, average: DiTDH,
     return result
 
 
-def generate(args: argparse.Namespace, stop: threading.Event) -> None:
+def generate(args: argparse.Namespace) -> None:
     began = time.time()
     for name in ("lr", "ema", "batch_size"):
         if getattr(args, name) is None:
@@ -686,7 +685,8 @@ def generate(args: argparse.Namespace, stop: threading.Event) -> None:
     if bad is not None:
         check_bad(bad_state, len(lesson.class_names), lesson.space)
         bad.to(lesson.place.device)
-    average = train_generator(args, lesson, bad, stop)
+    with stop_signal() as stop:
+        average = train_generator(args, lesson, bad, stop)
     if lesson.place.world > 1:
         end_group()
     if average is None or not lesson.place.main:
@@ -764,7 +764,7 @@ def main() -> None:
     parser.add_argument("--sample-every", type=int, default=325, help="steps between sample sheets")
     args = parser.parse_args()
     sys.stdout.reconfigure(line_buffering=True)  # under nohup each line is written as it comes
-    with stop_signal() as stop, plain_errors():
+    with plain_errors():
         for name, low in dict(steps=1, batch_size=1, n_samples=2, points=2, pool=2, workers=0, log_every=1,
                               save_every=1, sample_every=1, seed=0).items():
             if getattr(args, name) is not None and getattr(args, name) < low:
@@ -773,7 +773,7 @@ def main() -> None:
             value = getattr(args, name)
             if value is not None and not 0 <= value < high:
                 raise UserError(f"--{name} {value} must be at least 0 and below {high}")
-        generate(args, stop)
+        generate(args)
 
 
 if __name__ == "__main__":

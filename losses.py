@@ -13,7 +13,7 @@ sees as people do; half of it is CLIP's game, find your caption among the batch'
 
 Letters: B batch (of one process), G global batch, T text length, V vocabulary, E shared embedding width.
 
-At the first step: contrastive about ln(G) plus half the variance of chance similarities, caption about ln(V); LPIPS,
+At the first step: contrastive about ln(G) plus half the variance of its logits, caption about ln(V); LPIPS,
 pixel and latent as the data has it (a grey answer costs the mean absolute value of the pictures).
 
 Run:    python losses.py      # the expected values at initialisation, beside measured ones

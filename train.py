@@ -510,8 +510,8 @@ class Place(NamedTuple):
 
 
 def find_place(device: str, dtype: str, batch_size: int, multiple: int = 1) -> Place:
-    """Alone, or one of several under torchrun, which are connected here. `multiple`: of what each one's share of the
-    batch must be a multiple."""
+    """Alone, or one of several under torchrun, which are connected here. Each one's share of the batch must be a
+    multiple of `multiple`."""
     rank, world, device = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), choose_device(device)
     if batch_size % world:
         raise UserError(f"--batch-size {batch_size} is the global batch; it must be a multiple of the {world} "
@@ -520,11 +520,20 @@ def find_place(device: str, dtype: str, batch_size: int, multiple: int = 1) -> P
         raise UserError(f"{batch_size // world} pictures per process are no multiple of --accumulate x --pixel-every, "
                         f"{multiple}; give --pixel-every 1, as in the paper, or other divisors")
     if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     if device.type == "cuda":
         torch.cuda.set_device(device)
     auto = "bfloat16" if device.type == "cuda" else "float32"
     return Place(rank, world, device, getattr(torch, auto if dtype == "auto" else dtype))
+
+
+def any_process(said: bool, world: int) -> bool:
+    """Whether one of them says so. The vote is a number on the CPU, so that no GPU is waited for."""
+    if world > 1:
+        votes = torch.tensor(float(said))
+        dist.all_reduce(votes)
+        said = bool(votes)
+    return said
 
 
 def end_group() -> None:
@@ -638,10 +647,11 @@ def announce(model: OpenVision3, tokenizer: Tokenizer, data: Data, place: Place,
           f"{c.steps - start:,} steps of {c.batch_size} on {place.world} x {place.device} in {place.dtype}")
     print("millions of parameters: " + ", ".join(f"{name} {sum(p.numel() for p in part.parameters()) / 1e6:.1f}"
                                                  for name, part in parts.items()))
-    spread = model.log_scale.exp().item() ** 2 / (2 * E)  # what the chance similarities of whitened vectors cost
-    print(f"{(c.resolution // 16) ** 2} tokens a picture, {V} words and pieces; chance: contrastive "
-          f"ln {c.batch_size} + {spread:.2f} = {math.log(c.batch_size) + spread:.2f}, "
-          f"caption ln {V} = {math.log(V):.2f}")
+    print(f"{(c.resolution // 16) ** 2} tokens a picture, {V} words and pieces")
+    if start == 0 and not c.init:
+        spread = model.log_scale.exp().item() ** 2 / (2 * E)  # what the chance similarities of whitened vectors cost
+        print(f"expected at the start: contrastive ln {c.batch_size} + {spread:.2f} = "
+              f"{math.log(c.batch_size) + spread:.2f}, caption ln {V} = {math.log(V):.2f}")
     print(f"a caption: {tokenizer.decode(tokenizer.encode(caption))!r}")
     rule = f" = {c.base_lr:.3g} * {c.batch_size} / 256" if c.base_lr is not None else ""
     print(f"peak learning rate {c.lr:.3g}{rule} after {c.warmup} steps; "
@@ -694,7 +704,7 @@ def train(c: Config, stop: threading.Event) -> None:
         keep_log_until(out / f"ids-{place.rank}.jsonl", start)
     ids_file = open(out / f"ids-{place.rank}.jsonl", "a") if c.log_ids else None
     log_file = open(out / "log.jsonl", "a") if main else None
-    logged, waited, clock, recent, votes = start, 0.0, time.time(), {}, 0.0
+    logged, waited, clock, recent = start, 0.0, time.time(), {}
     batches = (batch for batch in loader if batch is not None)
     for step in range(start, c.steps):
         began, done = time.time(), step + 1
@@ -709,10 +719,7 @@ def train(c: Config, stop: threading.Event) -> None:
         terms = take_step(parallel, model, optimizer, images, ids, step, place)
 
         progress.update()
-        stopping = stop.is_set() if place.world == 1 else bool(votes)  # a step late: the device need not be waited for
-        if place.world > 1:
-            votes = torch.tensor(float(stop.is_set()), device=device)
-            dist.all_reduce(votes)  # one process's SIGTERM stops all of them at the same step
+        stopping = any_process(stop.is_set(), place.world)
         logging, sampling = (done % every == 0 or done == c.steps for every in (c.log_every, c.sample_every))
         saving = done % c.save_every == 0 or done == c.steps or stopping
         recent[done] = terms
@@ -762,7 +769,7 @@ def stop_signal():
     def note(number: int, frame) -> None:
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, before[signal.SIGINT])
-            tqdm.write("stopping after this step; Ctrl-C again ends it at once")
+            tqdm.write("stopping after this step, with a checkpoint; Ctrl-C again ends it at once")
         stop.set()
 
     before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -775,13 +782,14 @@ def stop_signal():
 
 def main() -> None:
     sys.stdout.reconfigure(line_buffering=True)  # under nohup each line is written as it comes
-    with stop_signal() as stop, plain_errors():
+    with plain_errors():
         config = parse_config()
         if config.dry_run or config.bench:
             import bench  # it builds on this file
             bench.measure(config)
         else:
-            train(config, stop)
+            with stop_signal() as stop:
+                train(config, stop)
 
 
 if __name__ == "__main__":

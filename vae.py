@@ -167,7 +167,7 @@ class Decoder(nn.Module):
 
     def __init__(self, ch: int, ch_mult: tuple, num_res_blocks: int, z_channels: int):
         super().__init__()
-        self.recompute = False  # blocks in the backward pass, in place of keeping their insides
+        self.recompute = False  # True: blocks run again in the backward pass, and their insides are not kept
         widths = [ch * m for m in ch_mult]
         channels = widths[-1]
         self.conv_in = nn.Conv2d(z_channels, channels, 3, padding=1)
