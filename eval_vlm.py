@@ -159,7 +159,9 @@ class Census:
 # ---------------------------------------------------------------------------------------------------------------------
 
 SMALL = (192, 4, 6)  # width, depth, heads of the language model from scratch
-AT_ONCE = 4  # questions to each picture of a step, which is read once for all of them
+# DIFFERS: questions to each picture of a step, which is read once for all of them; they do not see one another, as the
+# turns of LLaVA's conversations do, or what is there is read off the other questions
+AT_ONCE = 4
 PADDING, SILENT = -1, -100  # in ids: nothing stands here; in targets: nothing is asked here
 # DIFFERS: this share of the pictures in the instruction step is noise, so that the blind control is familiar
 BLIND = 0.1

@@ -511,7 +511,7 @@ def open_lesson(args: argparse.Namespace) -> Lesson:
     data = open_data(args.data, config.resolution, *columns, need_text=False)
     K = len(data.class_names or [])
     if args.guidance is None:
-        args.guidance = 1.42 if args.bad else 3.0 if K else 1.0
+        args.guidance = 1.42 if args.bad else 3.0 if K else 1.0  # DIFFERS: RAE's best has none, or 1.42 with --bad
     if args.guidance != 1 and not K and not args.bad:
         raise UserError("--guidance without classes needs a worse network: --bad")
     space = Space(model, args.space).to(device)
