@@ -43,7 +43,7 @@ from tqdm import tqdm
 
 from data import (COLORS, COMPANIONS, RADIUS, SHAPES, SIDES, Data, HelpWithDefaults, Tokenizer, UserError, centre_crop,
                   decode_image, evaluation_loader, first_line, open_data, plain_errors, to_tensor)
-from encoder import Transformer
+from encoder import Transformer, sincos_positions
 from eval_probe import open_run_data, print_table, save_json
 from generate import Space, save_sheet
 from train import OpenVision3, choose_device, load_run, write_atomically
@@ -79,6 +79,19 @@ def presence(kind: str, name: str, here: bool) -> Question:
                     ("yes", "no"))
 
 
+def called(item: dict) -> str:
+    return f"{item['color']} {item['shape']}"
+
+
+def side_questions(scene: dict, rng: random.Random) -> list[Question]:
+    """On which side each companion lies, seen from the main object, and the other way round. Both are called by color
+    and shape: which of two companions is meant can hardly be told by their shapes, which tokens hold least of all."""
+    main, *companions = scene["objects"]
+    return [choice("relation", f"Where is the {called(one)}, seen from the {called(other)}?", side, SIDES, rng)
+            for item in companions
+            for one, other, side in ((item, main, item["side"]), (main, item, OPPOSITE[item["side"]]))]
+
+
 def scene_choices(scene: dict, rng: random.Random) -> list[Question]:
     """Questions of SEED-Bench's kind about a drawn scene. No two objects of a scene have the same shape. Most scenes
     have one object, so that only a third of these is asked for the number; companions are always small, so that sizes
@@ -90,10 +103,7 @@ def scene_choices(scene: dict, rng: random.Random) -> list[Question]:
         if colors[item["color"]] == 1:
             alike = SHAPES if item["shape"] in SHAPES else COMPANIONS
             questions.append(choice("shape", f"What shape is the {item['color']} object?", item["shape"], alike, rng))
-    for item in objects[1:]:
-        pair = (item["shape"], objects[0]["shape"])
-        for (one, other), side in ((pair, item["side"]), (pair[::-1], OPPOSITE[item["side"]])):
-            questions.append(choice("relation", f"Where is the {one}, seen from the {other}?", side, SIDES, rng))
+    questions += side_questions(scene, rng)
     if len(objects) > 1 or rng.random() < 1 / 3:
         questions.append(choice("count", "How many objects are there?", NUMBERS[len(objects) - 1], NUMBERS, rng))
     if len(objects) == 1:
@@ -117,7 +127,7 @@ class Census:
 
     def things(self, i: int) -> list[str]:
         if self.scenes[i]:
-            return [f"{item['color']} {item['shape']}" for item in self.scenes[i]["objects"]]
+            return [called(item) for item in self.scenes[i]["objects"]]
         return [self.class_names[self.labels[i]]] if self.labels[i] >= 0 else []
 
     def absent(self, kind: str, i: int, here: str, rng: random.Random) -> str | None:
@@ -165,6 +175,9 @@ AT_ONCE = 4
 PADDING, SILENT = -1, -100  # in ids: nothing stands here; in targets: nothing is asked here
 # DIFFERS: this share of the pictures in the instruction step is noise, so that the blind control is familiar
 BLIND = 0.1
+# DIFFERS: this first share of the instruction step asks about sides alone, in its first half only where companions lie.
+# Asked both ways the answers cancel until names and sides are known; among other questions they were never learned
+SIDES_FIRST = 0.3
 LONGEST = 256  # ids of an answer or a caption; what is longer is cut
 
 
@@ -288,12 +301,15 @@ def question_prompt(question: str) -> str:
 
 
 class VisionLanguageModel(nn.Module):
-    """Projector and language model. `words` makes ids of texts and texts of ids."""
+    """Projector and language model. `words` makes ids of texts and texts of ids; `side` is that of the token map, for a
+    language model that has yet to learn what follows what: it then gets each token's row and column too."""
 
-    def __init__(self, language: nn.Module, words, token_dim: int):
+    def __init__(self, language: nn.Module, words, token_dim: int, side: int = 0):
         super().__init__()
         W = language.width
         self.projector = nn.Sequential(nn.Linear(token_dim, W), nn.GELU(), nn.Linear(W, W))
+        # DIFFERS: LLaVA adds none. Standardised tokens do not tell their places, which the encoder gave them
+        self.places = nn.Parameter(0.3 * sincos_positions(side, side, W)) if side else None  # (N, W)
         self.language, self.speech = language, [words]  # in a list: a HuggingFaceLM is both, and saved once
 
     @property
@@ -304,7 +320,8 @@ class VisionLanguageModel(nn.Module):
         """[bos | image | text] as embeddings [B,S,W], and which of them hold something [B,S]. `align`: padding comes
         first, so that all texts end, and can go on, at the last place."""
         start = self.language.embed(ids.new_full((len(ids), 1), self.words.bos))           # (B, 1, W)
-        x = torch.cat([start, self.projector(tokens).to(start.dtype), self.language.embed(ids.clamp(min=0))], dim=1)
+        image = self.projector(tokens) if self.places is None else self.projector(tokens) + self.places  # (B, N, W)
+        x = torch.cat([start, image.to(start.dtype), self.language.embed(ids.clamp(min=0))], dim=1)
         seen = torch.cat([ids.new_ones(len(ids), 1 + tokens.shape[1]).bool(), ids != PADDING], dim=1)
         if align:
             order = seen.int().argsort(dim=1, stable=True)                                 # (B, S): padding, the rest
@@ -591,8 +608,8 @@ def free_answers(model: VisionLanguageModel, album: Album, asked: list[Asked], l
 
 def fit(model: VisionLanguageModel, parts: list[nn.Module], make_batch, what: str, steps: int, rate: float,
         args: argparse.Namespace) -> None:
-    """`steps` steps on `make_batch(rng)` -> (tokens, prompts, answers), training `parts` only: AdamW without weight
-    decay, 3 % linear warm-up, then a cosine to 0, as LLaVA-1.5."""
+    """`steps` steps on `make_batch(rng, share of the steps done)` -> (tokens, prompts, answers), training `parts` only:
+    AdamW without weight decay, 3 % linear warm-up, then a cosine to 0, as LLaVA-1.5."""
     model.requires_grad_(False)
     parameters = [p for part in parts for p in part.requires_grad_(True).parameters()]
     optimizer = torch.optim.AdamW(parameters, rate, weight_decay=0.0)
@@ -601,7 +618,7 @@ def fit(model: VisionLanguageModel, parts: list[nn.Module], make_batch, what: st
         warm = max(1, math.ceil(0.03 * steps))
         optimizer.param_groups[0]["lr"] = rate * ((step + 1) / warm if step < warm else
                                                   (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm))) / 2)
-        batch = make_batch(random.Random(f"{args.seed} {what} {step}"))
+        batch = make_batch(random.Random(f"{args.seed} {what} {step}"), step / steps)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             loss = model.loss(*batch)
         optimizer.zero_grad()
@@ -628,6 +645,7 @@ class Lessons:
         self.told = [i for i, texts in enumerate(captions) if texts[0].strip()]
         rng = random.Random("weights")  # pictures that more can be asked about are asked about more often
         self.weights = list(accumulate(len(census.choices(i, rng)) for i in census.askable))
+        self.sided = [i for i in census.askable if census.scenes[i] and len(census.scenes[i]["objects"]) > 1]
 
     def question(self, i: int, rng: random.Random) -> Question:
         """About picture i: as often whether something is there as anything else. Popular negatives stay in the exam:
@@ -642,8 +660,8 @@ class Lessons:
     def ending(self, text: str) -> list[int]:
         return self.model.words.encode(f" {text}")[:LONGEST] + [self.model.words.eos]
 
-    def alignment(self, rng: random.Random) -> tuple:
-        """Pictures and their captions, nothing asked."""
+    def alignment(self, rng: random.Random, share: float) -> tuple:
+        """Pictures and their captions, nothing asked; the same from first to last."""
         if self.align:
             turns = self.pick(self.align, rng)
             return (self.album.tokens([path for path, _, _ in turns]), [[] for _ in turns],
@@ -652,14 +670,19 @@ class Lessons:
         return (self.album.tokens(chosen), [[] for _ in chosen],
                 [self.ending(rng.choice(self.captions[i])) for i in chosen])
 
-    def instruction(self, rng: random.Random) -> tuple:
+    def instruction(self, rng: random.Random, share: float) -> tuple:
         """Pictures, a few of them noise, questions, answers: AT_ONCE to a picture of a data set, one to one of a
         file."""
         if self.instruct:
             pictures, turns = zip(*((path, turn) for path, *turn in self.pick(self.instruct, rng)))
         else:
-            pictures = rng.choices(self.census.askable, cum_weights=self.weights, k=self.batch_size)
-            asked = [self.question(i, rng) for i in pictures for _ in range(AT_ONCE)]
+            if self.sided and share < SIDES_FIRST:
+                pictures, every = self.pick(self.sided, rng), 2 if share < SIDES_FIRST / 2 else 1
+                asked = [rng.choice(side_questions(self.census.scenes[i], rng)[::every])
+                         for i in pictures for _ in range(AT_ONCE)]
+            else:
+                pictures = rng.choices(self.census.askable, cum_weights=self.weights, k=self.batch_size)
+                asked = [self.question(i, rng) for i in pictures for _ in range(AT_ONCE)]
             turns = [(q.text, q.answer) for q in asked]
         tokens = self.album.tokens(list(pictures))                                         # (B, N, C)
         blind = torch.tensor([rng.random() < BLIND for _ in pictures], device=tokens.device)  # (B,)
@@ -685,20 +708,20 @@ def make_model(lm: str | None, texts: list[str], N: int, C: int, seed: int) -> V
     words = Words(Tokenizer.train(texts, 4096, vocab_size=1024))
     longest = min(2 * LONGEST, max(len(words.encode(text)) for text in texts))  # a question and its answer
     language = LanguageModel(words.tokenizer.vocab_size, 1 + N + 2 * longest, *SMALL)
-    return VisionLanguageModel(language, words, C)
+    return VisionLanguageModel(language, words, C, math.isqrt(N))
 
 
 def load_answerer(path: Path, encoder: str) -> tuple[VisionLanguageModel, dict]:
     """What an earlier run of this program left behind. `encoder`: the digest of the encoder it is to be used with."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        lm, C = state["lm"], state["space"]["mean"].shape[1]
+        lm, (N, C) = state["lm"], state["space"]["mean"].shape
         if lm:
             language = words = HuggingFaceLM(lm)
         else:
             words = Words(Tokenizer.from_state(state["tokenizer"], 4096))
             language = LanguageModel(words.tokenizer.vocab_size, state["length"], *SMALL)
-        model = VisionLanguageModel(language, words, C)
+        model = VisionLanguageModel(language, words, C, 0 if lm else math.isqrt(N))
         model.load_state_dict(state["model"])
     except UserError:
         raise
@@ -768,9 +791,8 @@ def run(args: argparse.Namespace) -> None:
     print(f"{args.ckpt}, {args.space}: {len(album.stored):,} pictures of {N} tokens of {C}; language model "
           f"{args.lm or 'from scratch'}, {parameters / 1e6:.1f} M parameters with the projector; {len(choices):,} "
           f"choices and {len(presences):,} presences to ask")
-    beginner = [] if args.lm else [answerer.language]  # DIFFERS: LLaVA's has learned to read long before
-    fit(answerer, [answerer.projector, *beginner], lessons.alignment, "alignment", args.steps[0],
-        1e-3 if args.lm else args.lr, args)
+    learners = [answerer.projector] if args.lm else [answerer]  # DIFFERS: LLaVA's has learned to read long before
+    fit(answerer, learners, lessons.alignment, "alignment", args.steps[0], 1e-3 if args.lm else args.lr, args)
     fit(answerer, [answerer], lessons.instruction, "instruction", args.steps[1], args.lr, args)
     answerer.eval()
     state = {"model": answerer.state_dict(), "space": space.state_dict(), "lm": args.lm, "encoder": digest}
@@ -817,7 +839,7 @@ def main() -> None:
                         help="answer one question about one picture with the model of an earlier run, and stop")
     parser.add_argument("--lm", metavar="NAME", help="causal language model of transformers, by hub id or folder, "
                                                      "instead of the one from scratch")
-    parser.add_argument("--steps", type=int, nargs=2, default=[1500, 1500], metavar=("ALIGNMENT", "INSTRUCTION"),
+    parser.add_argument("--steps", type=int, nargs=2, default=[3000, 2000], metavar=("ALIGNMENT", "INSTRUCTION"),
                         help="optimizer steps")
     parser.add_argument("--batch-size", type=int, default=16,
                         help=f"pictures per step, with a caption or {AT_ONCE} questions each")

@@ -6,6 +6,7 @@ bit, two processes against one, bad input, and the README's own commands. No tes
 
 Run:    python -m pytest -q test_all.py
 """
+import argparse
 import ast
 import hashlib
 import http.server
@@ -1528,7 +1529,7 @@ class Letters:
 
 def small_answerer(seed: int = 0) -> eval_vlm.VisionLanguageModel:
     torch.manual_seed(seed)
-    model = eval_vlm.VisionLanguageModel(eval_vlm.LanguageModel(32, 64, 32, 2, 2), Letters(), 12)
+    model = eval_vlm.VisionLanguageModel(eval_vlm.LanguageModel(32, 64, 32, 2, 2), Letters(), 12, side=2)
     for parameter in model.language.parameters():  # larger weights, so that nothing passes because nothing matters
         parameter.data.mul_(3)
     return model.eval()
@@ -1549,7 +1550,8 @@ def test_questions_about_scenes_are_true():
             elif q.kind == "shape":
                 assert [item["shape"] for item in scene["objects"] if item["color"] in words] == [q.answer]
             elif q.kind == "relation":
-                one, other = by_shape[words[3]], by_shape[words[-1]]
+                one, other = by_shape[words[4]], by_shape[words[-1]]
+                assert (one["color"], other["color"]) == (words[3], words[-2])
                 distance = {"left": other["x"] - one["x"], "right": one["x"] - other["x"],
                             "above": other["y"] - one["y"], "below": one["y"] - other["y"]}
                 assert q.answer == max(distance, key=distance.get)
@@ -1595,6 +1597,25 @@ def read_once_is_read_each_time(model, tokens, prompts, answers):
     twice.backward()
     assert once.item() == pytest.approx(twice.item(), rel=1e-5)
     assert_same(gradient, weight.grad, 1e-4)
+
+
+def test_sides_are_learned_first():
+    examples = [data.shapes_example("train", i, 16) for i in range(60)]
+    census = eval_vlm.Census([e["scene"] for e in examples], [e["label"] for e in examples], data.CLASS_NAMES)
+    model, album = small_answerer(), argparse.Namespace(tokens=lambda chosen: torch.zeros(len(chosen), 4, 12))
+    model.words.encode = list  # a text's letters, so that it can be read again
+    lessons = eval_vlm.Lessons(model, album, census, [[e["text"]] for e in examples], None, None, 16)
+
+    def asked(share: float) -> list[str]:
+        return ["".join(prompt) for prompt in lessons.instruction(random.Random(0), share)[1]]
+
+    def of_companions(texts: list[str]) -> float:
+        named = [re.search(r"Where is the \w+ (\w+), seen", text)[1] for text in texts]
+        return sum(name in data.COMPANIONS for name in named) / len(named)
+
+    first, second, rest = asked(0.0), asked(eval_vlm.SIDES_FIRST * 0.75), asked(eval_vlm.SIDES_FIRST)
+    assert len(first) == 16 * eval_vlm.AT_ONCE and of_companions(first) == 1 and 0.3 < of_companions(second) < 0.7
+    assert 0.02 < sum("seen from" in text for text in rest) / len(rest) < 0.4
 
 
 def test_the_loss_is_on_answers_only():
