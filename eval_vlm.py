@@ -7,8 +7,9 @@ say (alignment), then both learn to answer (instruction), with the loss on the a
 of the Hugging Face hub, or ours, small and from scratch, which in the first step learns to read as well. All tokens
 are read: ours have no class token among them that could be dropped.
 
-    images -> frozen encoder -> tokens [B,N,C] -> standardised -> projector -> [B,N,W] -+
-    bos, "USER: ... ASSISTANT: answer" eos -> embedding -> [B,1+T,W] -------------------+-> [bos | image | text]
+    images -> frozen encoder -> tokens [B,N,C] -> standardised -> projector, + places -> [B,N,W] -+
+    bos, "USER: ... ASSISTANT: answer" eos -> embedding -> [B,1+T,W] -----------------------------+
+        -> [bos | image | text]
         -> causal language model -> logits [B,1+N+T,V] -> cross entropy where the answer stands
 
 Letters: B batch, N image tokens, C token width, W width of the language model, T text length, S = 1 + N + T or what is
@@ -301,14 +302,14 @@ def question_prompt(question: str) -> str:
 
 
 class VisionLanguageModel(nn.Module):
-    """Projector and language model. `words` makes ids of texts and texts of ids; `side` is that of the token map, for a
-    language model that has yet to learn what follows what: it then gets each token's row and column too."""
+    """Projector and language model. `words` makes ids of texts and texts of ids. `side`, of the token map, is for a
+    language model from scratch: each token's row and column are then added to it."""
 
     def __init__(self, language: nn.Module, words, token_dim: int, side: int = 0):
         super().__init__()
         W = language.width
         self.projector = nn.Sequential(nn.Linear(token_dim, W), nn.GELU(), nn.Linear(W, W))
-        # DIFFERS: LLaVA adds none. Standardised tokens do not tell their places, which the encoder gave them
+        # DIFFERS: LLaVA adds none. Tokens are standardised place by place, which removes what they said of their places
         self.places = nn.Parameter(0.3 * sincos_positions(side, side, W)) if side else None  # (N, W)
         self.language, self.speech = language, [words]  # in a list: a HuggingFaceLM is both, and saved once
 
