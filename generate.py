@@ -265,7 +265,7 @@ def read_pictures(space: Space, pictures, tokenizer: Tokenizer, count: int, what
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-JUDGE_STEPS = 250
+JUDGE_STEPS = 250  # of 64 pictures
 
 
 class Classifier(nn.Module):
@@ -288,8 +288,8 @@ class Classifier(nn.Module):
 
 
 def train_classifier(real: dict, classes: int, device: torch.device) -> Classifier:
-    """On at most 8,000 of the real training pictures (uint8) and their labels, in batches of 64; the same judge for
-    all seeds of the generator."""
+    """On at most 8,000 of the real training pictures (uint8) and their labels; the same judge for all seeds of the
+    generator."""
     torch.manual_seed(0)
     judge = Classifier(classes).to(device, memory_format=torch.channels_last).train()
     known = (real["labels"] < classes).nonzero()[:, 0][:8000]
