@@ -16,6 +16,7 @@ Letters: B batch, R resolution, N image tokens, W width, E shared embedding widt
 Run:    python train.py --preset paper-b --dry-run
         python train.py --bench
         python bench.py --pixel-every 1                   # flags of train.py; diffusers, open_clip, lpips installed
+        python bench.py --growth growth.png --pixel-every 1       # over batches, resolutions and sizes
 Source: peak memory as PyTorch counts it on cuda, as the operating system does elsewhere; no published counterpart.
 Next:   eval_probe.py
 """
@@ -35,15 +36,17 @@ from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from data import HelpWithDefaults, Tokenizer, UserError, open_data, plain_errors, training_loader
+from data import HelpWithDefaults, Tokenizer, UserError, plain_errors, training_loader
 from encoder import SIZES
 from losses import PerceptualDistance
-from train import Config, OpenVision3, Place, find_place, make_optimizer, make_ready, parse_config, take_step
+from train import (Config, OpenVision3, Place, find_place, make_optimizer, make_ready, open_run_data, parse_config,
+                   take_step, write_atomically)
 from vae import FLUX, AutoencoderKL, Pixels, load_vae
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -201,8 +204,7 @@ def time_parts(model: OpenVision3, optimizer: torch.optim.Optimizer, images: Ten
 
 def time_loading(c: Config, pictures: int = 64) -> float:
     """Seconds that one process needs to load a picture of the run's data set."""
-    data = open_data(c.data, c.resolution, c.config, c.split, c.image_col, c.text_col, c.label_col, c.seed, c.crop,
-                     c.flip, streaming=c.streaming)
+    data = open_run_data(c)
     tokenizer = Tokenizer.train([], c.context_length)
     share = min(16, len(data.train))
     batches = iter(training_loader(data, tokenizer, share, c.seed, 0, pictures // share + 1))
@@ -213,7 +215,7 @@ def time_loading(c: Config, pictures: int = 64) -> float:
     return (time.perf_counter() - began) / (pictures // share * share)
 
 
-def bench(c: Config) -> None:
+def bench(c: Config, parts: bool = True) -> None:
     """Times `c.steps` steps of the run and its parts; prints, last, one line of JSON."""
     place = find_place(c.device, c.dtype, c.batch_size, c.accumulate * c.pixel_every)
     if place.world > 1:
@@ -232,6 +234,8 @@ def bench(c: Config) -> None:
                         device=place.device)  # captions that fill their places
     seconds = median_time(lambda: take_step(model, model, optimizer, images, ids, 0, place), place.device, c.steps)
     memory = peak_memory(place.device)
+    if not parts:
+        return print(json.dumps({"images_per_s": c.batch_size / seconds, "peak_memory_gb": memory}))
     share = c.batch_size // c.accumulate
     times = {"data": time_loading(c) * c.batch_size}
     twice = ("VAE encode", "encoder", "text") if c.accumulate > 1 else ()  # once more for all features
@@ -313,7 +317,7 @@ class Composition(nn.Module):
         noisy = tokens + c.tau * torch.rand(len(tokens), 1, 1, device=tokens.device) * torch.randn_like(tokens)
         predicted = self.to_latents(self.decoder(self.decoder_in(noisy)))              # (B, N, 64)
         predicted = F.pixel_shuffle(predicted.mT.unflatten(2, (latents.shape[2] // 2, -1)), 2)  # (B, 16, R/8, R/8)
-        rebuilt = self.vae.decode(predicted[seen] / self.vae.config.scaling_factor).sample      # (B, 3, R, R)
+        rebuilt = self.vae.decode(predicted[seen] / self.vae.config.scaling_factor).sample  # (B/pixel_every, 3, R, R)
         x = torch.cat([self.caption_in(tokens), self.words(ids[:, :-1])], dim=1)       # (B, N+T-1, W_caption)
         logits = self.head(self.caption(x, attn_mask=self.mask)[:, tokens.shape[1] :])  # (B, T-1, V)
         image, text = F.normalize(pooled, dim=-1), F.normalize(self.text(ids), dim=-1)
@@ -355,6 +359,55 @@ def bench_libraries(c: Config) -> None:
                       "peak_memory_gb": peak_memory(place.device)}))
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# How the cost grows
+# ---------------------------------------------------------------------------------------------------------------------
+
+GROWTH = {"batch-size": (1, 2, 4, 8, 16, 32, 64), "resolution": (64, 128, 256, 512), "size": ("Ti", "S", "B", "L")}
+
+
+def run_once(command: list[str]) -> dict:
+    """The last line, JSON, of a Python program in a process of its own, so that its peak of memory is its own."""
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True)
+    if done.returncode:
+        raise UserError(f"{' '.join(command)} failed: {(done.stderr.strip().splitlines() or [''])[-1]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def needs(c: Config) -> tuple[float, float]:
+    """What is counted: GFLOP a picture; GB for weights, gradients, moments and what the step's pictures keep."""
+    rows, trained, frozen, kept = count(c)
+    return sum(flops for _, flops in rows.values()), (trained * 16 + frozen * 4 + kept * c.batch_size) / 1e9
+
+
+def measure_growth(flags: list[str], path: Path) -> None:
+    """Pictures per second and peak memory while one setting changes, with what the counts foretell from its first
+    value: the same TFLOP/s throughout, and the first peak plus the bytes that are added. One picture, and its numbers
+    beside it as JSON."""
+    figure = Figure(figsize=(11, 5.5), layout="constrained")
+    found = {}
+    for (name, values), axes in zip(GROWTH.items(), figure.subplots(2, len(GROWTH), squeeze=False).T):
+        rows = []
+        for value in values:
+            changed = [*flags, f"--{name}", str(value)]
+            flops, memory = needs(parse_config(["--bench", *changed]))
+            rows.append(run_once([__file__, "--step", *changed]) | {"gflop": flops, "counted_gb": memory})
+            print(f"--{name} {value}: {rows[-1]['images_per_s']:.3g} pictures/s, {rows[-1]['peak_memory_gb']:.2f} GB; "
+                  f"counted {flops:.3g} GFLOP a picture, {memory:.2f} GB", flush=True)
+        found[name], first, places = rows, rows[0], range(len(values))
+        laws = ([first["images_per_s"] * first["gflop"] / row["gflop"] for row in rows],
+                [first["peak_memory_gb"] + row["counted_gb"] - first["counted_gb"] for row in rows])
+        for axis, key, law, title in zip(axes, ("images_per_s", "peak_memory_gb"), laws, ("pictures/s", "memory, GB")):
+            axis.plot(places, [row[key] for row in rows], marker="o", label="measured")
+            axis.plot(places, law, linestyle=":", color="grey", label="counted, from the first")
+            axis.set(yscale="log", ylabel=title, xlabel=name)
+            axis.set_xticks(places, [str(value) for value in values])
+        axes[0].legend()
+    write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=110, format="png"))
+    write_atomically(path.with_suffix(".json"), lambda temporary: temporary.write_text(
+        json.dumps({"flags": flags, "values": GROWTH, "rows": found}, indent=1)))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         formatter_class=HelpWithDefaults,
@@ -362,6 +415,9 @@ def main() -> None:
                     "prints the medians. All other flags are train.py's.")
     parser.add_argument("--rounds", type=int, default=2, help="times that each is started")
     parser.add_argument("--libraries", action="store_true", help="time the libraries alone, once")
+    parser.add_argument("--step", action="store_true", help="time our step alone, once, without its parts")
+    parser.add_argument("--growth", type=Path, metavar="PNG",
+                        help="time our step for several batches, resolutions and sizes, and plot it")
     args, flags = parser.parse_known_args()
     with plain_errors():
         if args.rounds < 1:
@@ -369,6 +425,11 @@ def main() -> None:
         config = parse_config(["--bench", *flags])
         if config.dry_run:
             raise UserError("bench.py measures: python train.py --dry-run counts")
+        if args.step:
+            return bench(config, parts=False)
+        if args.growth:
+            args.growth.parent.mkdir(parents=True, exist_ok=True)
+            return measure_growth(flags, args.growth)
         for package in ("diffusers", "open_clip", *(["lpips"] if config.lpips_weight > 0 else [])):
             try:
                 importlib.import_module(package)
@@ -381,10 +442,7 @@ def main() -> None:
         commands = {"ours": [str(here / "train.py"), "--bench"], "libraries": [str(here / "bench.py"), "--libraries"]}
         for _ in range(args.rounds):
             for name, command in commands.items():
-                done = subprocess.run([sys.executable, *command, *flags], capture_output=True, text=True)
-                if done.returncode:
-                    raise UserError(f"{' '.join(command)} failed: {(done.stderr.strip().splitlines() or [''])[-1]}")
-                found[name].append(json.loads(done.stdout.splitlines()[-1]))
+                found[name].append(run_once([*command, *flags]))
                 print(f"{name:10} {found[name][-1]['images_per_s']:9.2f} pictures/s  "
                       f"{found[name][-1]['peak_memory_gb']:6.2f} GB", flush=True)
         ours, theirs = ({key: statistics.median(row[key] for row in rows) for key in

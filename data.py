@@ -34,6 +34,7 @@ import signal
 import tarfile
 import textwrap
 import time
+import traceback
 import warnings
 from collections import Counter, defaultdict
 from contextlib import contextmanager
@@ -84,8 +85,11 @@ def plain_errors():
         yield
     except KeyboardInterrupt:
         problem = "interrupted"
-    except (UserError, OSError, ValueError) as error:
+    except (UserError, OSError) as error:
         problem = str(error) or type(error).__name__
+    except ValueError as error:  # ours, or a slip in a fork: the place tells them apart
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        problem = f"{str(error) or 'ValueError'} ({Path(last.filename).name}, line {last.lineno})"
     except RuntimeError as error:  # raised by a signal, wherever the program is
         if "DataLoader worker" not in str(error):
             raise
@@ -641,9 +645,12 @@ def open_data(name: str, resolution: int, config: str | None = None, split: str 
     """Opens a data set by name (`shapes`, a folder or file, a hub id), both splits; of each, the first `look` pictures
     are tried. Errors are UserErrors of one sentence."""
     stream, held_out = None, set()
-    if name == "shapes" and streaming:
-        raise UserError("--streaming: shapes are drawn as they are needed; leave it out")
     if name == "shapes":
+        useless = dict(streaming=streaming, flip=flip, config=config, split=split, image_col=image_col,
+                       text_col=text_col, label_col=label_col)
+        for flag in (flag for flag, value in useless.items() if value):
+            raise UserError(f"--{flag.replace('_', '-')} does nothing for shapes, which are drawn as they are needed, "
+                            "each one way: leave it out")
         parts = {"train": shapes_dataset("train", 1_000_000, resolution),
                  "test": shapes_dataset("test", 2000, resolution)}
         columns, classes = ("image", "text", "label"), (CLASS_NAMES, {i: i for i in range(len(CLASS_NAMES))})
@@ -652,7 +659,7 @@ def open_data(name: str, resolution: int, config: str | None = None, split: str 
         train_name = split or ("train" if "train" in source else next(iter(source)))
         if train_name not in source:
             raise UserError(f"--split {split}: {name} has the splits {', '.join(source)}")
-        names = source[train_name].column_names
+        names = source[train_name].column_names or list(next(iter(source[train_name]), {}))  # None: a stream's, perhaps
         columns = [find_column(names, asked, usual, what) for asked, usual, what in
                    ((image_col, IMAGE_COLUMNS, "image"), (text_col, TEXT_COLUMNS, "text"),
                     (label_col, LABEL_COLUMNS, "label"))]
@@ -860,13 +867,16 @@ class Collate:
         self.tokenizer = tokenizer
 
     def __call__(self, examples: list[dict] | None) -> dict | None:
-        if examples is None:  # a pass of Stream's
+        if examples is None:  # a turn that a resumed Stream passes
             return None
         return {"image": torch.stack([e["image"] for e in examples]),              # (B, 3, R, R) in [-1, 1]
                 "text": self.tokenizer.batch([e["caption"] for e in examples]),    # (B, T)
                 "label": torch.tensor([e["label"] for e in examples]),             # (B,)
-                **{key + "s": [e[key] for e in examples] for key in ("caption", "scene", "id", "epoch")},
-                "all_captions": [e["captions"] for e in examples]}
+                "captions": [e["caption"] for e in examples],                      # one of each picture's
+                "all_captions": [e["captions"] for e in examples],
+                "scenes": [e["scene"] for e in examples],
+                "ids": [e["id"] for e in examples],
+                "epochs": [e["epoch"] for e in examples]}
 
 
 def outlive_sigterm(worker: int) -> None:

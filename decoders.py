@@ -19,6 +19,8 @@ Source: paper sec 3.2, eq 3 and sec 5.3 (decoder size B). The paper says the cap
         here is close to OpenVision 2's (arXiv 2509.01644): teacher-forced, causal, image tokens as a prefix.
 Next:   losses.py
 """
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -38,28 +40,25 @@ class LatentDecoder(VisionTransformer):
         nn.init.normal_(self.to_latents.weight, std=0.02)
         nn.init.zeros_(self.to_latents.bias)
 
-    def unpatchify(self, x: Tensor, rows: int, columns: int) -> Tensor:
-        """[B, rows*columns, P*P*C] -> [B, C, rows*P, columns*P]. Within a token: row, column, channel (ours;
-        unpublished)."""
+    def unpatchify(self, x: Tensor, side: int) -> Tensor:
+        """[B, side*side, P*P*C] -> [B, C, side*P, side*P]. Within a token: row, column, channel (ours; unpublished)."""
         B, P, C = len(x), self.out_patch, self.out_channels
-        x = x.reshape(B, rows, columns, P, P, C)               # (B, h/P, w/P, P, P, C)
+        x = x.reshape(B, side, side, P, P, C)                  # (B, h/P, w/P, P, P, C)
         x = x.permute(0, 5, 1, 3, 2, 4)                        # (B, C, h/P, P, w/P, P)
-        return x.reshape(B, C, rows * P, columns * P)          # (B, C, h, w)
+        return x.reshape(B, C, side * P, side * P)             # (B, C, h, w)
 
-    def forward(self, tokens: Tensor, tau: float = 0.0, grid: tuple[int, int] | None = None) -> Tensor:
-        """tau > 0 adds noise (training only): one strength per image, drawn from U[0,tau], in z_u's own units.
-        `grid`: rows and columns of tokens, where the picture is not square."""
+    def forward(self, tokens: Tensor, tau: float = 0.0) -> Tensor:
+        """tau > 0 adds noise (training only): one strength per image, drawn from U[0,tau], in z_u's own units."""
         B, N, D = tokens.shape
-        rows, columns = grid or (int(N**0.5), int(N**0.5))
-        if rows * columns != N:
-            raise ValueError(f"{N} tokens are no {rows}x{columns} grid: "
-                             "pass grid=(rows, columns) for a picture that is not square")
+        side = math.isqrt(N)
+        if side * side != N:
+            raise ValueError(f"{N} tokens are no square map")
         if tau > 0:
             sigma = tau * torch.rand(B, 1, 1, device=tokens.device, dtype=tokens.dtype)  # (B, 1, 1)
             tokens = tokens + sigma * torch.randn_like(tokens)
-        x = tokens.transpose(1, 2).reshape(B, D, rows, columns)  # (B, D, h/P, w/P)
-        x = self.to_latents(self.trunk(x))                       # (B, N, P*P*C)
-        return self.unpatchify(x, rows, columns)                 # (B, C, h, w)
+        x = tokens.transpose(1, 2).reshape(B, D, side, side)   # (B, D, h/P, w/P)
+        x = self.to_latents(self.trunk(x))                     # (B, N, P*P*C)
+        return self.unpatchify(x, side)                        # (B, C, h, w)
 
 
 class CaptionDecoder(nn.Module):
@@ -96,7 +95,7 @@ class CaptionDecoder(nn.Module):
         if T > self.context_length:
             raise ValueError(f"{T} text tokens, but this caption decoder writes at most {self.context_length}")
         words = self.token_embedding(ids) + self.positional_embedding[:T]           # (B, T, W)
-        x = torch.cat([self.image_projection(tokens), words.to(tokens.dtype)], dim=1)  # (B, N+T, W)
+        x = torch.cat([self.image_projection(tokens).float(), words], dim=1)        # (B, N+T, W)
         x = self.transformer(x, self.prefix_mask(N, T, x.device))                   # (B, N+T, W)
         with torch.autocast(x.device.type, enabled=False):                          # logits in fp32
             return self.head(self.ln_final(x[:, N:].float()))                       # (B, T, V)

@@ -62,8 +62,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None = None, turn=None, cache: dict | None = None) -> Tensor:
         """x [B,N,W]; mask [N,N] or [B,1,N,N], True where a row may look, or None where everyone sees everything; turn:
-        what rotary positions do to queries and keys (generate.py); cache: keys and values of what came before, to which
-        x's are added, so that a text written word by word is read once (a column of the mask for each of them)."""
+        what rotary positions do to queries and keys (generate.py); cache: keys and values of the S - N places before,
+        to which x's are added, so that a text written word by word is read once; the mask then has S columns."""
         B, N, W = x.shape
         qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)                   # (B, N, 3*W)
         q, k, v = qkv.view(B, N, 3, self.heads, W // self.heads).permute(2, 0, 3, 1, 4)  # (B, H, N, W/H) each
@@ -93,12 +93,12 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """Pre-norm transformer block: x + attention(norm(x)), then x + mlp(norm(x))."""
 
-    def __init__(self, width: int, heads: int, gelu: str = "none"):
+    def __init__(self, width: int, heads: int, approximate: str = "none"):
         super().__init__()
         self.ln_1 = nn.LayerNorm(width, eps=1e-6)
         self.attn = Attention(width, heads)
         self.ln_2 = nn.LayerNorm(width, eps=1e-6)
-        self.mlp = MLP(width, gelu)
+        self.mlp = MLP(width, approximate)
 
     def forward(self, x: Tensor, mask: Tensor | None = None, cache: dict | None = None) -> Tensor:
         x = x + self.attn(self.ln_1(x), mask, cache=cache)
@@ -116,8 +116,10 @@ class Transformer(nn.Module):
         super().__init__()
         self.recompute = False  # True: blocks run again in the backward pass, and their insides are not kept
         self.resblocks = nn.ModuleList(Block(width, heads, "tanh" if text else "none") for _ in range(depth))
-        into, hidden = (width**-0.5, (2 * width) ** -0.5) if text else (0.02 * 768 / width, 0.02 * 768 / width)
-        out = (2 * width * depth) ** -0.5 if text else 0.0
+        if text:
+            into, hidden, out = width**-0.5, (2 * width) ** -0.5, (2 * width * depth) ** -0.5
+        else:
+            into, hidden, out = 0.02 * 768 / width, 0.02 * 768 / width, 0.0  # 0: adds nothing at first
         for block in self.resblocks:
             nn.init.normal_(block.attn.in_proj_weight, std=into)
             nn.init.normal_(block.mlp.c_fc.weight, std=hidden)
@@ -201,11 +203,12 @@ class VisionTransformer(nn.Module):
         B, _, h, w = x.shape
         if h % self.patch_size or w % self.patch_size:
             raise ValueError(f"a {h}x{w} map cannot be cut into patches of side {self.patch_size}")
-        x = self.conv1(x)                                                              # (B, W, h/P, w/P)
+        # fp32 again: under autocast the sum that runs through all blocks would be rounded to 8 bits at each of them
+        x = self.conv1(x).float()                                                      # (B, W, h/P, w/P)
         rows, columns = x.shape[-2:]
         x = x.flatten(2).transpose(1, 2)                                               # (B, N, W)
-        x = torch.cat([self.class_embedding.to(x).expand(B, 1, -1), x], dim=1)         # (B, 1+N, W)
-        x = self.transformer(x + self.positions(rows, columns).to(x))                  # (B, 1+N, W)
+        x = torch.cat([self.class_embedding.expand(B, 1, -1), x], dim=1)               # (B, 1+N, W)
+        x = self.transformer(x + self.positions(rows, columns))                        # (B, 1+N, W)
         return x[:, 1:]                                                                # (B, N, W)
 
 
@@ -222,7 +225,7 @@ class ImageEncoder(VisionTransformer):
     def whiten(self, latents: Tensor) -> None:
         """Fits the first and the last matrix to a sample of latents [M,C,h,w], before training: see `whitening`."""
         patches = F.unfold(latents.float(), self.patch_size, stride=self.patch_size)   # (M, C*P*P, N)
-        _, matrix = whitening(patches.transpose(1, 2).flatten(0, 1), self.width)       # (C*P*P, W)
+        _, matrix = whitening(patches.transpose(1, 2).flatten(0, 1), self.width)       # (C*P*P, W); no bias: mean stays
         self.conv1.weight.copy_(matrix.T.view_as(self.conv1.weight))
         mean, matrix = whitening(self.ln_post(self.trunk(latents).mean(dim=1)), self.proj.shape[1])
         self.ln_post.bias.sub_(mean)

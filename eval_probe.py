@@ -1,10 +1,10 @@
 """
 eval_probe.py: stage 6, what a frozen encoder knows: every question the project asks of its tokens, in one program.
 
-Nothing is trained here but linear classifiers. The encoder is loaded, frozen, put into eval mode, and asked: can a
+Measuring trains nothing but linear classifiers. The encoder is loaded, frozen, put into eval mode, and asked: can a
 straight line through your pooled vectors tell the classes apart, do neighbours share a class, do captions find their
 pictures, can the caption be written, can the picture be painted back? The paper asks the same at its size (sec 4).
-Beside every reconstruction number stands the VAE's own, the ceiling of what was asked for. And `--table` checks the
+Beside every reconstruction number stands the VAE's own, which was asked for. And `--table` checks the
 paper's claims from nothing: it trains the joint objective, each half of it alone, and the same ViT on pixels, at equal
 budgets and over several seeds, and asks all of them the same.
 
@@ -17,7 +17,7 @@ budgets and over several seeds, and asks all of them the same.
 Letters: B batch, E shared embedding width, N image tokens, W token width, K classes, M number of pictures.
 
 Run:    python eval_probe.py --ckpt runs/laptop                # table on screen, runs/laptop/metrics.json
-        python eval_probe.py --ckpt runs/laptop --random-init  # the same towers untrained: the row to compare with
+        python eval_probe.py --ckpt runs/laptop --random-init  # the same towers, random: the row to compare with
         python eval_probe.py --ckpt runs/laptop --image FILE   # one picture: caption, nearest labels, FILE_recon.png
         python eval_probe.py --ckpt UCSC-VLAA/openvision3-vit-base-patch2-32 --vae flux --data FOLDER   # published
         python eval_probe.py --ckpt latents --vae tiny         # no encoder: what the VAE's latents give by themselves
@@ -53,8 +53,8 @@ from data import (COLORS, COMPANIONS, SIDES, Data, HelpWithDefaults, Tokenizer, 
                   to_tensor)
 from encoder import find_encoder, load_encoder
 from losses import LPIPS
-from train import (Config, OpenVision3, check_config, choose_device, load_run, parse_config, read_checkpoint,
-                   write_atomically)
+from train import (Config, OpenVision3, check_config, choose_device, load_run, open_run_data, parse_config,
+                   read_checkpoint, write_atomically)
 from train import train as run_training
 from vae import AutoencoderKL, Pixels, find_vae, load_vae, psnr
 
@@ -139,11 +139,6 @@ def retrieval(images: Tensor, texts: Tensor) -> dict[str, float]:
     return result
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The Frechet distance, and the network whose features make it FID's
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 def frechet_distance(x: Tensor, y: Tensor) -> float:
     """Between the Gaussians of two sets of features [M,D]: |mean - mean|^2 + trace(Cx + Cy - 2 (Cx Cy)^(1/2))."""
     x, y = x.double(), y.double()
@@ -152,103 +147,6 @@ def frechet_distance(x: Tensor, y: Tensor) -> float:
     root = directions * values.clamp(min=0).sqrt() @ directions.T                          # (D, D) cov_x^(1/2)
     cross = torch.linalg.eigvalsh(root @ cov_y @ root).clamp(min=0).sqrt().sum()
     return ((x.mean(0) - y.mean(0)).square().sum() + cov_x.trace() + cov_y.trace() - 2 * cross).item()
-
-
-class ConvNorm(nn.Module):
-    """Convolution, batch norm, ReLU. `kernel`: side, or height x width; "s2" strides by 2, "v" pads nothing."""
-
-    def __init__(self, channels: int, out_channels: int, kernel: str):
-        super().__init__()
-        sides = [int(side) for side in kernel.removesuffix("s2").removesuffix("v").split("x")]
-        height, width = sides[0], sides[-1]
-        padding = 0 if kernel.endswith(("s2", "v")) else (height // 2, width // 2)
-        self.conv = nn.Conv2d(channels, out_channels, (height, width), 2 if kernel.endswith("s2") else 1, padding,
-                              bias=False)
-        self.bn = nn.BatchNorm2d(out_channels, eps=0.001)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.relu(self.bn(self.conv(x)))
-
-
-class Branches(nn.Module):
-    """Branches side by side, joined over channels. In `spec`, `|` parts branches, a space the steps of one, `&` layers
-    that read the same; a layer is name:channels,kernel."""
-
-    def __init__(self, channels: int, spec: str):
-        super().__init__()
-        self.branches, self.out_channels = [branch.split() for branch in spec.split("|")], 0
-        for branch in self.branches:
-            width = channels
-            for layers in (step.split("&") for step in branch if ":" in step):
-                before, width = width, 0
-                for name, out_channels, kernel in (layer.replace(":", ",").split(",") for layer in layers):
-                    self.add_module(name, ConvNorm(before, int(out_channels), kernel))
-                    width += int(out_channels)
-            self.out_channels += width
-
-    def forward(self, x: Tensor) -> Tensor:
-        pools = {"avg": lambda h: F.avg_pool2d(h, 3, 1, 1, count_include_pad=False),
-                 "max": lambda h: F.max_pool2d(h, 3, 1, 1), "halve": lambda h: F.max_pool2d(h, 3, 2)}
-        results = []
-        for branch in self.branches:
-            h = x
-            for step in branch:
-                names = [layer.split(":")[0] for layer in step.split("&")]
-                h = pools[step](h) if step in pools else torch.cat([getattr(self, name)(h) for name in names], dim=1)
-            results.append(h)
-        return torch.cat(results, dim=1)
-
-
-def inception_block(kind: str, width: int) -> str:
-    """The five kinds of block of Inception v3 (Szegedy et al. 2015), as FID's weights have them. `width` is what varies
-    within a kind; of kind E 1 stands for pooling by the maximum."""
-    return {
-        "A": "branch1x1:64,1 | branch5x5_1:48,1 branch5x5_2:64,5 "
-             f"| branch3x3dbl_1:64,1 branch3x3dbl_2:96,3 branch3x3dbl_3:96,3 | avg branch_pool:{width},1",
-        "B": "branch3x3:384,3s2 | branch3x3dbl_1:64,1 branch3x3dbl_2:96,3 branch3x3dbl_3:96,3s2 | halve",
-        "C": f"branch1x1:192,1 | branch7x7_1:{width},1 branch7x7_2:{width},1x7 branch7x7_3:192,7x1 "
-             f"| branch7x7dbl_1:{width},1 branch7x7dbl_2:{width},7x1 branch7x7dbl_3:{width},1x7 "
-             f"branch7x7dbl_4:{width},7x1 branch7x7dbl_5:192,1x7 | avg branch_pool:192,1",
-        "D": "branch3x3_1:192,1 branch3x3_2:320,3s2 | branch7x7x3_1:192,1 branch7x7x3_2:192,1x7 "
-             "branch7x7x3_3:192,7x1 branch7x7x3_4:192,3s2 | halve",
-        "E": "branch1x1:320,1 | branch3x3_1:384,1 branch3x3_2a:384,1x3&branch3x3_2b:384,3x1 "
-             "| branch3x3dbl_1:448,1 branch3x3dbl_2:384,3 branch3x3dbl_3a:384,1x3&branch3x3dbl_3b:384,3x1 "
-             f"| {'max' if width else 'avg'} branch_pool:192,1",
-    }[kind]
-
-
-class Inception(Branches):
-    """Inception v3 up to its last average, with FID's weights (the file pt_inception-2015-12-05-6726825d.pth of
-    pytorch-fid). Only with them is the distance of its features an FID. Any other file is a ValueError."""
-
-    BLOCKS = (("5b", "A", 32), ("5c", "A", 64), ("5d", "A", 64), ("6a", "B", 0), ("6b", "C", 128), ("6c", "C", 160),
-              ("6d", "C", 160), ("6e", "C", 192), ("7a", "D", 0), ("7b", "E", 0), ("7c", "E", 1))
-
-    def __init__(self, weights: str | Path):
-        super().__init__(3, "Conv2d_1a_3x3:32,3s2 Conv2d_2a_3x3:32,3v Conv2d_2b_3x3:64,3 halve "
-                            "Conv2d_3b_1x1:80,1 Conv2d_4a_3x3:192,3v halve")
-        channels = self.out_channels
-        for name, kind, width in self.BLOCKS:
-            block = Branches(channels, inception_block(kind, width))
-            self.add_module(f"Mixed_{name}", block)
-            channels = block.out_channels
-        try:
-            tensors = torch.load(os.path.expanduser(weights), map_location="cpu", weights_only=True)
-            counters = {name: t for name, t in self.state_dict().items() if name.endswith("num_batches_tracked")}
-            self.load_state_dict(counters | {name: t for name, t in tensors.items() if not name.startswith("fc.")})
-        except Exception as error:  # no file, cut off, other tensors
-            problems = "; ".join(str(error).split("\n\t")[1:]) or type(error).__name__
-            raise ValueError(f"--inception {weights} does not hold FID's Inception weights: {problems[:300]}") from None
-        self.requires_grad_(False).eval()
-
-    def forward(self, images: Tensor) -> Tensor:
-        """images [B,3,H,W] in [-1,1], rounded to 8 bits as saved pictures are -> [B,2048]."""
-        images = ((images.clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1
-        x = F.interpolate(images, (299, 299), mode="bilinear", align_corners=False)
-        x = super().forward(x)                                                             # (B, 192, 35, 35)
-        for name, _, _ in self.BLOCKS:
-            x = getattr(self, f"Mixed_{name}")(x)
-        return x.mean((2, 3))                                                              # (B, 2048)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -261,7 +159,7 @@ class Latents(nn.Module):
     places their averages; tokens are the 2x2 patches an encoder would read."""
 
     def forward(self, latents: Tensor) -> tuple[Tensor, Tensor]:
-        coarse = F.adaptive_avg_pool2d(latents, min(8, latents.shape[-1]))                 # (B, 16, 8, 8)
+        coarse = F.adaptive_avg_pool2d(latents, min(8, latents.shape[-1]))                 # (B, 16, 8, 8) or smaller
         return coarse.flatten(1), F.pixel_unshuffle(latents, 2).flatten(2).mT              # (B, 1024), (B, N, 64)
 
 
@@ -290,7 +188,7 @@ def model_device(model: OpenVision3 | EncoderAlone) -> torch.device:
 
 @torch.no_grad()
 def read_latents(model: OpenVision3 | EncoderAlone, pictures, tokenizer, batch_size: int, limit: int) -> dict:
-    """Of the first `limit` pictures: latents [M,...], labels [M], captions and scenes, sorted by the pictures' ids."""
+    """Returns the first `limit` pictures' latents [M,...], labels [M], captions and scenes, sorted by their ids."""
     loader = evaluation_loader(pictures, tokenizer, batch_size, limit)
     latents, labels, captions, scenes, ids = [], [], [], [], []
     for batch in tqdm(loader, desc="VAE", leave=False, disable=None):
@@ -502,6 +400,108 @@ def show_image(model: OpenVision3, tokenizer, path: Path, class_names: list[str]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Inception v3, whose features make a Frechet distance FID's
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class ConvNorm(nn.Module):
+    """Convolution, batch norm, ReLU. `kernel`: side, or height x width; "s2" strides by 2, "v" pads nothing."""
+
+    def __init__(self, channels: int, out_channels: int, kernel: str):
+        super().__init__()
+        sides = [int(side) for side in kernel.removesuffix("s2").removesuffix("v").split("x")]
+        height, width = sides[0], sides[-1]
+        padding = 0 if kernel.endswith(("s2", "v")) else (height // 2, width // 2)
+        self.conv = nn.Conv2d(channels, out_channels, (height, width), 2 if kernel.endswith("s2") else 1, padding,
+                              bias=False)
+        self.bn = nn.BatchNorm2d(out_channels, eps=0.001)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.bn(self.conv(x)))
+
+
+class Branches(nn.Module):
+    """Branches side by side, joined over channels. In `spec`, `|` parts branches, a space the steps of one, `&` layers
+    that read the same; a layer is name:channels,kernel."""
+
+    def __init__(self, channels: int, spec: str):
+        super().__init__()
+        self.branches, self.out_channels = [branch.split() for branch in spec.split("|")], 0
+        for branch in self.branches:
+            width = channels
+            for layers in (step.split("&") for step in branch if ":" in step):
+                before, width = width, 0
+                for name, out_channels, kernel in (layer.replace(":", ",").split(",") for layer in layers):
+                    self.add_module(name, ConvNorm(before, int(out_channels), kernel))
+                    width += int(out_channels)
+            self.out_channels += width
+
+    def forward(self, x: Tensor) -> Tensor:
+        pools = {"avg": lambda h: F.avg_pool2d(h, 3, 1, 1, count_include_pad=False),
+                 "max": lambda h: F.max_pool2d(h, 3, 1, 1), "halve": lambda h: F.max_pool2d(h, 3, 2)}
+        results = []
+        for branch in self.branches:
+            h = x
+            for step in branch:
+                names = [layer.split(":")[0] for layer in step.split("&")]
+                h = pools[step](h) if step in pools else torch.cat([getattr(self, name)(h) for name in names], dim=1)
+            results.append(h)
+        return torch.cat(results, dim=1)
+
+
+def inception_block(kind: str, width: int) -> str:
+    """The five kinds of block of Inception v3 (Szegedy et al. 2015), as FID's weights have them. `width` is what varies
+    within a kind; of kind E 1 stands for pooling by the maximum."""
+    return {
+        "A": "branch1x1:64,1 | branch5x5_1:48,1 branch5x5_2:64,5 "
+             f"| branch3x3dbl_1:64,1 branch3x3dbl_2:96,3 branch3x3dbl_3:96,3 | avg branch_pool:{width},1",
+        "B": "branch3x3:384,3s2 | branch3x3dbl_1:64,1 branch3x3dbl_2:96,3 branch3x3dbl_3:96,3s2 | halve",
+        "C": f"branch1x1:192,1 | branch7x7_1:{width},1 branch7x7_2:{width},1x7 branch7x7_3:192,7x1 "
+             f"| branch7x7dbl_1:{width},1 branch7x7dbl_2:{width},7x1 branch7x7dbl_3:{width},1x7 "
+             f"branch7x7dbl_4:{width},7x1 branch7x7dbl_5:192,1x7 | avg branch_pool:192,1",
+        "D": "branch3x3_1:192,1 branch3x3_2:320,3s2 | branch7x7x3_1:192,1 branch7x7x3_2:192,1x7 "
+             "branch7x7x3_3:192,7x1 branch7x7x3_4:192,3s2 | halve",
+        "E": "branch1x1:320,1 | branch3x3_1:384,1 branch3x3_2a:384,1x3&branch3x3_2b:384,3x1 "
+             "| branch3x3dbl_1:448,1 branch3x3dbl_2:384,3 branch3x3dbl_3a:384,1x3&branch3x3dbl_3b:384,3x1 "
+             f"| {'max' if width else 'avg'} branch_pool:192,1",
+    }[kind]
+
+
+class Inception(Branches):
+    """Inception v3 up to its last average, with FID's weights (the file pt_inception-2015-12-05-6726825d.pth of
+    pytorch-fid). Only with them is the distance of its features an FID. Any other file is a ValueError."""
+
+    BLOCKS = (("5b", "A", 32), ("5c", "A", 64), ("5d", "A", 64), ("6a", "B", 0), ("6b", "C", 128), ("6c", "C", 160),
+              ("6d", "C", 160), ("6e", "C", 192), ("7a", "D", 0), ("7b", "E", 0), ("7c", "E", 1))
+
+    def __init__(self, weights: str | Path):
+        super().__init__(3, "Conv2d_1a_3x3:32,3s2 Conv2d_2a_3x3:32,3v Conv2d_2b_3x3:64,3 halve "
+                            "Conv2d_3b_1x1:80,1 Conv2d_4a_3x3:192,3v halve")
+        channels = self.out_channels
+        for name, kind, width in self.BLOCKS:
+            block = Branches(channels, inception_block(kind, width))
+            self.add_module(f"Mixed_{name}", block)
+            channels = block.out_channels
+        try:
+            tensors = torch.load(os.path.expanduser(weights), map_location="cpu", weights_only=True)
+            counters = {name: t for name, t in self.state_dict().items() if name.endswith("num_batches_tracked")}
+            self.load_state_dict(counters | {name: t for name, t in tensors.items() if not name.startswith("fc.")})
+        except Exception as error:  # no file, cut off, other tensors
+            problems = "; ".join(str(error).split("\n\t")[1:]) or type(error).__name__
+            raise ValueError(f"--inception {weights} does not hold FID's Inception weights: {problems[:300]}") from None
+        self.requires_grad_(False).eval()
+
+    def forward(self, images: Tensor) -> Tensor:
+        """images [B,3,H,W] in [-1,1], rounded to 8 bits as saved pictures are -> [B,2048]."""
+        images = ((images.clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1
+        x = F.interpolate(images, (299, 299), mode="bilinear", align_corners=False)
+        x = super().forward(x)                                                             # (B, 192, 35, 35)
+        for name, _, _ in self.BLOCKS:
+            x = getattr(self, f"Mixed_{name}")(x)
+        return x.mean((2, 3))                                                              # (B, 2048)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The program: one run
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -542,12 +542,6 @@ def probe_alone(args: argparse.Namespace, device: torch.device) -> None:
     own = not here.is_file() and not (folder / "last.pt").exists()  # a run's metrics.json is not ours to replace
     folder.mkdir(parents=True, exist_ok=True)
     save_json(metrics, folder / ("metrics.json" if own else f"metrics_{here.stem}_alone.json"))
-
-
-def open_run_data(config: Config) -> Data:
-    """The data set a run was trained on, columns and all."""
-    return open_data(config.data, config.resolution, config.config, config.split, config.image_col, config.text_col,
-                     config.label_col, streaming=config.streaming)
 
 
 def evaluate_run(model: OpenVision3, tokenizer: Tokenizer, data: Data, random_init: bool, **tools) -> dict:

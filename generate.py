@@ -51,7 +51,7 @@ from train import (OpenVision3, Place, any_process, end_group, find_place, keep_
 
 # Width, depth, heads of the base and of the head, and the settings that go with them: RAE's S and XL to the number.
 # DIFFERS: laptop is ours, with a larger rate, a shorter average, and times shifted by 3, where the formula says 1:
-# 192 numbers carry 64, so that tokens stay visible until nearly pure noise, where the learning is.
+# a token's 192 numbers hold its 64 latents three times over, so that it shows through all but the strongest noise.
 SIZES = {"laptop": dict(base=(192, 4, 3), head=(256, 1, 4), lr=2e-3, ema=0.99, batch_size=64, shift=3.0),
          "S": dict(base=(384, 12, 6), head=(2048, 2, 16), lr=2e-4, ema=0.9995, batch_size=1024, shift=None),
          "XL": dict(base=(1152, 28, 16), head=(2048, 2, 16), lr=2e-4, ema=0.9995, batch_size=1024, shift=None)}
@@ -136,6 +136,7 @@ class DiTDH(nn.Module):
     def forward(self, x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
         waves = 2 * math.pi * t[:, None].float() * self.frequencies                        # (B, 256)
         time = self.time(torch.cat([waves.cos(), waves.sin()], dim=1))                     # (B, W)
+        # SiLU here and once more in each block, as in RAE's code
         condition = F.silu(time + self.label(labels))[:, None]                             # (B, 1, W)
         s = self.base_in(x) + self.positions                                               # (B, N, W)
         for block in self.base:
@@ -251,7 +252,7 @@ class Space(nn.Module):
 
 
 def read_pictures(space: Space, pictures, tokenizer: Tokenizer, count: int, what: str) -> dict:
-    """Of the first `count` pictures: the pictures as uint8 [M,3,R,R], their tokens [M,N,C] as fp16, labels [M]."""
+    """Returns the first `count` pictures as uint8 [M,3,R,R], their tokens [M,N,C] as fp16, labels [M]."""
     images, tokens, labels = [], [], []
     for batch in tqdm(evaluation_loader(pictures, tokenizer, 64, count), desc=what, leave=False, disable=None):
         images.append(((batch["image"] + 1) * 127.5).round().byte())
@@ -381,9 +382,9 @@ def nearest(samples: Tensor, known: Tensor) -> Tensor:
 
 def measure(images: Tensor, labels: Tensor, real: dict, held_out: dict, space: Space, judge: Classifier | None,
             inception: nn.Module | None) -> dict:
-    """Of samples uint8 [M,3,R,R]: Frechet distance to held-out pictures, precision, recall, class accuracy; for scale
-    the same distance of as many training pictures, or of all in --pool (fd_real: what a perfect generator would have),
-    and of those training pictures after going through the tokens and back (fd_reconstruction)."""
+    """Measures samples uint8 [M,3,R,R]: Frechet distance to held-out pictures, precision, recall, class accuracy; for
+    scale the same distance of as many training pictures, or of all in --pool (fd_real: what a perfect generator would
+    have), and of those training pictures after going through the tokens and back (fd_reconstruction)."""
     result = dict.fromkeys(("fd", "fd_features", "class_accuracy", "classifier_accuracy", "precision", "recall",
                             "fd_real", "fd_reconstruction")) | {"n_real": len(held_out["images"])}
     if min(len(images), len(held_out["images"])) < 2:
@@ -459,7 +460,7 @@ def check_bad(bad: dict, classes: int, space: Space) -> None:
 
 
 @dataclass
-class Lesson:
+class Setup:
     """The frozen run and what the generator learns from it; `labels` of K stand for no class."""
     out: Path                  # the run's folder
     tag: str                   # of file names: "" or "_latents"
@@ -469,7 +470,6 @@ class Lesson:
     data: Data
     tokenizer: Tokenizer
     real: dict                 # training pictures: images, tokens, labels
-    held_out: dict
     class_names: list[str]
     judge: Classifier | None
     resumed: dict | None       # the checkpoint to go on from
@@ -494,7 +494,7 @@ def find_resumed(checkpoint: Path, args: argparse.Namespace) -> dict | None:
     return state
 
 
-def open_lesson(args: argparse.Namespace) -> Lesson:
+def open_setup(args: argparse.Namespace) -> Setup:
     """Joins the other processes, settles what the flags left open, loads the run and the checkpoint to go on from,
     encodes the pictures once, fits the statistics and the judge."""
     place = find_place(args.device, args.dtype, args.batch_size)
@@ -519,10 +519,7 @@ def open_lesson(args: argparse.Namespace) -> Lesson:
         raise UserError(f"--size {args.size} has a head of width {SIZES[args.size]['head'][0]}; tokens of width "
                         f"{space.mean.shape[1]} need one at least as wide, or not even one picture can be learned")
     real = read_pictures(space, data.train, tokenizer, min(len(data.train), args.pool), "training pictures")
-    held_out = (read_pictures(space, data.test, tokenizer, max(2000, args.n_samples), "held-out pictures") if main
-                else {})
-    for part in (real, held_out) if main else (real,):
-        part["labels"] = torch.where(part["labels"] < 0, K, part["labels"])
+    real["labels"] = torch.where(real["labels"] < 0, K, real["labels"])
     space.measure(real["tokens"])  # DIFFERS: RAE's statistics are over all training pictures
     if resumed:
         mean = resumed["space"]["mean"]
@@ -532,34 +529,33 @@ def open_lesson(args: argparse.Namespace) -> Lesson:
         space.load_state_dict(resumed["space"])
     enough = K > 1 and (real["labels"] < K).sum() >= 64
     judge = train_classifier(real, K, device) if enough and main else None
-    return Lesson(out, tag, checkpoint, place, space, data, tokenizer, real, held_out, data.class_names or [], judge,
-                  resumed)
+    return Setup(out, tag, checkpoint, place, space, data, tokenizer, real, data.class_names or [], judge, resumed)
 
 
-def training_batches(args: argparse.Namespace, lesson: Lesson, start: int):
+def training_batches(args: argparse.Namespace, setup: Setup, start: int):
     """(tokens [B,N,C], labels [B]) of one process for each step from `start` on: picks from the pool, or --online."""
-    K, share = len(lesson.class_names), args.batch_size // lesson.place.world
+    K, share = len(setup.class_names), args.batch_size // setup.place.world
     if args.online:  # whole pictures, in train.py's order. DIFFERS: RAE mirrors half of them
-        order = TrainingOrder(len(lesson.data.train), args.batch_size, args.seed, start, args.steps, lesson.place.rank,
-                              lesson.place.world)
-        for batch in DataLoader(lesson.data.train, batch_sampler=([i for _, i in batch] for batch in order),
-                                num_workers=args.workers, collate_fn=Collate(lesson.tokenizer),
+        order = TrainingOrder(len(setup.data.train), args.batch_size, args.seed, start, args.steps, setup.place.rank,
+                              setup.place.world)
+        for batch in DataLoader(setup.data.train, batch_sampler=([i for _, i in batch] for batch in order),
+                                num_workers=args.workers, collate_fn=Collate(setup.tokenizer),
                                 worker_init_fn=outlive_sigterm):
             labels = torch.where(batch["label"] < 0, K, batch["label"])
-            yield lesson.space.read(batch["image"].to(lesson.place.device)), labels
+            yield setup.space.read(batch["image"].to(setup.place.device)), labels
     else:
         for step in range(start, args.steps):
             picks = torch.Generator().manual_seed((args.seed + 1) * 10_000_019 + step)  # the same for all processes
-            chosen = torch.randint(len(lesson.real["tokens"]), (args.batch_size,), generator=picks)
-            chosen = chosen[lesson.place.rank * share : (lesson.place.rank + 1) * share]
-            yield lesson.real["tokens"][chosen].float().to(lesson.place.device), lesson.real["labels"][chosen]
+            chosen = torch.randint(len(setup.real["tokens"]), (args.batch_size,), generator=picks)
+            chosen = chosen[setup.place.rank * share : (setup.place.rank + 1) * share]
+            yield setup.real["tokens"][chosen].float().to(setup.place.device), setup.real["labels"][chosen]
 
 
-def train_generator(args: argparse.Namespace, lesson: Lesson, bad: DiTDH | None,
+def train_generator(args: argparse.Namespace, setup: Setup, bad: DiTDH | None,
                     stop: threading.Event) -> DiTDH | None:
     """Flow matching to the last step; returns the averaged network, or None where it was stopped before."""
-    space, K = lesson.space, len(lesson.class_names)
-    rank, world, device, main = lesson.place.rank, lesson.place.world, lesson.place.device, lesson.place.main
+    space, K = setup.space, len(setup.class_names)
+    rank, world, device, main = setup.place.rank, setup.place.world, setup.place.device, setup.place.main
     torch.manual_seed(args.seed)
     towers = {part: SIZES[args.size][part] for part in ("base", "head")}
     shape = dict(token_dim=space.mean.shape[1], side=space.side, classes=K, **towers)
@@ -567,29 +563,29 @@ def train_generator(args: argparse.Namespace, lesson: Lesson, bad: DiTDH | None,
     average = copy.deepcopy(network).eval().requires_grad_(False)
     optimizer = torch.optim.AdamW(network.parameters(), args.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     start = 0
-    if lesson.resumed:
-        network.load_state_dict(lesson.resumed["network"])
-        average.load_state_dict(lesson.resumed["ema"])
-        optimizer.load_state_dict(lesson.resumed["optimizer"])
-        start, lesson.resumed = lesson.resumed["step"], None  # its memory is free again
+    if setup.resumed:
+        network.load_state_dict(setup.resumed["network"])
+        average.load_state_dict(setup.resumed["ema"])
+        optimizer.load_state_dict(setup.resumed["optimizer"])
+        start, setup.resumed = setup.resumed["step"], None  # its memory is free again
     if args.compile or (args.compile is None and device.type == "cuda"):
         network.compile()
     parallel = DistributedDataParallel(network) if world > 1 else network
-    log, (N, C) = lesson.out / f"generate{lesson.tag}.jsonl", space.mean.shape
+    log, (N, C) = setup.out / f"generate{setup.tag}.jsonl", space.mean.shape
     shown = wanted_labels(128, K, args.seed)
     if main:
         keep_log_until(log, start)
-        print(f"{args.data}: {len(lesson.real['tokens']):,} token maps of {N} x {C}, {K} classes; "
+        print(f"{args.data}: {len(setup.real['tokens']):,} token maps of {N} x {C}, {K} classes; "
               f"{sum(p.numel() for p in network.parameters()) / 1e6:.1f} M parameters; time shift "
               f"{args.shift:.2f}; the loss starts at 2.0; {args.steps - start:,} steps of "
-              f"{args.batch_size} on {world} x {device} in {lesson.place.dtype}")
+              f"{args.batch_size} on {world} x {device} in {setup.place.dtype}")
     progress = tqdm(total=args.steps, initial=start, desc="generate", disable=None if main else True, mininterval=1)
     clock, logged, losses = time.time(), start, []
-    for step, (tokens, labels) in enumerate(training_batches(args, lesson, start), start):
+    for step, (tokens, labels) in enumerate(training_batches(args, setup, start), start):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args)
         torch.manual_seed((args.seed * args.steps + step) * world + rank)  # times and noise
-        with lesson.place.autocast():
+        with setup.place.autocast():
             loss = flow_loss(parallel, space.standardise(tokens), labels.to(device), K, args.shift)
         optimizer.zero_grad()
         loss.backward()
@@ -618,16 +614,16 @@ def train_generator(args: argparse.Namespace, lesson: Lesson, bad: DiTDH | None,
         pause = time.time()
         if main and sampling:
             images = draw_samples(average, space, shown, args, bad)[0]
-            save_sheet([images[:32]], class_titles(shown[:32], lesson),
-                       lesson.out / f"samples{lesson.tag}_{done:06d}.png")
-            if lesson.judge is not None:
-                right = (judged(lesson.judge, images)[1] == shown).float().mean().item()
+            save_sheet([images[:32]], class_titles(shown[:32], setup),
+                       setup.out / f"samples{setup.tag}_{done:06d}.png")
+            if setup.judge is not None:
+                right = (judged(setup.judge, images)[1] == shown).float().mean().item()
                 tell({"step": done, "class_accuracy": right}, log, args.steps)
         if main and saving:
             state = {"step": done, "settings": {key: getattr(args, key) for key in KEPT}, "shape": shape,
                      "network": network.state_dict(), "ema": average.state_dict(),
                      "optimizer": optimizer.state_dict(), "space": space.state_dict()}
-            write_atomically(lesson.checkpoint, lambda path: torch.save(state, path))
+            write_atomically(setup.checkpoint, lambda path: torch.save(state, path))
         clock += time.time() - pause
         if stopping and done < args.steps:
             if main:
@@ -642,24 +638,26 @@ def save_arrays(path: Path, arrays: dict) -> None:
         np.savez_compressed(file, **arrays)
 
 
-def class_titles(labels: Tensor, lesson: Lesson) -> list[str]:
-    return [(*lesson.class_names, "")[i] for i in labels.tolist()]
+def class_titles(labels: Tensor, setup: Setup) -> list[str]:
+    return [(*setup.class_names, "")[i] for i in labels.tolist()]
 
 
-def sample_and_measure(args: argparse.Namespace, lesson: Lesson, average: DiTDH, bad: DiTDH | None,
+def sample_and_measure(args: argparse.Namespace, setup: Setup, average: DiTDH, bad: DiTDH | None,
                        inception: nn.Module | None) -> dict:
     """Draws --n-samples pictures and writes samples.png, samples.npz, neighbours.png, the curves; returns the
     numbers."""
-    out, tag, space, K = lesson.out, lesson.tag, lesson.space, len(lesson.class_names)
+    out, tag, space, K = setup.out, setup.tag, setup.space, len(setup.class_names)
     labels = wanted_labels(args.n_samples, K, args.seed)
-    titles = class_titles(labels[:48], lesson)
+    titles = class_titles(labels[:48], setup)
     images, tokens = draw_samples(average, space, labels, args, bad)
-    result = measure(images, labels, lesson.real, lesson.held_out, space, lesson.judge, inception)
+    held_out = read_pictures(space, setup.data.test, setup.tokenizer, max(2000, args.n_samples), "held-out pictures")
+    held_out["labels"] = torch.where(held_out["labels"] < 0, K, held_out["labels"])
+    result = measure(images, labels, setup.real, held_out, space, setup.judge, inception)
     save_sheet([images[:48]], titles, out / f"samples{tag}.png")
-    known = torch.cat([space.standardise(part.to(lesson.place.device).float()).half().cpu()
-                       for part in lesson.real["tokens"].split(1000)])
+    known = torch.cat([space.standardise(part.to(setup.place.device).float()).half().cpu()
+                       for part in setup.real["tokens"].split(1000)])
     closest = nearest(tokens[:48].cpu(), known)
-    save_sheet([images[:48], lesson.real["images"][closest]], titles, out / f"neighbours{tag}.png",
+    save_sheet([images[:48], setup.real["images"][closest]], titles, out / f"neighbours{tag}.png",
                ("sample", "nearest"))
     arrays = {"arr_0": images.permute(0, 2, 3, 1).numpy(), "arr_1": labels.numpy() if K else np.full(len(labels), -1)}
     write_atomically(out / f"samples{tag}.npz", lambda path: save_arrays(path, arrays))
@@ -678,26 +676,26 @@ def generate(args: argparse.Namespace) -> None:
         raise UserError("--bad does nothing at --guidance 1; RAE takes 1.42")
     bad_state, bad = load_generator(Path(args.bad)) if args.bad else (None, None)
     inception = Inception(args.inception) if args.inception else None
-    lesson = open_lesson(args)
-    args.shift = SIZES[args.size]["shift"] or time_shift(lesson.space.mean.numel())
+    setup = open_setup(args)
+    args.shift = SIZES[args.size]["shift"] or time_shift(setup.space.mean.numel())
     if inception is not None:
-        inception.to(lesson.place.device)
+        inception.to(setup.place.device)
     if bad is not None:
-        check_bad(bad_state, len(lesson.class_names), lesson.space)
-        bad.to(lesson.place.device)
+        check_bad(bad_state, len(setup.class_names), setup.space)
+        bad.to(setup.place.device)
     with stop_signal() as stop:
-        average = train_generator(args, lesson, bad, stop)
-    if lesson.place.world > 1:
+        average = train_generator(args, setup, bad, stop)
+    if setup.place.world > 1:
         end_group()
-    if average is None or not lesson.place.main:
+    if average is None or not setup.place.main:
         return
-    result = sample_and_measure(args, lesson, average, bad, inception)
-    if lesson.place.device.type == "cuda":
+    result = sample_and_measure(args, setup, average, bad, inception)
+    if setup.place.device.type == "cuda":
         result["peak_memory_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
     result |= {"n_samples": args.n_samples, "seconds": round(time.time() - began, 1), "guidance": args.guidance,
                "points": args.points, "shift": args.shift, **{key: getattr(args, key) for key in KEPT}}
     print_table(f"{args.ckpt}, {args.space}", result)
-    save_json(result, lesson.out / f"generate{lesson.tag}.json")
+    save_json(result, setup.out / f"generate{setup.tag}.json")
 
 
 def tell(row: dict, log: Path, steps: int) -> None:

@@ -44,7 +44,7 @@ def world_size() -> int:
 
 def contrastive_loss(image_features: Tensor, text_features: Tensor, logit_scale: Tensor | float) -> Tensor:
     """Symmetric InfoNCE over the global batch. Features [B,E], normalised here; logit_scale = 1/temperature.
-    At initialisation about ln G: that is chance. Every process returns the global loss.
+    Chance is ln G; see the top for the start. Every process returns the global loss.
 
     The gather carries gradients: each process sends back what it owes to the others' features. Without that, data
     parallel averaging would leave the encoder 1/N of the gradient and quietly divide this term's weight by N."""
@@ -76,7 +76,39 @@ def caption_loss(logits: Tensor, targets: Tensor, pad_id: int, tokens: Tensor | 
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Reconstruction
+# The objective
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def openvision3_loss(images: Tensor, reconstruction: Tensor, latents: Tensor, predicted_latents: Tensor,
+                     caption_logits: Tensor, caption_targets: Tensor, pad_id: int,
+                     image_features: Tensor, text_features: Tensor, logit_scale: Tensor | float,
+                     perceptual: nn.Module | None = None, w_rec: float = 0.5, w_und: float = 1.0,
+                     beta: float = 0.4, alpha: float = 1.0, lpips_weight: float = 0.0, tokens: Tensor | None = None,
+                     contrastive: Tensor | None = None) -> dict[str, Tensor]:
+    """The paper's objective, eqs 4-6 with Table 1's weights, in fp32. Returns each term, unweighted, and the weighted
+    sum as "loss". L1 is the mean over elements; images in [-1,1]; latents as the encoder reads them (0.3611 * mean).
+    `tokens` and `contrastive` come from outside where the batch is only a part of a larger one."""
+    if contrastive is None:
+        contrastive = contrastive_loss(image_features, text_features, logit_scale)
+    terms = {
+        "pixel": F.l1_loss(reconstruction.float(), images.float()),
+        "latent": F.l1_loss(predicted_latents.float(), latents.float()),
+        "lpips": images.new_zeros(()),
+        "caption": caption_loss(caption_logits, caption_targets, pad_id, tokens),
+        "contrastive": contrastive,
+    }
+    if lpips_weight > 0:
+        if perceptual is None:
+            raise ValueError("lpips_weight > 0 needs a perceptual network: pass LPIPS(vgg, lin)")
+        terms["lpips"] = perceptual(reconstruction, images).mean()
+    reconstruction_loss = terms["pixel"] + beta * terms["latent"] + lpips_weight * terms["lpips"]
+    understanding_loss = terms["caption"] + alpha * terms["contrastive"]
+    return {"loss": w_rec * reconstruction_loss + w_und * understanding_loss, **terms}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# LPIPS: the perceptual term of the finetuning stage
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -158,33 +190,6 @@ class LPIPS(PerceptualDistance):
                 tensor = re.sub(r'(?<=")(\d)(?=")|(?<=for )(\d)(?=:)', r"lin\1\2.model.1.weight", str(error))
                 reason = "; ".join(tensor.split("\n\t")[1:]) or f"{type(error).__name__}, cut off or something else"
                 raise ValueError(f"{path} does not hold LPIPS's {which} weights: {reason[:400]}") from None
-
-
-def openvision3_loss(images: Tensor, reconstruction: Tensor, latents: Tensor, predicted_latents: Tensor,
-                     caption_logits: Tensor, caption_targets: Tensor, pad_id: int,
-                     image_features: Tensor, text_features: Tensor, logit_scale: Tensor | float,
-                     perceptual: nn.Module | None = None, w_rec: float = 0.5, w_und: float = 1.0,
-                     beta: float = 0.4, alpha: float = 1.0, lpips_weight: float = 0.0, tokens: Tensor | None = None,
-                     contrastive: Tensor | None = None) -> dict[str, Tensor]:
-    """The paper's objective, eqs 4-6 with Table 1's weights, in fp32. Returns each term, unweighted, and the weighted
-    sum as "loss". L1 is the mean over elements; images in [-1,1]; latents as the encoder reads them (0.3611 * mean).
-    `tokens` and `contrastive` come from outside where the batch is only a part of a larger one."""
-    if contrastive is None:
-        contrastive = contrastive_loss(image_features, text_features, logit_scale)
-    terms = {
-        "pixel": F.l1_loss(reconstruction.float(), images.float()),
-        "latent": F.l1_loss(predicted_latents.float(), latents.float()),
-        "lpips": images.new_zeros(()),
-        "caption": caption_loss(caption_logits, caption_targets, pad_id, tokens),
-        "contrastive": contrastive,
-    }
-    if lpips_weight > 0:
-        if perceptual is None:
-            raise ValueError("lpips_weight > 0 needs a perceptual network: pass LPIPS(vgg, lin)")
-        terms["lpips"] = perceptual(reconstruction, images).mean()
-    reconstruction_loss = terms["pixel"] + beta * terms["latent"] + lpips_weight * terms["lpips"]
-    understanding_loss = terms["caption"] + alpha * terms["contrastive"]
-    return {"loss": w_rec * reconstruction_loss + w_und * understanding_loss, **terms}
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ import tarfile
 import threading
 import time
 import tokenize
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
@@ -278,14 +279,28 @@ def test_encoder_files(tmp_path):
 
 def test_unpatchify_is_patchify_undone():
     decoder = decoders.LatentDecoder(64, 8, 64, 1, 1)
-    latents = torch.randn(2, 16, 6, 8)
+    latents = torch.randn(2, 16, 8, 8)
     rows = torch.stack([latents[:, :, i : i + 2, j : j + 2].permute(0, 2, 3, 1).flatten(1)
-                        for i in range(0, 6, 2) for j in range(0, 8, 2)], 1)
-    assert torch.equal(decoder.unpatchify(rows, 3, 4), latents)
+                        for i in range(0, 8, 2) for j in range(0, 8, 2)], 1)
+    assert torch.equal(decoder.unpatchify(rows, 4), latents)
     assert decoder(torch.randn(2, 16, 64)).shape == (2, 16, 8, 8)
-    assert decoder(torch.randn(2, 12, 64), grid=(3, 4)).shape == (2, 16, 6, 8)
-    with pytest.raises(ValueError, match="grid"):
+    with pytest.raises(ValueError, match="12 tokens"):
         decoder(torch.randn(2, 12, 64))
+
+
+def test_the_sum_through_the_blocks_stays_in_fp32():
+    """Under autocast the tokens that the blocks add to are fp32 in every tower; bf16 would swallow small additions."""
+    towers = {"encoder": (encoder.ImageEncoder(4, 2, 16, 64, 2, 1, 64), torch.randn(2, 16, 4, 4)),
+              "painter": (decoders.LatentDecoder(64, 4, 64, 2, 1), torch.randn(2, 4, 64)),
+              "writer": (decoders.CaptionDecoder(20, 8, 64, 64, 2, 1), torch.randn(2, 4, 64), torch.ones(2, 5).long()),
+              "reader": (encoder.TextEncoder(20, 8, 64, 2, 1, 64), torch.ones(2, 8).long())}
+    for name, (tower, *given) in towers.items():
+        types = []
+        for block in tower.transformer.resblocks:
+            block.register_forward_hook(lambda block, x, result: types.append((x[0].dtype, result.dtype)))
+        with torch.autocast("cpu", torch.bfloat16):
+            tower(*given)
+        assert types == [(torch.float32, torch.float32)] * 2, name
 
 
 def test_noise_has_one_strength_per_image(monkeypatch):
@@ -1022,6 +1037,8 @@ def test_stream_goes_on_where_it_stopped(tars, monkeypatch):
         opened.stream.part(10, 0, 0, 3, 3)
     with pytest.raises(data.UserError, match="leave it out"):
         data.open_data("shapes", 16, streaming=True)
+    with pytest.raises(data.UserError, match="--text-col does nothing for shapes"):
+        data.open_data("shapes", 16, text_col="caption")
 
 
 def test_stream_without_a_test_part_holds_some_rows_out(tmp_path):
@@ -1211,6 +1228,19 @@ def test_bench(monkeypatch, capsys, tmp_path):
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert found["tflops"] == pytest.approx(float(card["sum"][1]) * found["images_per_s"] / 1e3, rel=0.02)
     assert not (tmp_path / "run").exists()
+
+
+def test_bench_growth(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(bench, "GROWTH", {"batch-size": (8,)})
+    monkeypatch.setattr(sys, "argv", ["bench.py", "--growth", str(tmp_path / "new" / "growth.png"), "--preset", "smoke",
+                                      "--steps", "1"])
+    bench.main()
+    (row,) = json.loads((tmp_path / "new" / "growth.json").read_text())["rows"]["batch-size"]
+    assert min(row.values()) > 0 and row["peak_memory_gb"] > row["counted_gb"]
+    run_train(monkeypatch, "--preset", "smoke", "--dry-run")
+    assert f"{row['gflop']:.2f}" in capsys.readouterr().out.split("sum")[1].splitlines()[0]
+    assert Image.open(tmp_path / "new" / "growth.png").size[0] > 500
+    assert "nothing" in complaint(monkeypatch, bench, "--growth", tmp_path / "no.png", "--vae", "nothing")
 
 
 def test_bench_composition_is_the_same_work():
@@ -1599,8 +1629,9 @@ def read_once_is_read_each_time(model, tokens, prompts, answers):
     assert_same(gradient, weight.grad, 1e-4)
 
 
-def test_sides_are_learned_first():
+def test_first_lessons_are_about_one_thing():
     examples = [data.shapes_example("train", i, 16) for i in range(60)]
+    scenes = [json.loads(e["scene"]) for e in examples]
     census = eval_vlm.Census([e["scene"] for e in examples], [e["label"] for e in examples], data.CLASS_NAMES)
     model, album = small_answerer(), argparse.Namespace(tokens=lambda chosen: torch.zeros(len(chosen), 4, 12))
     model.words.encode = list  # a text's letters, so that it can be read again
@@ -1613,9 +1644,19 @@ def test_sides_are_learned_first():
         named = [re.search(r"Where is the \w+ (\w+), seen", text)[1] for text in texts]
         return sum(name in data.COMPANIONS for name in named) / len(named)
 
-    first, second, rest = asked(0.0), asked(eval_vlm.SIDES_FIRST * 0.75), asked(eval_vlm.SIDES_FIRST)
-    assert len(first) == 16 * eval_vlm.AT_ONCE and of_companions(first) == 1 and 0.3 < of_companions(second) < 0.7
+    ends = list(itertools.accumulate(eval_vlm.FIRST.values()))
+    shape, side, sides, rest = asked(0.0), asked(ends[0]), asked(ends[1]), asked(ends[2])
+    assert len(shape) == 16 * eval_vlm.AT_ONCE and all("Is there a" in text for text in shape)
+    assert of_companions(side) == 1 and 0.3 < of_companions(sides) < 0.7
     assert 0.02 < sum("seen from" in text for text in rest) / len(rest) < 0.4
+    rng, said = random.Random(0), Counter()
+    for i, scene in enumerate(scenes):  # right or wrong, the color is there: it does not give the answer away
+        q = lessons.one_thing("shape", i, rng)
+        color, shape = re.search(r"(\w+) (\w+) in the", q.text).groups()
+        there = [(item["color"], item["shape"]) for item in scene["objects"]]
+        assert color in dict(there) and (q.answer == "yes") == ((color, shape) in there)
+        said[q.answer] += 1
+    assert min(said.values()) > 15
 
 
 def test_the_loss_is_on_answers_only():
@@ -2165,9 +2206,9 @@ def test_readme_commands_exist(monkeypatch, capsys):
     for file, rest in lines:
         assert (HERE / file).is_file(), file
         quoted = "".join(re.findall(r'"([^"]*)"', rest))  # what eval_probe.py --table hands on to train.py
-        own = "train.py" if file == "bench.py" else file  # bench.py hands all flags on
-        for program, part in ((own, re.sub(r'"[^"]*"', "", rest)), ("train.py", quoted)):
-            helps[program] = helps.get(program) or help_page(program)
+        for program, part in ((file, re.sub(r'"[^"]*"', "", rest)), ("train.py", quoted)):
+            if program not in helps:  # bench.py hands all other flags on
+                helps[program] = help_page(program) + (help_page("train.py") if program == "bench.py" else "")
             for flag in re.findall(r"--[a-z][a-z-]*", part):
                 assert flag in helps[program], f"{program} has no {flag}"
     sections = {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in re.findall(r"(?m)^## (.*)$", text)}

@@ -35,7 +35,7 @@ import time
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import torch
 import torch.distributed as dist
@@ -139,7 +139,7 @@ def parse_config(argv: list[str] | None = None) -> Config:
         usage="%(prog)s [--preset NAME] [--FLAG VALUE ...]", allow_abbrev=False)
     parser.add_argument("--preset", choices=PRESETS, default="laptop", help="starting values for all other flags")
     for f in dataclasses.fields(Config):
-        kind = next(t for t in (bool, int, float, str) if t.__name__ in str(f.type).split(" | ")[0] or t is f.type)
+        kind = (get_args(f.type) or (f.type,))[0]  # of `float | None`, float
         how = dict(action=argparse.BooleanOptionalAction) if kind is bool else dict(type=kind, metavar=kind.__name__)
         parser.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS,
                             help=f"{f.metadata['help']} (laptop: {f.default})", **how)
@@ -213,13 +213,15 @@ class OpenVision3(nn.Module):
         if (channels, P) not in ((16, 2), (3, 16)):
             raise UserError(f"--vae {config.vae} gives {vae.config['z_channels']} channels at 1/{vae.downsampling} of "
                             "the picture's side; OpenVision 3 reads 16 at 1/8, as FLUX.1's VAE gives them")
-        size, text = SIZES[config.size], (tokenizer.vocab_size, config.context_length)
+        size, words, T = SIZES[config.size], tokenizer.vocab_size, config.context_length
         grid, W, E = config.resolution // vae.downsampling, size["width"], size["embed_dim"]
-        decoder, reader, writer = ((*size[part], size[part][0] // 64) for part in ("decoder", "text", "caption"))
         self.encoder = ImageEncoder(grid, P, channels, W, size["depth"], size["heads"], E)
-        self.latent_decoder = LatentDecoder(W, grid, *decoder, P, channels)   # *: width, depth, heads
-        self.caption_decoder = CaptionDecoder(*text, W, *writer)
-        self.text_encoder = TextEncoder(*text, *reader, E)
+        width, depth = size["decoder"]
+        self.latent_decoder = LatentDecoder(W, grid, width, depth, width // 64, P, channels)
+        width, depth = size["caption"]
+        self.caption_decoder = CaptionDecoder(words, T, W, width, depth, width // 64)
+        width, depth = size["text"]
+        self.text_encoder = TextEncoder(words, T, width, depth, width // 64, E)
         self.log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))  # CLIP's start; not bounded, as in OpenVision 1
         perceptual = LPIPS(config.lpips_vgg, config.lpips_lin) if config.lpips_weight > 0 else None
         self.frozen = [vae, perceptual]  # a list hides them from state_dict(), parameters() and train()
@@ -233,9 +235,9 @@ class OpenVision3(nn.Module):
     def perceptual(self) -> LPIPS | None:
         return self.frozen[1]
 
-    def forward(self, images: Tensor, ids: Tensor, whole: dict | None = None) -> dict[str, Tensor]:
+    def forward(self, images: Tensor, ids: Tensor, cached: dict | None = None) -> dict[str, Tensor]:
         """images [B,3,R,R] in [-1,1], ids [B,T] -> the loss, its five terms, and the tokens' standard deviation.
-        `whole`: what `backward_in_parts` knows of the whole batch, where this is only a part of it."""
+        `cached`: what `backward_in_parts` knows of the whole batch, where this is only a part of it."""
         c = self.config
         with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
             latents = self.vae.encode(images)                          # (B, 16, R/8, R/8), in fp32
@@ -248,34 +250,21 @@ class OpenVision3(nn.Module):
             pooled = self.encoder.pool(understood)                     # (B, E)
 
         predicted = self.latent_decoder(rebuilt, tau=c.tau)            # (B, 16, R/8, R/8)
-        seen = slice(None, None, c.pixel_every)                        # DIFFERS: see --pixel-every in the README
-        reconstruction = self.vae.decode(predicted[seen])              # (B/pixel_every, 3, R, R)
+        painted = slice(None, None, c.pixel_every)                     # DIFFERS: see --pixel-every in the README
+        reconstruction = self.vae.decode(predicted[painted])           # (B/pixel_every, 3, R, R)
 
         logits = self.caption_decoder(understood, ids[:, :-1])         # (B, T-1, V)
         text = self.text_encoder(ids)                                  # (B, E)
 
         with torch.autocast(images.device.type, enabled=False):        # losses in fp32
-            terms = openvision3_loss(images[seen], reconstruction, latents, predicted, logits, ids[:, 1:], self.pad,
-                                     pooled, text, self.log_scale.exp(), self.perceptual,
-                                     c.w_rec or 0.5, c.w_und or 1.0, c.beta, c.alpha, c.lpips_weight,
-                                     **self.of_the_whole(pooled, text, whole))
+            terms = openvision3_loss(
+                images=images[painted], reconstruction=reconstruction, latents=latents, predicted_latents=predicted,
+                caption_logits=logits, caption_targets=ids[:, 1:], pad_id=self.pad,
+                image_features=pooled, text_features=text, logit_scale=self.log_scale.exp(),
+                w_rec=c.w_rec or 0.5, w_und=c.w_und or 1.0,            # weight 0: detached above, still trained
+                beta=c.beta, alpha=c.alpha, perceptual=self.perceptual, lpips_weight=c.lpips_weight,
+                **(self.terms_of_the_whole(pooled, text, cached) if cached else {}))
         return {**terms, "token_std": tokens.detach().float().std()}
-
-    def of_the_whole(self, pooled: Tensor, text: Tensor, whole: dict | None) -> dict[str, Tensor]:
-        """Of a part of a batch: the tokens to divide the caption's loss by, and a contrastive term that has the value
-        and, through this part's features, the gradient of the whole batch's."""
-        if whole is None:
-            return {}
-        pull = ((pooled.float() * whole["pooled"]).sum() + (text.float() * whole["text"]).sum()) * whole["parts"]
-        pull = pull + self.log_scale * whole["log_scale"]
-        return {"tokens": whole["tokens"] / whole["parts"], "contrastive": whole["contrastive"] + pull - pull.detach()}
-
-    @torch.no_grad()
-    def features(self, images: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """What the contrastive term compares, without a graph: pooled and text, [B,E] each, in fp32."""
-        with torch.autocast(images.device.type, enabled=False):
-            latents = self.vae.encode(images)
-        return self.encoder(latents)[0].float(), self.text_encoder(ids).float()
 
     @torch.no_grad()
     def reconstruct(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -288,6 +277,23 @@ class OpenVision3(nn.Module):
         """The likeliest word after word, [B,N,W] -> B captions."""
         ids = self.caption_decoder.generate(tokens, tokenizer.bos, tokenizer.eos, tokenizer.context_length)
         return [tokenizer.decode(row) for row in ids.tolist()]
+
+    # The next two serve --accumulate: see backward_in_parts
+
+    @torch.no_grad()
+    def features(self, images: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """What the contrastive term compares, without a graph: pooled and text, [B,E] each, in fp32."""
+        with torch.autocast(images.device.type, enabled=False):
+            latents = self.vae.encode(images)
+        return self.encoder(latents)[0].float(), self.text_encoder(ids).float()
+
+    def terms_of_the_whole(self, pooled: Tensor, text: Tensor, cached: dict) -> dict[str, Tensor]:
+        """Returns, for a part of a batch, the tokens to divide the caption's loss by, and a contrastive term that has
+        the value and, through this part's features, the gradient of the whole batch's."""
+        pull = ((pooled.float() * cached["pooled"]).sum() + (text.float() * cached["text"]).sum()) * cached["parts"]
+        pull = pull + self.log_scale * cached["log_scale"]  # its gradient is wanted, not its value
+        return {"tokens": cached["tokens"] / cached["parts"],
+                "contrastive": cached["contrastive"] + pull - pull.detach()}
 
 
 def backward_in_parts(parallel: nn.Module, model: OpenVision3, images: Tensor, ids: Tensor, parts: int,
@@ -309,18 +315,18 @@ def backward_in_parts(parallel: nn.Module, model: OpenVision3, images: Tensor, i
     log_scale = model.log_scale.detach().clone().requires_grad_()
     contrastive = contrastive_loss(pooled, text, log_scale.exp())
     contrastive.backward()
-    known = dict(contrastive=contrastive.detach(), log_scale=log_scale.grad, parts=parts,
-                 tokens=tokens_per_process(ids[:, 1:], model.pad))
-    every = []
+    cached = dict(contrastive=contrastive.detach(), log_scale=log_scale.grad, parts=parts,
+                  tokens=tokens_per_process(ids[:, 1:], model.pad))
+    part_terms = []
     for k, piece in enumerate(zip(pieces, pooled.grad.chunk(parts), text.grad.chunk(parts))):
         (part_images, part_ids), pooled_gradient, text_gradient = piece
         wait = parallel.no_sync if parallel is not model and k < parts - 1 else nullcontext  # gradients travel once
         with wait():
             with autocast():
-                terms = parallel(part_images, part_ids, known | dict(pooled=pooled_gradient, text=text_gradient))
+                terms = parallel(part_images, part_ids, cached | dict(pooled=pooled_gradient, text=text_gradient))
             (terms["loss"] / parts).backward()
-        every.append({name: term.detach() for name, term in terms.items()})
-    return {name: torch.stack([terms[name] for terms in every]).mean() for name in every[0]}
+        part_terms.append({name: term.detach() for name, term in terms.items()})
+    return {name: torch.stack([terms[name] for terms in part_terms]).mean() for name in part_terms[0]}
 
 
 def whiten(model: OpenVision3, pictures: Pictures, tokenizer: Tokenizer, count: int = 1024) -> None:
@@ -606,11 +612,16 @@ def check_finite(recent: dict[int, dict[str, Tensor]], out: Path) -> None:
                             "again with a lower --lr in another --out")
 
 
+def open_run_data(c: Config) -> Data:
+    """The data set of a run, columns and all."""
+    return open_data(c.data, c.resolution, c.config, c.split, c.image_col, c.text_col, c.label_col, c.seed, c.crop,
+                     c.flip, streaming=c.streaming)
+
+
 def build(c: Config, place: Place, resumed: dict | None) -> tuple[Data, Tokenizer, OpenVision3, torch.optim.Optimizer]:
     """All that a run is made of: new, as the checkpoint has it, or beginning with an earlier stage's weights."""
     vae = load_vae(c.vae)
-    data = open_data(c.data, c.resolution, c.config, c.split, c.image_col, c.text_col, c.label_col,
-                     c.seed, c.crop, c.flip, streaming=c.streaming)
+    data = open_run_data(c)
     stage_one = read_checkpoint(Path(c.init)) if c.init and not resumed else None
     if stage_one and stage_one["config"]["tokenizer"] != c.tokenizer:
         raise UserError(f"--init keeps the tokenizer of {c.init}: give --tokenizer {stage_one['config']['tokenizer']}")
@@ -705,7 +716,7 @@ def train(c: Config, stop: threading.Event) -> None:
     ids_file = open(out / f"ids-{place.rank}.jsonl", "a") if c.log_ids else None
     log_file = open(out / "log.jsonl", "a") if main else None
     logged, waited, clock, recent = start, 0.0, time.time(), {}
-    batches = (batch for batch in loader if batch is not None)
+    batches = (batch for batch in loader if batch is not None)  # None: a turn that a resumed Stream passes
     for step in range(start, c.steps):
         began, done = time.time(), step + 1
         batch = next_batch(batches, step, out)

@@ -391,17 +391,17 @@ def random_palette(rng: np.random.Generator, count: int) -> np.ndarray:
 
 
 def draw_pattern(rng: np.random.Generator, size: int) -> np.ndarray:
-    """A texture, a gradient or stripes in two or three colours, float [size,size,3]."""
-    kind = rng.integers(3)
+    """A texture, stripes or a gradient in two or three colours, float [size,size,3]."""
+    kind = ("texture", "stripes", "gradient")[rng.integers(3)]
     y, x = np.mgrid[0:size, 0:size] / size - rng.uniform(0, 1, (2, 1, 1))
     turn = rng.uniform(0, 2 * math.pi)
     along = x * math.cos(turn) + y * math.sin(turn)
-    if kind == 0:
+    if kind == "texture":
         mixing = rng.standard_normal((3, 3)) * rng.uniform(5, 40) + rng.uniform(0, 40)           # correlated channels
         return rng.uniform(40, 215, 3) + smooth_noise(rng, size, 3, rng.uniform(0.6, 2.0)) @ mixing
     first, second = random_palette(rng, 2)
     mix = np.hypot(x, y) if rng.random() < 0.3 else along
-    if kind == 1:
+    if kind == "stripes":
         mix = np.sin(mix * 2 * math.pi * rng.uniform(1.5, size / 6) + rng.uniform(0, 6)) * rng.uniform(0.5, 6)
     return first + (second - first) * np.clip(mix + 0.5, 0, 1)[..., None]
 
