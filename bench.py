@@ -399,7 +399,7 @@ def measure_growth(flags: list[str], path: Path) -> None:
                 [first["peak_memory_gb"] + row["counted_gb"] - first["counted_gb"] for row in rows])
         for axis, key, law, title in zip(axes, ("images_per_s", "peak_memory_gb"), laws, ("pictures/s", "memory, GB")):
             axis.plot(places, [row[key] for row in rows], marker="o", label="measured")
-            axis.plot(places, law, linestyle=":", color="grey", label="counted, from the first")
+            axis.plot(places, law, linestyle=":", color="gray", label="counted, from the first")
             axis.set(yscale="log", ylabel=title, xlabel=name)
             axis.set_xticks(places, [str(value) for value in values])
         axes[0].legend()

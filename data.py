@@ -185,14 +185,14 @@ def pixel_centres(resolution: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def draw_background(background: dict, resolution: int) -> np.ndarray:
-    """Two muted colours mixed by a texture, float32 [R,R,3] in [0,255]."""
+    """Two muted colors mixed by a texture, float32 [R,R,3] in [0,255]."""
     rng = random.Random(background["seed"])
     u, v = pixel_centres(resolution)
     kind = background["kind"]
-    grey, other = rng.uniform(45, 215), rng.uniform(45, 215)
+    gray, other = rng.uniform(45, 215), rng.uniform(45, 215)
     if kind != "gradient":
-        other = grey + 0.3 * (other - grey)  # textures stay fainter than the objects
-    first, second = np.float32([[level + rng.uniform(-18, 18) for _ in "rgb"] for level in (grey, other)])
+        other = gray + 0.3 * (other - gray)  # textures stay fainter than the objects
+    first, second = np.float32([[level + rng.uniform(-18, 18) for _ in "rgb"] for level in (gray, other)])
     turn = rng.uniform(0, 2 * math.pi)
     if kind == "plain":
         mix = np.zeros_like(u)
@@ -313,7 +313,7 @@ def decode_image(source: Image.Image | dict) -> Image.Image:
             source = Image.open(io.BytesIO(source["bytes"]) if source.get("bytes") else source["path"])
             source.load()
     image = ImageOps.exif_transpose(source)
-    if image.mode.startswith("I") or image.mode == "F":  # 16-bit or float grey, which convert() would clip to white
+    if image.mode.startswith("I") or image.mode == "F":  # 16-bit or float gray, which convert() would clip to white
         values = np.asarray(image, np.float64)
         if image.mode == "F":
             values = values * 255 if values.max() <= 1 else values
@@ -336,8 +336,8 @@ def centre_crop(image: Image.Image, resolution: int) -> Image.Image:
 def random_crop(image: Image.Image, resolution: int, rng: random.Random, smallest: float) -> Image.Image:
     """Random resized crop: a share smallest..1 of the area, aspect ratio 3:4 to 4:3; the centre where none fits.
 
-    DIFFERS: OpenVision 1 also jitters colours and drops them at times; here the picture is its own target and captions
-    name colours, so they stay. Bicubic, where OpenVision 1 is bilinear."""
+    DIFFERS: OpenVision 1 also jitters colors and drops them at times; here the picture is its own target and captions
+    name colors, so they stay. Bicubic, where OpenVision 1 is bilinear."""
     width, height = image.size
     for _ in range(10):
         area, aspect = (width * height * rng.uniform(smallest, 1),
@@ -638,6 +638,36 @@ def load_source(name: str, config: str | None, streaming: bool) -> datasets.Data
         raise UserError(f"--data {name} cannot be loaded: {first_line(error)}{hint}") from None
 
 
+def choose_columns(names: list[str], asked: tuple, need_text: bool, data: str) -> tuple[str, str | None, str | None]:
+    """The columns of pictures, captions and labels: those asked for, or by their usual names."""
+    image_col, text_col, label_col = (
+        find_column(names, column, usual, what) for column, usual, what in
+        zip(asked, (IMAGE_COLUMNS, TEXT_COLUMNS, LABEL_COLUMNS), ("image", "text", "label")))
+    if image_col is None:
+        raise UserError(f"{data} has no picture column; name it with --image-col (columns: {', '.join(names)})")
+    if need_text and text_col is None and label_col is None:
+        raise UserError(f"{data} has neither captions nor labels: add metadata.jsonl with file_name and text, "
+                        "or sort the pictures into two or more class folders, or name a column with --text-col or "
+                        f"--label-col (columns: {', '.join(names)})")
+    return image_col, text_col, label_col
+
+
+def hold_out(train: datasets.Dataset, data: str) -> tuple[datasets.Dataset, datasets.Dataset]:
+    """The rows to train on, and a tenth to test on."""
+    if len(train) < 2:
+        raise UserError(f"{data} has {len(train)} picture(s); training and testing need at least 2")
+    order = np.random.default_rng(0).permutation(len(train))  # the same part is held out in every run
+    held = max(1, min(2000, int(HELD_OUT * len(train))))
+    return train.select(np.sort(order[held:])), train.select(np.sort(order[:held]))
+
+
+def check_captions(rows: datasets.Dataset, column: str) -> None:
+    feature = rows.features[column]
+    feature = getattr(feature, "feature", feature)  # a list's elements
+    if not (isinstance(feature, datasets.Value) and feature.dtype.endswith("string")):
+        raise UserError(f"the caption column {column!r} holds no text; name another with --text-col")
+
+
 def open_data(name: str, resolution: int, config: str | None = None, split: str | None = None,
               image_col: str | None = None, text_col: str | None = None, label_col: str | None = None,
               seed: int = 0, crop: float = 0.4, flip: bool = False, need_text: bool = True,
@@ -653,59 +683,44 @@ def open_data(name: str, resolution: int, config: str | None = None, split: str 
                             "each one way: leave it out")
         parts = {"train": shapes_dataset("train", 1_000_000, resolution),
                  "test": shapes_dataset("test", 2000, resolution)}
-        columns, classes = ("image", "text", "label"), (CLASS_NAMES, {i: i for i in range(len(CLASS_NAMES))})
+        images, captions, labels = "image", "text", "label"
+        class_names, class_index = CLASS_NAMES, {i: i for i in range(len(CLASS_NAMES))}
     else:
+        # 1. The rows, and what their columns mean
         source = load_source(name, config, streaming)
         train_name = split or ("train" if "train" in source else next(iter(source)))
         if train_name not in source:
             raise UserError(f"--split {split}: {name} has the splits {', '.join(source)}")
         names = source[train_name].column_names or list(next(iter(source[train_name]), {}))  # None: a stream's, perhaps
-        columns = [find_column(names, asked, usual, what) for asked, usual, what in
-                   ((image_col, IMAGE_COLUMNS, "image"), (text_col, TEXT_COLUMNS, "text"),
-                    (label_col, LABEL_COLUMNS, "label"))]
-        if columns[0] is None:
-            raise UserError(f"{name} has no picture column; name it with --image-col (columns: {', '.join(names)})")
-        if need_text and columns[1] is None and columns[2] is None:
-            raise UserError(f"{name} has neither captions nor labels: add metadata.jsonl with file_name and text, "
-                            "or sort the pictures into two or more class folders, or name a column with --text-col or "
-                            f"--label-col (columns: {', '.join(names)})")
+        images, captions, labels = choose_columns(names, (image_col, text_col, label_col), need_text, name)
         try:
-            # decode_image does it, and can name what is broken
-            source = source.cast_column(columns[0], datasets.Image(decode=False))
+            source = source.cast_column(images, datasets.Image(decode=False))  # decode_image can name what is broken
         except Exception:  # an Arrow type that no picture is stored in
-            raise UserError(f"the column {columns[0]!r} of {name} holds no pictures; "
+            raise UserError(f"the column {images!r} of {name} holds no pictures; "
                             "name theirs with --image-col") from None
-        train = source[train_name]
+
+        # 2. Two parts; of a stream, the first rows stand for the whole wherever one has to look ahead
         test_name = next((n for n in ("test", "validation", "val") if n in source and n != train_name), None)
-        if streaming:  # the first rows stand for the whole wherever one has to look ahead
+        train, test = source[train_name], source[test_name] if test_name else None
+        if streaming:
             stream, train = train, head_of(train, STREAM_HEAD, name)
-            source = {test_name: head_of(source[test_name], STREAM_HEAD // 2, name)} if test_name else {}
-        if test_name:
-            test = source[test_name]
-        elif len(train) < 2:
-            raise UserError(f"{name} has {len(train)} picture(s); training and testing need at least 2")
-        else:
-            order = np.random.default_rng(0).permutation(len(train))  # the same part is held out in every run
-            held = max(1, min(2000, int(HELD_OUT * len(train))))
-            train, test = train.select(np.sort(order[held:])), train.select(np.sort(order[:held]))
-            held_out = {Stream.row_id(row, columns[0]) for row in test} if streaming else set()
-        parts, classes = {"train": train, "test": test}, None
-        if columns[2] is not None:
-            classes = find_classes(train, columns[2])
-            if classes is None and (columns[1] is None or label_col):
-                raise UserError(f"the label column {columns[2]!r} holds neither names nor whole numbers; "
-                                "name another with --label-col")
-            if classes is None:
-                print(f"data: the column {columns[2]!r} holds neither names nor whole numbers "
-                      "and is not used as a label")
-                columns[2] = None
-        if columns[1] is not None:
-            feature = train.features[columns[1]]
-            feature = getattr(feature, "feature", feature)  # a list's elements
-            if not (isinstance(feature, datasets.Value) and feature.dtype.endswith("string")):
-                raise UserError(f"the caption column {columns[1]!r} holds no text; name another with --text-col")
-    class_names, class_index = classes or (None, None)
-    pictures = {part: Pictures(rows, resolution, *columns, class_names, class_index, seed, crop, flip)
+            test = head_of(test, STREAM_HEAD // 2, name) if test_name else None
+        if test is None:
+            train, test = hold_out(train, name)
+            held_out = {Stream.row_id(row, images) for row in test} if streaming else set()
+        parts = {"train": train, "test": test}
+
+        # 3. Classes and captions
+        class_names, class_index = (find_classes(train, labels) if labels else None) or (None, None)
+        if labels and class_names is None:
+            problem = f"column {labels!r} holds neither names nor whole numbers"
+            if label_col or captions is None:
+                raise UserError(f"the label {problem}; name another with --label-col")
+            print(f"data: the {problem} and is not used as a label")
+            labels = None
+        if captions:
+            check_captions(train, captions)
+    pictures = {part: Pictures(rows, resolution, images, captions, labels, class_names, class_index, seed, crop, flip)
                 for part, rows in parts.items()}
     checked = sum(part.check(look) for part in pictures.values())
     broken = [name for part in pictures.values() for name in part.broken.values()]

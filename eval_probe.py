@@ -230,7 +230,7 @@ def class_vectors(model: OpenVision3, tokenizer, names: list[str], batch_size: i
 
 
 # The harder questions about a drawn scene, and the possible answers: how many objects; where there are two, the second
-# one's colour and shape, and on which side of the first it lies
+# one's color and shape, and on which side of the first it lies
 QUESTIONS = {"probe_count": (1, 2, 3), "probe_second_color": tuple(COLORS), "probe_second_shape": tuple(COMPANIONS),
              "probe_relation": tuple(SIDES)}
 
@@ -584,7 +584,7 @@ ROWS = {"random": "random encoder", "latents": "the VAE's latents, no encoder", 
         "pixels": "joint, pixels in place of latents", "joint": "joint"}
 SWEEPS = {"tau": (0.0, 1.0), "w_rec": (0.1, 2.0), "beta": (0.0, 2.0), "size": ("Ti",)}  # beside the joint run's
 COLUMNS = {"linear_probe_top1": "probe", "linear_probe_tokens_top1": "probe, tokens", "knn_top1": "kNN",
-           "probe_count": "count", "probe_second_color": "2nd colour", "probe_second_shape": "2nd shape",
+           "probe_count": "count", "probe_second_color": "2nd color", "probe_second_shape": "2nd shape",
            "probe_relation": "relation", "i2t_r1": "R@1 i2t", "t2i_r1": "R@1 t2i", "caption_exact": "caption exact",
            "psnr": "PSNR", "ssim": "SSIM", "rfid": "rFID"}
 ASKED = ("n_train", "n_test", "n_reconstruct", "inception", "lpips_vgg", "lpips_lin")
@@ -722,7 +722,7 @@ def save_sensitivity(sweeps: dict, path: Path) -> None:
             above.plot(labels, [metrics[key] for _, metrics in points], "o-", label=label)
         below.plot(labels, [metrics["psnr"] for _, metrics in points], "ks-", label="PSNR, dB")
         if points[0][1]["psnr_vae"]:
-            below.axhline(points[0][1]["psnr_vae"], linestyle=":", color="grey", label="the VAE alone")
+            below.axhline(points[0][1]["psnr_vae"], linestyle=":", color="gray", label="the VAE alone")
         below.set_xlabel(name)
     axes[0][0].legend(fontsize=8)
     axes[1][0].legend(fontsize=8)

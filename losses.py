@@ -14,7 +14,7 @@ sees as people do; half of it is CLIP's game, find your caption among the batch'
 Letters: B batch (of one process), G global batch, T text length, V vocabulary, E shared embedding width.
 
 At the first step: contrastive about ln(G) plus half the variance of its logits, caption about ln(V); LPIPS,
-pixel and latent as the data has it (a grey answer costs the mean absolute value of the pictures).
+pixel and latent as the data has it (a gray answer costs the mean absolute value of the pictures).
 
 Run:    python losses.py      # the expected values at initialisation, beside measured ones
 Source: paper eqs 4-6 and Table 1; CLIP (arXiv 2103.00020); LPIPS v0.1 (arXiv 1801.03924) with its published constants.

@@ -20,7 +20,7 @@ Run:    python train.py                                   # laptop: 2 CPU cores,
         python train.py --preset paper-b --dry-run        # what a run would cost; --bench: how long a step takes here
 Source: paper sec 3-4 and Table 1 (presets); optimizer and schedule as OpenVision 1 where the paper is silent; batches
         in parts as GradCache (arXiv 2101.06983).
-Next:   bench.py
+Next:   eval_probe.py; or bench.py, what a step costs, which can be left out
 """
 import argparse
 import dataclasses
@@ -443,8 +443,8 @@ def save_curves(log: Path, path: Path, batch_size: int, vocab_size: int) -> None
     for axis, name in zip(figure.subplots(1, len(names)), names):
         axis.plot([row["step"] for row in rows], [row[name] for row in rows], linewidth=1)
         if name in chance:
-            axis.axhline(chance[name], linestyle=":", color="grey", linewidth=1)
-            axis.annotate("chance", (rows[-1]["step"], chance[name]), ha="right", va="top", fontsize=8, color="grey")
+            axis.axhline(chance[name], linestyle=":", color="gray", linewidth=1)
+            axis.annotate("chance", (rows[-1]["step"], chance[name]), ha="right", va="top", fontsize=8, color="gray")
         axis.set_title(name)
         axis.set_xlabel("step")
         axis.set_ylim(bottom=0, top=1.08 * max([row[name] for row in rows] + [chance.get(name, 0)]))
@@ -679,11 +679,23 @@ def log_row(step: int, terms: dict[str, Tensor], model: OpenVision3, place: Plac
             "logit_scale": model.log_scale.exp().item()}
 
 
+def tell(row: dict, log_file, progress: tqdm, seconds_left: float) -> None:
+    """A logged step: as JSON for programs, beside the bar, and as a line that stays."""
+    print(json.dumps(row), file=log_file, flush=True)
+    progress.set_postfix_str(f"loss {row['loss']:.3f} caption {row['caption']:.2f} match {row['contrastive']:.2f} "
+                             f"pixel {row['pixel']:.3f}")
+    lpips = f"lpips {row['lpips']:.4f}  " if row["lpips"] else ""
+    tqdm.write(f"step {row['step']:6d}  loss {row['loss']:.4f}  pixel {row['pixel']:.4f}  latent {row['latent']:.4f}  "
+               f"{lpips}caption {row['caption']:.4f}  contrastive {row['contrastive']:.4f}  |grad| "
+               f"{row['grad_norm']:.2f}  {row['images_per_s']:.0f} img/s  {tqdm.format_interval(seconds_left)} left")
+
+
 def train(c: Config, stop: threading.Event) -> None:
     """The whole run; `stop`, once set, ends it after the step at hand with a checkpoint."""
     # 1. Where are we, and is there a run to go on with
-    place, out = find_place(c.device, c.dtype, c.batch_size, c.accumulate * c.pixel_every), Path(c.out)
-    resumed, main, device = earlier_run(c, place), place.main, place.device
+    place = find_place(c.device, c.dtype, c.batch_size, c.accumulate * c.pixel_every)
+    out, main, device = Path(c.out), place.main, place.device
+    resumed = earlier_run(c, place)
     if resumed and resumed["step"] >= c.steps:
         if main:
             print(f"{out} is finished: {resumed['step']} steps")
@@ -744,15 +756,7 @@ def train(c: Config, stop: threading.Event) -> None:
             row |= {"images_per_s": round(c.batch_size / pace, 1), "data_share": round(waited / elapsed, 3)}
             logged, waited = done, 0.0
             if main:
-                print(json.dumps(row), file=log_file, flush=True)
-                progress.set_postfix_str(f"loss {row['loss']:.3f} caption {row['caption']:.2f} "
-                                         f"match {row['contrastive']:.2f} pixel {row['pixel']:.3f}")
-                remaining = tqdm.format_interval((c.steps - done) * pace)
-                lpips = f"lpips {row['lpips']:.4f}  " if c.lpips_weight else ""
-                tqdm.write(f"step {done:6d}  loss {row['loss']:.4f}  pixel {row['pixel']:.4f}  "
-                           f"latent {row['latent']:.4f}  {lpips}caption {row['caption']:.4f}  "
-                           f"contrastive {row['contrastive']:.4f}  |grad| {row['grad_norm']:.2f}  "
-                           f"{row['images_per_s']:.0f} img/s  {remaining} left")
+                tell(row, log_file, progress, (c.steps - done) * pace)
         pause = time.time()
         if main and sampling:
             save_grid(model, tokenizer, test_batch, out / f"recon_{done:06d}.png")

@@ -53,7 +53,7 @@ TINY_PATH = Path(__file__).parent / "assets" / "tiny_vae.safetensors"
 
 def group_norm(channels: int) -> nn.GroupNorm:
     """FLUX's 32 groups where 32 divides the channels, else four channels a group: with
-    one channel a group the last norm erases each picture's own brightness and contrast, and training stalls on grey."""
+    one channel a group the last norm erases each picture's own brightness and contrast, and training stalls on gray."""
     return nn.GroupNorm(32 if channels % 32 == 0 else channels // 4, channels, eps=1e-6)
 
 
@@ -384,14 +384,14 @@ def smooth_noise(rng: np.random.Generator, size: int, channels: int, power: floa
 
 
 def random_palette(rng: np.random.Generator, count: int) -> np.ndarray:
-    """Colours around a common tone, as in a photograph: [count,3] in [0,255]."""
+    """Colors around a common tone, as in a photograph: [count,3] in [0,255]."""
     tone, spread = rng.uniform(40, 215, 3), rng.choice((5, 15, 30, 80))
-    grey = rng.standard_normal((count, 1)) * rng.uniform(20, 90)
-    return np.clip(tone + grey + rng.standard_normal((count, 3)) * spread, 0, 255)
+    gray = rng.standard_normal((count, 1)) * rng.uniform(20, 90)
+    return np.clip(tone + gray + rng.standard_normal((count, 3)) * spread, 0, 255)
 
 
 def draw_pattern(rng: np.random.Generator, size: int) -> np.ndarray:
-    """A texture, stripes or a gradient in two or three colours, float [size,size,3]."""
+    """A texture, stripes or a gradient in two or three colors, float [size,size,3]."""
     kind = ("texture", "stripes", "gradient")[rng.integers(3)]
     y, x = np.mgrid[0:size, 0:size] / size - rng.uniform(0, 1, (2, 1, 1))
     turn = rng.uniform(0, 2 * math.pi)
@@ -408,7 +408,7 @@ def draw_pattern(rng: np.random.Generator, size: int) -> np.ndarray:
 
 def draw_leaves(rng: np.random.Generator, size: int) -> np.ndarray:
     """Dead leaves: opaque shapes over one another with sizes spread as in photographs (density ~ radius^-3), each with
-    its own colour and share of a texture; edges, occlusion and texture at all scales."""
+    its own color and share of a texture; edges, occlusion and texture at all scales."""
     canvas = Image.new("RGB", (2 * size, 2 * size), tuple(int(c) for c in random_palette(rng, 1)[0]))
     amount = Image.new("L", canvas.size, 128)                                                    # texture per leaf
     pen, amount_pen = ImageDraw.Draw(canvas), ImageDraw.Draw(amount)
@@ -544,7 +544,7 @@ class Muon(torch.optim.Optimizer):
                 x = (x.T if tall else x) / (x.norm() + 1e-7)
                 for _ in range(5):  # the quintic drives every singular value towards 1
                     square = x @ x.T
-                    x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
+                    x = torch.addmm(x, torch.addmm(square, square, square, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
                 x = x.T if tall else x
                 # AdamW's usual step length
                 p.add_(x.reshape(p.shape), alpha=-0.2 * group["lr"] * max(x.shape) ** 0.5)
