@@ -180,9 +180,10 @@ AT_ONCE = 4
 PADDING, SILENT = -1, -100  # in ids: nothing stands here; in targets: nothing is asked here
 # DIFFERS: this share of the pictures in the instruction step is noise, so that the blind control is familiar
 BLIND = 0.1
-# DIFFERS: the instruction step begins with these shares of it about one thing alone, see Lessons.one_thing. Among all
-# other questions these were never learned: a wrong shape in the right color was a yes, and sides were guessed
-FIRST = {"shape": 0.2, "side": 0.12, "sides": 0.13}
+# DIFFERS: the instruction step begins with one thing alone, then another, see Lessons.one_thing, each until its loss is
+# below this (guessing has 0.35, 0.69, 0.69), all of them for FIRST_SHARE of the steps at most. Among all questions from
+# the start they were never learned: a wrong shape in the right color was a yes, and sides were guessed
+FIRST, FIRST_SHARE = {"shape": 0.27, "side": 0.3, "sides": 0.32}, 0.65
 LONGEST = 256  # ids of an answer or a caption; what is longer is cut
 
 
@@ -613,8 +614,9 @@ def free_answers(model: VisionLanguageModel, album: Album, asked: list[Asked], l
 
 def fit(model: VisionLanguageModel, parts: list[nn.Module], make_batch, what: str, steps: int, rate: float,
         args: argparse.Namespace) -> None:
-    """`steps` steps on `make_batch(rng, share of the steps done)` -> (tokens, prompts, answers), training `parts` only:
-    AdamW without weight decay, 3 % linear warm-up, then a cosine to 0, as LLaVA-1.5."""
+    """`steps` steps on `make_batch(rng, share of the steps done, loss)` -> (tokens, prompts, answers), training `parts`
+    only: AdamW without weight decay, 3 % linear warm-up, then a cosine to 0, as LLaVA-1.5. `loss`: the mean of the last
+    25 steps, told every 25 steps, else None."""
     model.requires_grad_(False)
     parameters = [p for part in parts for p in part.requires_grad_(True).parameters()]
     # DIFFERS: Muon for the matrices of a language model from scratch, which learn in half as many steps with it
@@ -622,13 +624,15 @@ def fit(model: VisionLanguageModel, parts: list[nn.Module], make_batch, what: st
                 and p.ndim == 2 and not args.lm]
     others = [p for p in parameters if all(p is not matrix for matrix in matrices)]
     optimizers = [torch.optim.AdamW(others, weight_decay=0.0), *([Muon(matrices, rate)] if matrices else [])]
-    device, losses, began = parameters[0].device, [], time.time()
+    device, losses, window, began = parameters[0].device, [], [], time.time()
     for step in tqdm(range(steps), desc=what, disable=None, mininterval=1):
         warm = max(1, math.ceil(0.03 * steps))
         now = (step + 1) / warm if step < warm else (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm))) / 2
         for optimizer in optimizers:
             optimizer.param_groups[0]["lr"] = rate * now
-        batch = make_batch(random.Random(f"{args.seed} {what} {step}"), step / steps)
+        recent = torch.stack(window).mean().item() if len(window) == 25 else None
+        window = [] if len(window) == 25 else window
+        batch = make_batch(random.Random(f"{args.seed} {what} {step}"), step / steps, recent)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             loss = model.loss(*batch)
         loss.backward()
@@ -637,6 +641,7 @@ def fit(model: VisionLanguageModel, parts: list[nn.Module], make_batch, what: st
             optimizer.step()
             optimizer.zero_grad()
         losses.append(loss.detach())
+        window.append(loss.detach())
         if (step + 1) % args.log_every == 0 or step + 1 == steps:
             value = torch.stack(losses).mean().item()
             if not math.isfinite(value):
@@ -657,6 +662,7 @@ class Lessons:
         rng = random.Random("weights")  # pictures that more can be asked about are asked about more often
         self.weights = list(accumulate(len(census.choices(i, rng)) for i in census.askable))
         self.sided = [i for i in census.askable if census.scenes[i] and len(census.scenes[i]["objects"]) > 1]
+        self.ahead = list(FIRST) if self.sided else []  # what is still to be learned alone
 
     def question(self, i: int, rng: random.Random) -> Question:
         """About picture i: as often whether something is there as anything else. Popular negatives stay in the exam:
@@ -671,7 +677,7 @@ class Lessons:
     def ending(self, text: str) -> list[int]:
         return self.model.words.encode(f" {text}")[:LONGEST] + [self.model.words.eos]
 
-    def alignment(self, rng: random.Random, share: float) -> tuple:
+    def alignment(self, rng: random.Random, share: float, loss: float | None) -> tuple:
         """Pictures and their captions, nothing asked; the same from first to last."""
         if self.align:
             turns = self.pick(self.align, rng)
@@ -689,16 +695,25 @@ class Lessons:
             return rng.choice(self.census.presences(i, ("shape",), rng))
         return rng.choice(side_questions(self.census.scenes[i], rng)[:: 2 if thing == "side" else 1])
 
-    def instruction(self, rng: random.Random, share: float) -> tuple:
+    def move_on(self, share: float, loss: float | None) -> None:
+        """From one thing to the next when it is learned, to all questions when its time is over."""
+        if self.ahead and loss is not None and loss < FIRST[self.ahead[0]]:
+            tqdm.write(f"{self.ahead.pop(0)!r} is learned (loss {loss:.2f}) after {share:.0%} of the steps; next: "
+                       f"{self.ahead[0] if self.ahead else 'all questions'}")
+        elif self.ahead and share >= FIRST_SHARE:
+            tqdm.write(f"{', '.join(self.ahead)}: not learned alone; more steps may help. Next: all questions")
+            self.ahead = []
+
+    def instruction(self, rng: random.Random, share: float, loss: float | None) -> tuple:
         """Pictures, a few of them noise, questions, answers: AT_ONCE to a picture of a data set, one to one of a
         file."""
         if self.instruct:
             pictures, turns = zip(*((path, turn) for path, *turn in self.pick(self.instruct, rng)))
         else:
-            thing = next((thing for thing, end in zip(FIRST, accumulate(FIRST.values())) if share < end), None)
-            if thing and self.sided:
-                pictures = self.pick(self.census.askable if thing == "shape" else self.sided, rng)
-                asked = [self.one_thing(thing, i, rng) for i in pictures for _ in range(AT_ONCE)]
+            self.move_on(share, loss)
+            if self.ahead:
+                pictures = self.pick(self.census.askable if self.ahead[0] == "shape" else self.sided, rng)
+                asked = [self.one_thing(self.ahead[0], i, rng) for i in pictures for _ in range(AT_ONCE)]
             else:
                 pictures = rng.choices(self.census.askable, cum_weights=self.weights, k=self.batch_size)
                 asked = [self.question(i, rng) for i in pictures for _ in range(AT_ONCE)]
@@ -858,7 +873,7 @@ def main() -> None:
                         help="answer one question about one picture with the model of an earlier run, and stop")
     parser.add_argument("--lm", metavar="NAME", help="causal language model of transformers, by hub id or folder, "
                                                      "instead of the one from scratch")
-    parser.add_argument("--steps", type=int, nargs=2, default=[3000, 2000], metavar=("ALIGNMENT", "INSTRUCTION"),
+    parser.add_argument("--steps", type=int, nargs=2, default=[1000, 1200], metavar=("ALIGNMENT", "INSTRUCTION"),
                         help="optimizer steps")
     parser.add_argument("--batch-size", type=int, default=16,
                         help=f"pictures per step, with a caption or {AT_ONCE} questions each")

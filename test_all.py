@@ -1637,18 +1637,20 @@ def test_first_lessons_are_about_one_thing():
     model.words.encode = list  # a text's letters, so that it can be read again
     lessons = eval_vlm.Lessons(model, album, census, [[e["text"]] for e in examples], None, None, 16)
 
-    def asked(share: float) -> list[str]:
-        return ["".join(prompt) for prompt in lessons.instruction(random.Random(0), share)[1]]
+    def asked(share: float, loss: float | None = None) -> list[str]:
+        return ["".join(prompt) for prompt in lessons.instruction(random.Random(0), share, loss)[1]]
 
     def of_companions(texts: list[str]) -> float:
         named = [re.search(r"Where is the \w+ (\w+), seen", text)[1] for text in texts]
         return sum(name in data.COMPANIONS for name in named) / len(named)
 
-    ends = list(itertools.accumulate(eval_vlm.FIRST.values()))
-    shape, side, sides, rest = asked(0.0), asked(ends[0]), asked(ends[1]), asked(ends[2])
+    shape = asked(0.0)
     assert len(shape) == 16 * eval_vlm.AT_ONCE and all("Is there a" in text for text in shape)
-    assert of_companions(side) == 1 and 0.3 < of_companions(sides) < 0.7
-    assert 0.02 < sum("seen from" in text for text in rest) / len(rest) < 0.4
+    assert asked(0.1, 0.34) == asked(0.2) == shape  # not learned yet
+    assert of_companions(asked(0.2, 0.2)) == of_companions(asked(0.3)) == 1
+    assert 0.3 < of_companions(asked(0.4, 0.2)) < 0.7
+    rest = asked(eval_vlm.FIRST_SHARE)  # whether or not sides are learned
+    assert 0.02 < sum("seen from" in text for text in rest) / len(rest) < 0.4 and asked(0.9, 9.9) == rest
     rng, said = random.Random(0), Counter()
     for i, scene in enumerate(scenes):  # right or wrong, the color is there: it does not give the answer away
         q = lessons.one_thing("shape", i, rng)
