@@ -725,8 +725,8 @@ def open_data(name: str, resolution: int, config: str | None = None, split: str 
     checked = sum(part.check(look) for part in pictures.values())
     broken = [name for part in pictures.values() for name in part.broken.values()]
     if len(broken) > 0.01 * checked:
-        raise UserError(f"{len(broken)} of the first {checked} pictures are broken, more than 1 %: "
-                        f"{', '.join(broken[:5])}")
+        raise UserError(f"{len(broken)} of the first {checked} pictures are broken, more than 1 %; move them away "
+                        f"(python data.py --check {name} names all): {', '.join(broken[:5])}")
     if broken and is_main():
         print(f"data: {len(broken)} of the first {checked} pictures are broken and left out")
     if need_text and not any(text.strip() for text in pictures["train"].sample_captions(1000)):
@@ -942,9 +942,9 @@ def spread(numbers: list[int]) -> str:
     return f"{ordered[0]:,} to {ordered[-1]:,}, median {ordered[len(ordered) // 2]:,}"
 
 
-def check_data(opened: Data, resolution: int, context_length: int) -> None:
-    """Opens every picture and reads every caption, and says what a training would meet; more than 1 % of broken
-    pictures is a UserError, as there."""
+def check_data(opened: Data, resolution: int, context_length: int) -> str:
+    """Opens every picture and reads every caption, and says what a training would meet. Returns what is wrong with more
+    than 1 % of broken pictures, or ""."""
     if opened.train.drawn:
         raise UserError("--check opens files, and shapes are drawn: there is nothing to check")
     every = broken = 0
@@ -979,15 +979,14 @@ def check_data(opened: Data, resolution: int, context_length: int) -> None:
             (least, rare), (most, common) = min(counts), max(counts)
             print(f"  {len(counts)} of {len(part.class_names)} classes: {most:,} of {common!r} to {least:,} of "
                   f"{rare!r}; {labels[-1]:,} pictures without a label")
-    if broken > 0.01 * every:
-        raise UserError(f"{broken:,} of {every:,} pictures are broken, more than 1 %: training may refuse; they are "
-                        "named above, move them away")
+    return (f"{broken:,} of {every:,} pictures are broken, more than 1 %: training refuses where so many are among the "
+            "first 1,000; they are named above, move them away" if broken > 0.01 * every else "")
 
 
 def show(args: argparse.Namespace) -> None:
-    opened = open_data(args.check or args.data, args.resolution, look=0 if args.check else 1000)
-    if args.check:
-        check_data(opened, args.resolution, args.context_length)
+    opened = open_data(args.check or args.data, args.resolution, args.config, args.split, args.image_col, args.text_col,
+                       args.label_col, crop=args.crop, flip=args.flip, look=0 if args.check else 1000)
+    problem = check_data(opened, args.resolution, args.context_length) if args.check else ""
     start = time.time()
     examples = [opened.train[(0, i)] for i in range(min(len(opened.train), 256))]
     rate = len(examples) / (time.time() - start)
@@ -998,7 +997,9 @@ def show(args: argparse.Namespace) -> None:
     grid = picture_grid([[to_image(e["image"])] for e in examples[:8]], [e["caption"] for e in examples[:8]])
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     grid.save(args.out, format="png")
-    print(f"wrote {args.out}")
+    print(f"wrote {args.out}, cropped as with --crop {args.crop}")
+    if problem:
+        raise UserError(problem)
 
 
 def main() -> None:
@@ -1009,12 +1010,18 @@ def main() -> None:
     parser.add_argument("--check", metavar="DATA",
                         help="like --data, but first opens every picture: broken files, sizes, captions, classes")
     parser.add_argument("--resolution", type=int, default=64, help="side in pixels")
+    for flag, what in (("config", "configuration of a hub data set"), ("split", "split to train on"),
+                       ("image-col", "column with the pictures"), ("text-col", "column with the captions"),
+                       ("label-col", "column with the labels")):
+        parser.add_argument(f"--{flag}", help=f"{what}, as for train.py")
+    parser.add_argument("--crop", type=float, default=0.4, help="smallest share of the area a random crop keeps")
+    parser.add_argument("--flip", action="store_true", help="mirror half of the pictures")
     parser.add_argument("--context-length", type=int, default=26, help="of --check: tokens a caption may have")
     parser.add_argument("--out", default="samples.png", help="where the grid goes")
     args = parser.parse_args()
     with plain_errors():
-        if args.resolution < 1 or args.context_length < 4:
-            raise UserError("--resolution must be at least 1, --context-length at least 4")
+        if args.resolution < 1 or args.context_length < 4 or not 0 < args.crop <= 1:
+            raise UserError("--resolution must be at least 1, --context-length at least 4, --crop above 0 and at most 1")
         show(args)
 
 

@@ -307,6 +307,8 @@ def evaluate(model: OpenVision3 | EncoderAlone, tokenizer, data: Data, n_train: 
             memory[part] = read_latents(model, getattr(data, part), tokenizer, batch_size, count)
         return encode_latents(model, memory[part], batch_size)
 
+    if len(data.test) < min(100, n_test):
+        print(f"there are only {len(data.test)} held-out pictures: all accuracies below are rough")
     test = encode("test", n_test)
     labelled = bool(data.class_names) and (test["labels"] >= 0).any().item()
     drawn = bool(test["scenes"][0])
@@ -355,9 +357,9 @@ def evaluate(model: OpenVision3 | EncoderAlone, tokenizer, data: Data, n_train: 
     if inception is not None and n_reconstruct < 2:
         print("rfid: null, a single picture has no distribution")
         inception = None
-    elif inception is None:
+    elif inception is None and not alone:
         print("rfid: null, without Inception's weights; give --inception FILE")
-    elif n_reconstruct < 10_000:
+    elif inception is not None and n_reconstruct < 10_000:
         print(f"rfid: over {n_reconstruct:,} pictures only; it is biased upwards, and below 10,000 compares with no "
               "published number: --n-reconstruct 50000, where there are as many")
     metrics |= reconstruct_and_caption(model, data.test, tokenizer, batch_size, n_reconstruct, perceptual, inception)

@@ -785,7 +785,8 @@ def run(args: argparse.Namespace) -> None:
         answerer, state = load_answerer(out / f"{name}.pt", digest)
         space.load_state_dict(state["space"])
         image, question = args.chat
-        print(free_answers(answerer.to(device), album, [(Path(image), Question("", question, "", ()))], LONGEST)[0])
+        answer = free_answers(answerer.to(device), album, [(Path(image), Question("", question, "", ()))], LONGEST)[0]
+        print(answer or "(no answer: it ended before the first word)")
         return
 
     # 2. Files of others; pictures as tokens, and what can be asked about them

@@ -712,7 +712,7 @@ def save_curve(log: Path, path: Path) -> None:
     figure = Figure(figsize=(7, 2.6), layout="constrained")
     left, right = figure.subplots(1, 2)
     losses = [row for row in rows if "loss" in row]
-    left.plot([row["step"] for row in losses], [row["loss"] for row in losses])
+    left.plot([row["step"] for row in losses], [row["loss"] for row in losses], "o-" if len(losses) < 10 else "-")
     left.set_title("velocity loss (2 at the start)")
     judged_rows = [row for row in rows if "class_accuracy" in row]
     right.plot([row["step"] for row in judged_rows], [row["class_accuracy"] for row in judged_rows], "o-")

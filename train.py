@@ -665,7 +665,8 @@ def announce(model: OpenVision3, tokenizer: Tokenizer, data: Data, place: Place,
               f"{math.log(c.batch_size) + spread:.2f}, caption ln {V} = {math.log(V):.2f}")
     print(f"a caption: {tokenizer.decode(tokenizer.encode(caption))!r}")
     rule = f" = {c.base_lr:.3g} * {c.batch_size} / 256" if c.base_lr is not None else ""
-    print(f"peak learning rate {c.lr:.3g}{rule} after {c.warmup} steps; "
+    print(f"peak learning rate {c.lr:.3g}{rule} after {c.warmup} steps"
+          f"{', beyond the end of this run' if c.warmup >= c.steps else ''}; "
           f"starting from {c.init or 'random weights' if start == 0 else f'step {start}'}")
 
 
