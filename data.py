@@ -1021,7 +1021,7 @@ def main() -> None:
     args = parser.parse_args()
     with plain_errors():
         if args.resolution < 1 or args.context_length < 4 or not 0 < args.crop <= 1:
-            raise UserError("--resolution must be at least 1, --context-length at least 4, --crop above 0 and at most 1")
+            raise UserError("--resolution must be at least 1, --context-length at least 4, --crop above 0, at most 1")
         show(args)
 
 

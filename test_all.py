@@ -847,6 +847,8 @@ def test_interrupted_and_resumed_is_bitwise_the_straight_run(monkeypatch, tmp_pa
     assert "--resume" in complaint(monkeypatch, train, *TINY_RUN, "--out", tmp_path / "broken")
     for name in ("config.json", "curves.png", "recon_000000.png", "recon_000004.png", "encoder.safetensors"):
         assert (tmp_path / "broken" / name).is_file()
+    saved = json.loads((tmp_path / "broken" / "config.json").read_text())["commit"]
+    assert saved is None or re.fullmatch(r"[0-9a-f]{40}\+?", saved)
     assert encoder.load_encoder(tmp_path / "broken")(torch.randn(1, 16, 4, 4))[1].shape == (1, 4, 192)
 
 
@@ -1163,6 +1165,7 @@ def test_sigterm_saves_and_a_full_disk_harms_nothing(tmp_path):
 
 
 def test_the_first_ctrl_c_asks_and_the_second_insists():
+    found = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     with pytest.raises(KeyboardInterrupt), train.stop_signal() as stop:
         assert not stop.is_set()
@@ -1170,6 +1173,11 @@ def test_the_first_ctrl_c_asks_and_the_second_insists():
         assert stop.is_set()
         signal.raise_signal(signal.SIGINT)
     assert before == {number: signal.getsignal(number) for number in before}
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with train.stop_signal() as stop:
+        signal.raise_signal(signal.SIGINT)
+        assert not stop.is_set()  # what a shell has switched off stays off
+    signal.signal(signal.SIGINT, found)
 
 
 def test_a_group_s_sigterm_does_not_stop_the_loaders_first(tmp_path):

@@ -29,6 +29,7 @@ import json
 import math
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -367,6 +368,15 @@ def write_atomically(path: Path, write) -> None:
         temporary.unlink(missing_ok=True)
         before = "; the file from before is as it was" if path.exists() else ""
         raise UserError(f"{path} could not be written: {first_line(error)}{before}") from None
+
+
+def commit() -> str | None:
+    """The commit of these files, with a + where they differ from it; None outside of git."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+"]
+    try:
+        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):  # no git, or no repository
+        return None
 
 
 def save_checkpoint(out: Path, model: OpenVision3, optimizer: torch.optim.Optimizer, step: int, about: dict) -> None:
@@ -714,7 +724,7 @@ def train(c: Config, stop: threading.Event) -> None:
     test_batch = next(iter(evaluation_loader(data.test, tokenizer, 8, limit=8)))
     out.mkdir(parents=True, exist_ok=True)
     if main:  # nothing the user gave can be wrong any more; from here on --resume goes on
-        about_run = dataclasses.asdict(c) | {"torch": torch.__version__, "world_size": place.world}
+        about_run = dataclasses.asdict(c) | {"torch": torch.__version__, "world_size": place.world, "commit": commit()}
         (out / "config.json").write_text(json.dumps(about_run, indent=1) + "\n")
         keep_log_until(out / "log.jsonl", start)
         announce(model, tokenizer, data, place, start, test_batch["captions"][0])
@@ -788,7 +798,8 @@ def stop_signal():
             tqdm.write("stopping after this step, with a checkpoint; Ctrl-C again ends it at once")
         stop.set()
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    heard = [n for n in (signal.SIGTERM, signal.SIGINT) if signal.getsignal(n) is not signal.SIG_IGN]  # "&" in a script
+    before = {number: signal.signal(number, note) for number in heard}
     try:
         yield stop
     finally:
