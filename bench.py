@@ -37,6 +37,7 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -363,7 +364,7 @@ def bench_libraries(c: Config) -> None:
 # How the cost grows
 # ---------------------------------------------------------------------------------------------------------------------
 
-GROWTH = {"batch-size": (1, 2, 4, 8, 16, 32, 64), "resolution": (64, 128, 256, 512), "size": ("Ti", "S", "B", "L")}
+GROWTH = {"batch-size": (2, 4, 8, 16, 32, 64), "resolution": (64, 128, 256, 512), "size": ("Ti", "S", "B", "L")}
 
 
 def run_once(command: list[str]) -> dict:
@@ -401,6 +402,9 @@ def measure_growth(flags: list[str], path: Path) -> None:
             axis.plot(places, [row[key] for row in rows], marker="o", label="measured")
             axis.plot(places, law, linestyle=":", color="gray", label="counted, from the first")
             axis.set(yscale="log", ylabel=title, xlabel=name)
+            axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.yaxis.set_major_formatter("{x:g}")
+            axis.yaxis.set_minor_locator(NullLocator())
             axis.set_xticks(places, [str(value) for value in values])
         axes[0].legend()
     write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=110, format="png"))
