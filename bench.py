@@ -122,18 +122,23 @@ def count(c: Config) -> tuple[dict[str, tuple[float, float]], int, int, float]:
     return rows, trained, frozen, sum(size for s, size in kept.items() if s not in weights) / c.pixel_every
 
 
+def state_bytes(trained: int, frozen: int) -> int:
+    """fp32: weights, gradients and two moments of what is trained, weights of what is not."""
+    return trained * 16 + frozen * 4
+
+
 def cost_card(c: Config, world: int) -> None:
     rows, trained, frozen, kept = count(c)
     print(f"{'part':16} {'million parameters':>18} {'GFLOP an image':>15}")
     for name, (parameters, flops) in rows.items():
         print(f"{name:16} {parameters:18.1f} {flops:15.2f}")
     total, pictures = sum(flops for _, flops in rows.values()), max(1, c.batch_size // world // c.accumulate)
-    state = trained * 16 + frozen * 4  # fp32: weights, gradients, two moments; frozen: weights
     print(f"{'sum':16} {(trained + frozen) / 1e6:18.1f} {total:15.2f}\n"
           f"{c.steps:,} steps of {c.batch_size:,}: {c.steps * c.batch_size:,} pictures, "
           f"{c.steps * c.batch_size * (c.resolution // 16) ** 2:,} image tokens, "
           f"{c.steps * c.batch_size * total / 1e6:,.3g} PFLOP\n"
-          f"memory of each of {world} process(es), estimated: {state / 1e9:.2f} GB for weights and optimizer,\n"
+          f"memory of each of {world} process(es), estimated: {state_bytes(trained, frozen) / 1e9:.2f} GB for weights "
+          "and optimizer,\n"
           f"{kept * pictures / 1e9:.2f} GB kept for the backward pass of {pictures} pictures in fp32 "
           "(about half in bf16, less with --recompute; --accumulate N divides it by N)")
 
@@ -217,7 +222,7 @@ def time_loading(c: Config, pictures: int = 64) -> float:
 
 
 def bench(c: Config, parts: bool = True) -> None:
-    """Times `c.steps` steps of the run and its parts; prints, last, one line of JSON."""
+    """Times `c.steps` steps of the run and, unless they are not wanted, its parts; prints, last, one line of JSON."""
     place = find_place(c.device, c.dtype, c.batch_size, c.accumulate * c.pixel_every)
     if place.world > 1:
         raise UserError("--bench times one process: start it with python")
@@ -378,7 +383,7 @@ def run_once(command: list[str]) -> dict:
 def needs(c: Config) -> tuple[float, float]:
     """What is counted: GFLOP a picture; GB for weights, gradients, moments and what the step's pictures keep."""
     rows, trained, frozen, kept = count(c)
-    return sum(flops for _, flops in rows.values()), (trained * 16 + frozen * 4 + kept * c.batch_size) / 1e9
+    return sum(flops for _, flops in rows.values()), (state_bytes(trained, frozen) + kept * c.batch_size) / 1e9
 
 
 def measure_growth(flags: list[str], path: Path) -> None:
@@ -419,7 +424,7 @@ def main() -> None:
                     "prints the medians. All other flags are train.py's.")
     parser.add_argument("--rounds", type=int, default=2, help="times that each is started")
     parser.add_argument("--libraries", action="store_true", help="time the libraries alone, once")
-    parser.add_argument("--step", action="store_true", help="time our step alone, once, without its parts")
+    parser.add_argument("--step", action="store_true", help="time our step alone, once, as --growth does")
     parser.add_argument("--growth", type=Path, metavar="PNG",
                         help="time our step for several batches, resolutions and sizes, and plot it")
     args, flags = parser.parse_known_args()

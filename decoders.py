@@ -95,7 +95,7 @@ class CaptionDecoder(nn.Module):
         if T > self.context_length:
             raise ValueError(f"{T} text tokens, but this caption decoder writes at most {self.context_length}")
         words = self.token_embedding(ids) + self.positional_embedding[:T]           # (B, T, W)
-        x = torch.cat([self.image_projection(tokens).float(), words], dim=1)        # (B, N+T, W)
+        x = torch.cat([self.image_projection(tokens).to(words.dtype), words], dim=1)  # (B, N+T, W)
         x = self.transformer(x, self.prefix_mask(N, T, x.device))                   # (B, N+T, W)
         with torch.autocast(x.device.type, enabled=False):                          # logits in fp32
             return self.head(self.ln_final(x[:, N:].float()))                       # (B, T, V)

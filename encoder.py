@@ -203,8 +203,8 @@ class VisionTransformer(nn.Module):
         B, _, h, w = x.shape
         if h % self.patch_size or w % self.patch_size:
             raise ValueError(f"a {h}x{w} map cannot be cut into patches of side {self.patch_size}")
-        # fp32 again: under autocast the sum that runs through all blocks would be rounded to 8 bits at each of them
-        x = self.conv1(x).float()                                                      # (B, W, h/P, w/P)
+        # not autocast's bf16, or the sum that runs through all blocks would be rounded to 8 bits at each of them
+        x = self.conv1(x).to(self.class_embedding.dtype)                               # (B, W, h/P, w/P)
         rows, columns = x.shape[-2:]
         x = x.flatten(2).transpose(1, 2)                                               # (B, N, W)
         x = torch.cat([self.class_embedding.expand(B, 1, -1), x], dim=1)               # (B, 1+N, W)

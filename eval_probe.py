@@ -4,7 +4,7 @@ eval_probe.py: stage 6, what a frozen encoder knows: every question the project 
 Measuring trains nothing but linear classifiers. The encoder is loaded, frozen, put into eval mode, and asked: can a
 straight line through your pooled vectors tell the classes apart, do neighbours share a class, do captions find their
 pictures, can the caption be written, can the picture be painted back? The paper asks the same at its size (sec 4).
-Beside every reconstruction number stands the VAE's own, which was asked for. And `--table` checks the
+Beside every reconstruction number stands the VAE's own, as a reference. And `--table` checks the
 paper's claims from nothing: it trains the joint objective, each half of it alone, and the same ViT on pixels, at equal
 budgets and over several seeds, and asks all of them the same.
 

@@ -4,8 +4,8 @@ eval_vlm.py: stage 8, can the tokens be asked about? The frozen encoder under a 
 The encoder is frozen; a two-layer projector turns each of its tokens into something that a language model reads like
 a word (the paper's first proof, sec 4.4, after LLaVA-1.5). Two steps: from captions the projector learns what tokens
 say (alignment), then both learn to answer (instruction), with the loss on the answers only. The language model is one
-of the Hugging Face hub, or ours, small and from scratch, which in the first step learns to read as well. All tokens
-are read: ours have no class token among them that could be dropped.
+of the Hugging Face hub, or ours, small and from scratch, which in the first step learns to read as well and in the
+second begins with a few hard things, each alone. All tokens are read: ours have no class token that could be dropped.
 
     images -> frozen encoder -> tokens [B,N,C] -> standardised -> projector, + places -> [B,N,W] -+
     bos, "USER: ... ASSISTANT: answer" eos -> embedding -> [B,1+T,W] -----------------------------+
@@ -615,8 +615,8 @@ def free_answers(model: VisionLanguageModel, album: Album, asked: list[Asked], l
 def fit(model: VisionLanguageModel, parts: list[nn.Module], make_batch, what: str, steps: int, rate: float,
         args: argparse.Namespace) -> None:
     """`steps` steps on `make_batch(rng, share of the steps done, loss)` -> (tokens, prompts, answers), training `parts`
-    only: AdamW without weight decay, 3 % linear warm-up, then a cosine to 0, as LLaVA-1.5. `loss`: the mean of the last
-    25 steps, told every 25 steps, else None."""
+    only: AdamW (and Muon) without weight decay, 3 % linear warm-up, cosine to 0, as LLaVA-1.5. `loss`: the mean of the
+    last 25 steps, told every 25 steps, else None."""
     model.requires_grad_(False)
     parameters = [p for part in parts for p in part.requires_grad_(True).parameters()]
     # DIFFERS: Muon for the matrices of a language model from scratch, which learn in half as many steps with it
