@@ -277,6 +277,17 @@ def measure(c: Config) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def import_library(name: str):
+    """A library to compare with. Beside a CPU build of torch the compiled half of torchvision, which open_clip and lpips
+    import, may be missing; its Python half then wants the names of two operators, which nobody calls here."""
+    try:
+        importlib.import_module("torchvision")
+    except RuntimeError:
+        for operator in ("nms", "qnms"):
+            torch.library.define(f"torchvision::{operator}", "(Tensor dets, Tensor scores, float threshold) -> Tensor")
+    return importlib.import_module(name)
+
+
 class Composition(nn.Module):
     """The objective of train.py from diffusers' AutoencoderKL, open_clip's blocks and towers and the lpips package, as
     their documentation uses them; sizes and number of decoded pictures are those of the run."""
@@ -441,7 +452,7 @@ def main() -> None:
             return measure_growth(flags, args.growth)
         for package in ("diffusers", "open_clip", *(["lpips"] if config.lpips_weight > 0 else [])):
             try:
-                importlib.import_module(package)
+                import_library(package)
             except Exception as error:  # missing, or two packages that do not fit each other
                 raise UserError(f"bench.py compares with {package}, which cannot be imported ({error}): pip install "
                                 "diffusers open_clip_torch lpips") from None
