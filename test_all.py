@@ -550,6 +550,21 @@ def test_folder_with_captions(folder, capsys):
     assert [again.test[i]["caption"] for i in range(13)] == [opened.test[i]["caption"] for i in range(13)]
 
 
+def test_held_out_pictures_stay_held_out(tmp_path):
+    def held_out(folder: Path) -> set[str]:
+        return {Path(row["image"]["path"]).name for row in data.open_data(str(folder), 32).test.rows}
+
+    for i in range(60):
+        (tmp_path / "a" / str(i % 2)).mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (40, 40), (4 * i, 0, 0)).save(tmp_path / "a" / str(i % 2) / f"{i}.png")
+    before = held_out(tmp_path / "a")
+    shutil.copy(tmp_path / "a" / "0" / "0.png", tmp_path / "a" / "0" / "new.png")
+    assert len(before) == 6 and len(before ^ held_out(tmp_path / "a")) <= 2
+    (tmp_path / "a" / "0" / "new.png").unlink()
+    (tmp_path / "a").rename(tmp_path / "b")
+    assert held_out(tmp_path / "b") == before
+
+
 def test_check_reports_a_folder(tmp_path):
     for i in range(24):
         kind = tmp_path / "own" / ("cat" if i % 3 else "dog")
@@ -1820,12 +1835,7 @@ def reference(name: str):
     for needed in ("torchvision", name.split(".")[0]):
         if importlib.util.find_spec(needed) is None:
             pytest.skip(f"{needed} is not installed: pip install --no-deps -r .ci/references.txt")
-    try:
-        importlib.import_module("torchvision")
-    except RuntimeError:  # next to a CPU build of torch its compiled half is missing; its Python half wants two names
-        for operator in ("nms", "qnms"):
-            torch.library.define(f"torchvision::{operator}", "(Tensor dets, Tensor scores, float threshold) -> Tensor")
-    return importlib.import_module(name)
+    return bench.import_library(name)
 
 
 def assert_same(ours: torch.Tensor, theirs: torch.Tensor, share: float) -> None:
