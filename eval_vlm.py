@@ -409,6 +409,7 @@ class Album:
     @torch.no_grad()
     def read(self, pictures, tokenizer: Tokenizer, count: int, what: str) -> dict:
         """Encodes the first `count` pictures; returns what is known about them."""
+        print(f"encoding {count:,} {what}")
         tokens, known = [], {"scenes": [], "labels": [], "captions": []}
         for batch in tqdm(evaluation_loader(pictures, tokenizer, 64, count), desc=what, leave=False, disable=None):
             tokens.append(self.space.read(batch["image"].to(self.space.mean.device)).half().cpu())
@@ -848,6 +849,7 @@ def run(args: argparse.Namespace) -> None:
     print_table(args.ckpt + baseline, result)
     if choices:
         save_answers(answerer, held_out, data, choices, out / f"{name}.png")
+    print(f"wrote {out / name}.json, {name}.pt" + (f", {name}.png (pictures, questions, answers)" if choices else ""))
     print(f"ask it yourself: python eval_vlm.py --ckpt {args.ckpt}{baseline} --chat IMAGE QUESTION")
 
 

@@ -254,6 +254,8 @@ class Space(nn.Module):
 def read_pictures(space: Space, pictures, tokenizer: Tokenizer, count: int, what: str) -> dict:
     """Returns the first `count` pictures as uint8 [M,3,R,R], their tokens [M,N,C] as fp16, labels [M]."""
     images, tokens, labels = [], [], []
+    if is_main():
+        print(f"encoding {min(count, len(pictures)):,} {what}")
     for batch in tqdm(evaluation_loader(pictures, tokenizer, 64, count), desc=what, leave=False, disable=None):
         images.append(((batch["image"] + 1) * 127.5).round().byte())
         tokens.append(space.read(batch["image"].to(space.mean.device)).half().cpu())
@@ -295,6 +297,7 @@ def train_classifier(real: dict, classes: int, device: torch.device) -> Classifi
     judge = Classifier(classes).to(device, memory_format=torch.channels_last).train()
     known = (real["labels"] < classes).nonzero()[:, 0][:8000]
     optimizer = torch.optim.AdamW(judge.parameters(), lr=2e-3, weight_decay=0.05)
+    print(f"training the judge on {len(known):,} of them, {JUDGE_STEPS} steps")
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=JUDGE_STEPS)
     for step in tqdm(range(JUDGE_STEPS), desc="classifier", leave=False, disable=None):
         if step % (len(known) // 64) == 0:
@@ -649,6 +652,7 @@ def sample_and_measure(args: argparse.Namespace, setup: Setup, average: DiTDH, b
     out, tag, space, K = setup.out, setup.tag, setup.space, len(setup.class_names)
     labels = wanted_labels(args.n_samples, K, args.seed)
     titles = class_titles(labels[:48], setup)
+    print(f"drawing {args.n_samples:,} samples, {args.points} points each")
     images, tokens = draw_samples(average, space, labels, args, bad)
     held_out = read_pictures(space, setup.data.test, setup.tokenizer, max(2000, args.n_samples), "held-out pictures")
     held_out["labels"] = torch.where(held_out["labels"] < 0, K, held_out["labels"])
