@@ -417,12 +417,13 @@ def measure_growth(flags: list[str], path: Path) -> None:
         for axis, key, law, title in zip(axes, ("images_per_s", "peak_memory_gb"), laws, ("pictures/s", "memory, GB")):
             axis.plot(places, [row[key] for row in rows], marker="o", label="measured")
             axis.plot(places, law, linestyle=":", color="gray", label="counted, from the first")
-            axis.set(yscale="log", ylabel=title, xlabel=name)
+            both = [row[key] for row in rows] + law
+            axis.set(yscale="log", ylabel=title, xlabel=name, ylim=(min(both) / 2, max(both) * 2))  # never a mere ripple
             axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axis.yaxis.set_major_formatter("{x:g}")
             axis.yaxis.set_minor_locator(NullLocator())
             axis.set_xticks(places, [str(value) for value in values])
-        axes[0].legend()
+        axes[0].legend(loc="lower left")
     write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=110, format="png"))
     write_atomically(path.with_suffix(".json"), lambda temporary: temporary.write_text(
         json.dumps({"flags": flags, "values": GROWTH, "rows": found}, indent=1)))

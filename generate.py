@@ -520,7 +520,8 @@ def open_setup(args: argparse.Namespace) -> Setup:
     space = Space(model, args.space).to(device)
     if SIZES[args.size]["head"][0] < space.mean.shape[1]:
         raise UserError(f"--size {args.size} has a head of width {SIZES[args.size]['head'][0]}; tokens of width "
-                        f"{space.mean.shape[1]} need one at least as wide, or not even one picture can be learned")
+                        f"{space.mean.shape[1]} need one at least as wide, or not even one picture can be learned: "
+                        "take --size S")
     real = read_pictures(space, data.train, tokenizer, min(len(data.train), args.pool), "training pictures")
     real["labels"] = torch.where(real["labels"] < 0, K, real["labels"])
     space.measure(real["tokens"])  # DIFFERS: RAE's statistics are over all training pictures
@@ -661,7 +662,8 @@ def sample_and_measure(args: argparse.Namespace, setup: Setup, average: DiTDH, b
     known = torch.cat([space.standardise(part.to(setup.place.device).float()).half().cpu()
                        for part in setup.real["tokens"].split(1000)])
     closest = nearest(tokens[:48].cpu(), known)
-    save_sheet([images[:48], setup.real["images"][closest]], titles, out / f"neighbours{tag}.png",
+    asked = [title and f"asked for: {title}" for title in titles]
+    save_sheet([images[:48], setup.real["images"][closest]], asked, out / f"neighbours{tag}.png",
                ("sample", "nearest"))
     arrays = {"arr_0": images.permute(0, 2, 3, 1).numpy(), "arr_1": labels.numpy() if K else np.full(len(labels), -1)}
     write_atomically(out / f"samples{tag}.npz", lambda path: save_arrays(path, arrays))
