@@ -80,7 +80,7 @@ def made_up_model(c: Config, vae_kind: dict) -> OpenVision3:
 def parts_of(model: OpenVision3, images: Tensor, ids: Tensor, latents: Tensor, tokens: Tensor) -> dict:
     """{part: (module, forward passes that it costs per picture, its forward pass)}. A trained part costs three: its
     gradients' products with weights and with inputs are as many as its own; a frozen one that gradients pass through
-    two (LPIPS's for the true picture counted too, which autograd computes with the other), the VAE's encoder one."""
+    two (for LPIPS both pictures count, which autograd treats as one batch), the VAE's encoder one."""
     c, vae, eye, seen = model.config, model.vae, model.perceptual, slice(None, None, model.config.pixel_every)
     parts = {"VAE encode": (vae.encoder, 1, lambda: vae.encode(images)),
              "encoder": (model.encoder, 1 if c.freeze_encoder else 3, lambda: model.encoder(latents)),
@@ -263,23 +263,14 @@ def bench(c: Config, parts: bool = True) -> None:
                       "parts": {name: value * 1e3 for name, value in times.items()}}))
 
 
-def measure(c: Config) -> None:
-    """What train.py's --dry-run and --bench do."""
-    try:
-        cost_card(c, int(os.environ.get("WORLD_SIZE", 1))) if c.dry_run else bench(c)
-    except torch.OutOfMemoryError:
-        raise UserError(f"{c.batch_size} pictures do not fit the memory of this device: lower --batch-size, or cut the "
-                        "step into parts with --accumulate") from None
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The same method, of the libraries' parts
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 def import_library(name: str):
-    """A library to compare with. Beside a CPU build of torch the compiled half of torchvision, which open_clip and lpips
-    import, may be missing; its Python half then wants the names of two operators, which nobody calls here."""
+    """A library to compare with. Beside a CPU build of torch the compiled half of torchvision, which open_clip and
+    lpips import, may be missing; its Python half then wants the names of two operators, which nobody calls here."""
     try:
         importlib.import_module("torchvision")
     except RuntimeError:
@@ -394,11 +385,12 @@ def run_once(command: list[str]) -> dict:
 def needs(c: Config) -> tuple[float, float]:
     """What is counted: GFLOP a picture; GB for weights, gradients, moments and what the step's pictures keep."""
     rows, trained, frozen, kept = count(c)
-    return sum(flops for _, flops in rows.values()), (state_bytes(trained, frozen) + kept * c.batch_size) / 1e9
+    memory = state_bytes(trained, frozen) + kept * c.batch_size / c.accumulate
+    return sum(flops for _, flops in rows.values()), memory / 1e9
 
 
 def measure_growth(flags: list[str], path: Path) -> None:
-    """Pictures per second and peak memory while one setting changes, with what the counts foretell from its first
+    """Pictures per second and peak memory while one setting changes, with what the counts predict from its first
     value: the same TFLOP/s throughout, and the first peak plus the bytes that are added. One picture, and its numbers
     beside it as JSON."""
     figure = Figure(figsize=(11, 5.5), layout="constrained")
@@ -417,8 +409,8 @@ def measure_growth(flags: list[str], path: Path) -> None:
         for axis, key, law, title in zip(axes, ("images_per_s", "peak_memory_gb"), laws, ("pictures/s", "memory, GB")):
             axis.plot(places, [row[key] for row in rows], marker="o", label="measured")
             axis.plot(places, law, linestyle=":", color="gray", label="counted, from the first")
-            both = [row[key] for row in rows] + law
-            axis.set(yscale="log", ylabel=title, xlabel=name, ylim=(min(both) / 2, max(both) * 2))  # never a mere ripple
+            both = [row[key] for row in rows] + law  # room around them, so that a ripple stays one
+            axis.set(yscale="log", ylabel=title, xlabel=name, ylim=(min(both) / 2, max(both) * 2))
             axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axis.yaxis.set_major_formatter("{x:g}")
             axis.yaxis.set_minor_locator(NullLocator())

@@ -21,6 +21,7 @@ Next:   train.py
 """
 import argparse
 import base64
+import glob
 import hashlib
 import io
 import itertools
@@ -90,6 +91,8 @@ def plain_errors():
     except ValueError as error:  # ours, or a slip in a fork: the place tells them apart
         last = traceback.extract_tb(error.__traceback__)[-1]
         problem = f"{str(error) or 'ValueError'} ({Path(last.filename).name}, line {last.lineno})"
+    except torch.OutOfMemoryError:
+        problem = "out of this device's memory: lower --batch-size; train.py's --accumulate keeps the batch whole"
     except RuntimeError as error:  # raised by a signal, wherever the program is
         if "DataLoader worker" not in str(error):
             raise
@@ -586,8 +589,8 @@ def check_tar(path: Path) -> None:
 
 def load_folder(folder: Path, streaming: bool) -> datasets.DatasetDict:
     """A folder of pictures (class sub-folders, or metadata.jsonl/.csv beside them), of parquet files or of webdataset
-    tars; sub-folders train/ and test/ (or validation/, val/) are its splits."""
-    files = [p for p in folder.rglob("*") if p.is_file()] if folder.is_dir() else [folder]
+    tars; its splits are sub-folders train/ and test/ (or validation/, val/), or files called test-... beside others."""
+    files = sorted(p for p in folder.rglob("*") if p.is_file()) if folder.is_dir() else [folder]
     if not files:
         raise UserError(f"the folder {folder} is empty")
     endings = {p.suffix.lower() for p in files}
@@ -599,14 +602,22 @@ def load_folder(folder: Path, streaming: bool) -> datasets.DatasetDict:
         tars = [p for p in files if p.suffix.lower() == ".tar"]
         for tar in tqdm(tars, desc="checking tars", leave=False, disable=None):
             check_tar(tar)
+    root = glob.escape(str(folder))
     pattern = {"parquet": "**/*.parquet", "webdataset": "**/*.tar", "imagefolder": "**"}[kind]
     if folder.is_file():
-        data_files = {"train": str(folder)}
+        data_files = {"train": root}
     elif (folder / "train").is_dir():  # data_files, because data_dir can drop metadata.jsonl without a word
         test = next((folder / n for n in ("test", "validation", "val") if (folder / n).is_dir()), None)
-        data_files = {"train": f"{folder}/train/{pattern}"} | ({"test": f"{test}/{pattern}"} if test else {})
+        data_files = {"train": f"{root}/train/{pattern}"} | ({"test": f"{root}/{test.name}/{pattern}"} if test else {})
     else:
-        data_files = {"train": f"{folder}/{pattern}"}
+        shards = [p for p in files if p.suffix and pattern.endswith(f"*{p.suffix.lower()}")]  # none for pictures
+        parts = {part: [glob.escape(str(p)) for p in shards if re.match(rf"{part}[-_.]", p.name)]
+                 for part in ("test", "validation", "val")}
+        apart = [path for paths in parts.values() for path in paths]
+        rest = [path for path in (glob.escape(str(p)) for p in shards) if path not in set(apart)]
+        data_files = {"train": f"{root}/{pattern}"}
+        if rest and apart:
+            data_files = {"train": rest, "test": next(paths for paths in parts.values() if paths)}
     return datasets.load_dataset(kind, data_files=data_files, streaming=streaming)
 
 
@@ -625,6 +636,8 @@ def load_source(name: str, config: str | None, streaming: bool) -> datasets.Data
     path = Path(name).expanduser()
     local = path.exists()
     (datasets.disable_progress_bars if local else datasets.enable_progress_bars)()  # nothing is downloaded
+    if local and config:
+        raise UserError(f"--config chooses among a hub data set's; {name} is on this machine: leave it out")
     if not local and (name.startswith((".", "/", "~")) or not re.fullmatch(r"[\w.-]+/[\w.-]+", name)):
         raise UserError(f"--data {name}: no such file or folder (built in: shapes; hub ids look like owner/name)")
     try:
@@ -653,8 +666,8 @@ def choose_columns(names: list[str], asked: tuple, need_text: bool, data: str) -
 
 
 def hold_out(train: datasets.Dataset, images: str, data: str) -> tuple[datasets.Dataset, datasets.Dataset]:
-    """The rows to train on, and a tenth to test on: those whose files' names have the least digests, so that a picture
-    stays in its part, but for a few at the border, when others are added. What has no file name goes by position."""
+    """The rows to train on, and a tenth to test on: those whose files' names hash lowest, so that a picture stays in
+    its part, but for a few at the border, when others are added. What has no file name goes by position."""
     if len(train) < 2:
         raise UserError(f"{data} has {len(train)} picture(s); training and testing need at least 2")
     _, paths = train.data.column(images).flatten()  # bytes, path; the bytes are not read
@@ -994,7 +1007,7 @@ def show(args: argparse.Namespace) -> None:
     start = time.time()
     examples = [opened.train[(0, i)] for i in range(min(len(opened.train), 256))]
     rate = len(examples) / (time.time() - start)
-    tokenizer = Tokenizer.train([e["caption"] for e in examples], context_length=32)
+    tokenizer = Tokenizer.train([e["caption"] for e in examples], args.context_length)
     print(f"{args.check or args.data}: {len(opened.train)} training and {len(opened.test)} test pictures, "
           f"{len(opened.class_names or [])} classes, {rate:.0f} pictures/s at {args.resolution} px in one process")
     print(f"tokens of a caption: {tokenizer.encode(examples[0]['caption'])} = {examples[0]['caption']!r}")

@@ -11,8 +11,8 @@ wrong (generate.py).
         -> latents^ [B,16,h,w]
     [image tokens | caption so far]: N + T positions -> blocks, image fully visible, text causal -> next-word logits
 
-Letters: B batch, N image tokens, T text length, W width, V vocabulary, h w latent map, P patch side (2),
-         C latent channels.
+Letters: B batch, N image tokens, T text length, W width, D width of the latent decoder, V vocabulary, h w latent map,
+         P patch side (2), C latent channels.
 
 Run:    python decoders.py     # parameters, shape trace, an untrained caption
 Source: paper sec 3.2, eq 3 and sec 5.3 (decoder size B). The paper says the captioner follows OpenVision; its form

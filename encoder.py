@@ -12,8 +12,8 @@ encoder to the letter: its weights load here with no renaming, and what is saved
         -> mean over N -> LayerNorm -> proj -> pooled [B,E]
     caption ids [B,T] -> embed, + learned positions, + class token last -> D blocks -> LayerNorm -> head -> [B,E]
 
-Letters: B batch, h w height and width of the latent map, P patch side, N image tokens, T text length, W width,
-         H heads, D depth, E shared embedding width; F features and M samples in whitening.
+Letters: B batch, h w height and width of the latent map, P patch side, N image tokens, T text length, S length of any
+         sequence, W width, H heads, D depth, E shared embedding width; F features and M samples in whitening.
 
 Run:    python encoder.py      # prints the size table with parameter counts, and a shape trace
 Source: paper sec 3.2; the details of the released checkpoints: class token, no norm before the blocks, no patch bias,
@@ -155,7 +155,8 @@ def whitening(x: Tensor, width: int) -> tuple[Tensor, Tensor]:
 
     DIFFERS: OpenVision starts from noise. But edges, which tell shapes apart, have a thirtieth of the deviation of
     brightness in the latents; and either tower's outputs for different inputs are nine tenths alike, so that the
-    contrastive loss misses most words and features for hundreds of steps. Whitened, all count at once."""
+    contrastive loss misses most words and features for hundreds of steps. Whitened, every direction has the same
+    weight from the first step on."""
     samples = x.cpu().double()  # which mps has not
     mean = samples.mean(dim=0)                                                         # (F,)
     variances, directions = torch.linalg.eigh((samples - mean).T.cov())                # (F,), (F, F)
@@ -227,7 +228,9 @@ class ImageEncoder(VisionTransformer):
         patches = F.unfold(latents.float(), self.patch_size, stride=self.patch_size)   # (M, C*P*P, N)
         _, matrix = whitening(patches.transpose(1, 2).flatten(0, 1), self.width)       # (C*P*P, W); no bias: mean stays
         self.conv1.weight.copy_(matrix.T.view_as(self.conv1.weight))
-        mean, matrix = whitening(self.ln_post(self.trunk(latents).mean(dim=1)), self.proj.shape[1])
+        parts = latents.split(max(1, 2**16 // self.side**2))  # pictures of 65,536 tokens, to fit the memory
+        pooled = torch.cat([self.ln_post(self.trunk(part).mean(dim=1)) for part in parts])  # (M, W)
+        mean, matrix = whitening(pooled, self.proj.shape[1])
         self.ln_post.bias.sub_(mean)
         self.proj.copy_(matrix)
 

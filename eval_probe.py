@@ -314,17 +314,19 @@ def evaluate(model: OpenVision3 | EncoderAlone, tokenizer, data: Data, n_train: 
     drawn = bool(test["scenes"][0])
     train = encode("train", n_train) if labelled else None
 
-    def probe(method, features: str, labels: list[Tensor], classes: int) -> float | None:
-        known = [answer >= 0 for answer in labels]
-        (x, tx), (y, ty) = ([part[features][k] for part, k in zip((train, test), known)],
-                            [answer[k] for answer, k in zip(labels, known)])
-        return method(x, y, tx, ty, classes) if len(x) >= 20 and len(tx) else None  # too few to learn from, or to ask
+    def probe(name: str, method, features: str, labels: list[Tensor], classes: int) -> float | None:
+        (x, y), (test_x, test_y) = ((part[features][answer >= 0], answer[answer >= 0])
+                                    for part, answer in zip((train, test), labels))
+        if len(x) < 20 or not len(test_x):
+            print(f"{name}: null, there are {len(x)} pictures to learn it from and {len(test_x)} to ask")
+            return None
+        return method(x, y, test_x, test_y, classes)
 
     if labelled:
         labels, K = [train["labels"], test["labels"]], len(data.class_names)
-        metrics["linear_probe_top1"] = probe(linear_probe, "pooled", labels, K)
-        metrics["linear_probe_tokens_top1"] = probe(linear_probe, "tokens", labels, K)
-        metrics["knn_top1"] = probe(knn, "pooled", labels, K)
+        for name, method, features in (("linear_probe_top1", linear_probe, "pooled"), ("knn_top1", knn, "pooled"),
+                                       ("linear_probe_tokens_top1", linear_probe, "tokens")):
+            metrics[name] = probe(name, method, features, labels, K)
         if not alone:
             directions = class_vectors(model, tokenizer, data.class_names, batch_size)
             nearest = (F.normalize(test["pooled"], dim=1) @ directions.T).argmax(1)
@@ -335,7 +337,7 @@ def evaluate(model: OpenVision3 | EncoderAlone, tokenizer, data: Data, n_train: 
         true = [[answers(scene) for scene in part["scenes"]] for part in (train, test)]
         for name, options in QUESTIONS.items():
             labels = [torch.tensor([row[name] for row in part]) for part in true]
-            metrics[name] = probe(linear_probe, "tokens", labels, len(options))
+            metrics[name] = probe(name, linear_probe, "tokens", labels, len(options))
     else:
         print("probe_*: null, only drawn scenes come with the answers")
 

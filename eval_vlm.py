@@ -174,8 +174,8 @@ class Census:
 # ---------------------------------------------------------------------------------------------------------------------
 
 SMALL = (192, 4, 6)  # width, depth, heads of the language model from scratch
-# DIFFERS: questions to each picture of a step, which is read once for all of them; they do not see one another, as the
-# turns of LLaVA's conversations do, or what is there is read off the other questions
+# Each picture of a step gets this many questions and is read once for all of them. DIFFERS: unlike the turns of LLaVA's
+# conversations they cannot see one another, or what is there would be read off the other questions
 AT_ONCE = 4
 PADDING, SILENT = -1, -100  # in ids: nothing stands here; in targets: nothing is asked here
 # DIFFERS: this share of the pictures in the instruction step is noise, so that the blind control is familiar
@@ -666,8 +666,8 @@ class Lessons:
         self.ahead = list(FIRST) if self.sided else []  # what is still to be learned alone
 
     def question(self, i: int, rng: random.Random) -> Question:
-        """About picture i: as often whether something is there as anything else. Popular negatives stay in the exam:
-        learning from them would teach to say no to them."""
+        """About picture i: as often whether something is there as anything else. Popular negatives appear in the exam
+        only: trained on, they would teach "no" to every frequent thing."""
         here = self.census.presences(i, (rng.choice(("random", "adversarial")),), rng)
         here = here or self.census.presences(i, ("random",), rng)
         return rng.choice(rng.choice([questions for questions in (here, self.census.choices(i, rng)) if questions]))
@@ -849,7 +849,7 @@ def run(args: argparse.Namespace) -> None:
     print_table(args.ckpt + baseline, result)
     if choices:
         save_answers(answerer, held_out, data, choices, out / f"{name}.png")
-    print(f"wrote {out / name}.json, {name}.pt" + (f", {name}.png (pictures, questions, answers)" if choices else ""))
+    print(f"wrote {out / name}.pt" + (f", {name}.png (pictures, questions, answers)" if choices else ""))
     print(f"ask it yourself: python eval_vlm.py --ckpt {args.ckpt}{baseline} --chat IMAGE QUESTION")
 
 

@@ -51,7 +51,8 @@ from train import (OpenVision3, Place, any_process, end_group, find_place, keep_
 
 # Width, depth, heads of the base and of the head, and the settings that go with them: RAE's S and XL to the number.
 # DIFFERS: laptop is ours, with a larger rate, a shorter average, and times shifted by 3, where the formula says 1:
-# a token's 192 numbers hold its 64 latents three times over, so that it shows through all but the strongest noise.
+# a token's 192 numbers tell of only 64 latents, so that it can be made out in all but the strongest noise, where
+# there is most to learn.
 SIZES = {"laptop": dict(base=(192, 4, 3), head=(256, 1, 4), lr=2e-3, ema=0.99, batch_size=64, shift=3.0),
          "S": dict(base=(384, 12, 6), head=(2048, 2, 16), lr=2e-4, ema=0.9995, batch_size=1024, shift=None),
          "XL": dict(base=(1152, 28, 16), head=(2048, 2, 16), lr=2e-4, ema=0.9995, batch_size=1024, shift=None)}
@@ -251,16 +252,17 @@ class Space(nn.Module):
         return model.vae.decode(latents).clamp(-1, 1)
 
 
-def read_pictures(space: Space, pictures, tokenizer: Tokenizer, count: int, what: str) -> dict:
-    """Returns the first `count` pictures as uint8 [M,3,R,R], their tokens [M,N,C] as fp16, labels [M]."""
+def read_pictures(space: Space | None, pictures, tokenizer: Tokenizer, count: int, what: str) -> dict:
+    """Returns the first `count` pictures as uint8 [M,3,R,R], labels [M] and, of a space, tokens [M,N,C] as fp16."""
     images, tokens, labels = [], [], []
     if is_main():
-        print(f"encoding {min(count, len(pictures)):,} {what}")
+        print(f"reading {min(count, len(pictures)):,} {what}")
     for batch in tqdm(evaluation_loader(pictures, tokenizer, 64, count), desc=what, leave=False, disable=None):
         images.append(((batch["image"] + 1) * 127.5).round().byte())
-        tokens.append(space.read(batch["image"].to(space.mean.device)).half().cpu())
+        if space:
+            tokens.append(space.read(batch["image"].to(space.mean.device)).half().cpu())
         labels.append(batch["label"])
-    return {"images": torch.cat(images), "tokens": torch.cat(tokens), "labels": torch.cat(labels)}
+    return {"images": torch.cat(images), "tokens": torch.cat(tokens) if space else None, "labels": torch.cat(labels)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -655,7 +657,7 @@ def sample_and_measure(args: argparse.Namespace, setup: Setup, average: DiTDH, b
     titles = class_titles(labels[:48], setup)
     print(f"drawing {args.n_samples:,} samples, {args.points} points each")
     images, tokens = draw_samples(average, space, labels, args, bad)
-    held_out = read_pictures(space, setup.data.test, setup.tokenizer, max(2000, args.n_samples), "held-out pictures")
+    held_out = read_pictures(None, setup.data.test, setup.tokenizer, max(2000, args.n_samples), "held-out pictures")
     held_out["labels"] = torch.where(held_out["labels"] < 0, K, held_out["labels"])
     result = measure(images, labels, setup.real, held_out, space, setup.judge, inception)
     save_sheet([images[:48]], titles, out / f"samples{tag}.png")
@@ -749,8 +751,8 @@ def main() -> None:
     parser.add_argument("--online", action="store_true",
                         help="train on all pictures instead, encoding every batch anew")
     parser.add_argument("--n-samples", type=int, default=512, help="pictures to draw and to measure at the end")
-    parser.add_argument("--guidance", type=float, help="1: none; above: further from the worse answer (default: 3 "
-                                                       "away from the answer without class; 1.42 with --bad)")
+    parser.add_argument("--guidance", type=float, help="weight of guidance: 1 is none, more keeps closer to the "
+                                                       "class (default: 3 with classes, 1.42 with --bad)")
     parser.add_argument("--bad", metavar="FILE", help="generator.pt of a worse run, for AutoGuidance; without it the "
                                                       "worse answer is the one without class")
     parser.add_argument("--points", type=int, default=50, help="points in time, one more than Euler steps")

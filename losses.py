@@ -34,7 +34,7 @@ from torch.distributed.nn.functional import all_gather
 
 
 def world_size() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -550,6 +550,23 @@ def test_folder_with_captions(folder, capsys):
     assert [again.test[i]["caption"] for i in range(13)] == [opened.test[i]["caption"] for i in range(13)]
 
 
+def test_shards_called_test_are_not_trained_on(tmp_path):
+    """The layout of published parquet files, in a folder whose name would be a pattern."""
+    folder = tmp_path / "trip [2023]"
+    folder.mkdir()
+    for name, count in (("train-00000-of-00001", 6), ("test-00000-of-00001", 3), ("validation-00000-of-00001", 2)):
+        rows = [data.shapes_example(name[:4], i, 32) for i in range(count)]
+        datasets.Dataset.from_list([{"image": row["image"], "text": row["text"]} for row in rows]).cast_column(
+            "image", datasets.Image()).to_parquet(folder / f"{name}.parquet")
+    opened = data.open_data(str(folder), 32)
+    assert (len(opened.train), len(opened.test)) == (6, 3)
+    (folder / "train-00000-of-00001.parquet").unlink()
+    (folder / "test-00000-of-00001.parquet").unlink()
+    assert len(data.open_data(str(folder), 32).test) == 1  # nothing else is there: it is split itself
+    with pytest.raises(data.UserError, match="--config"):
+        data.open_data(str(folder), 32, config="small")
+
+
 def test_held_out_pictures_stay_held_out(tmp_path):
     def held_out(folder: Path) -> set[str]:
         return {Path(row["image"]["path"]).name for row in data.open_data(str(folder), 32).test.rows}
@@ -902,8 +919,16 @@ def test_bad_settings_get_one_sentence(monkeypatch, tmp_path, argv, says):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_rate_that_is_given_overrules_a_presets_rule():
+    assert train.parse_config(["--preset", "paper-b"]).lr == pytest.approx(8e-6 * 8192 / 256)
+    given = train.parse_config(["--preset", "paper-b", "--lr", "1e-4"])
+    assert (given.lr, given.base_lr) == (1e-4, None)
+    assert train.parse_config(["--base-lr", "1e-4", "--lr", "1", "--batch-size", "128"]).lr == pytest.approx(5e-5)
+
+
 @pytest.mark.parametrize("error, says", [
     (ValueError("two\nlines"), "two\nlines"), (ValueError(), "ValueError"), (KeyboardInterrupt(), "interrupted"),
+    (torch.OutOfMemoryError("CUDA out of memory"), "--accumulate"),
     (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), "lower --workers")])
 def test_errors_have_words_and_a_status(error, says):
     with pytest.raises(SystemExit) as stop, data.plain_errors():

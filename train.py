@@ -86,12 +86,12 @@ class Config:
                                "but for the decoder's noise")
     recompute: bool = field(False, "recompute the insides of blocks in the backward pass: less memory, more time")
     lr: float = field(7e-4, "peak learning rate")
-    base_lr: float | None = field(None, "learning rate per 256 pictures of the batch; it replaces --lr where given")
+    base_lr: float | None = field(None, "learning rate per 256 pictures of the batch, in place of --lr")
     warmup: int = field(50, "steps of linear warm-up; cosine to zero follows")
     weight_decay: float = field(0.1, "decoupled decay, on matrices only")
     clip: float = field(1.0, "largest gradient norm; larger ones are scaled down to it")
-    w_rec: float = field(0.5, "weight of reconstruction (paper Table 1); 0: the encoder learns nothing from it")
-    w_und: float = field(1.0, "weight of understanding (paper Table 1); 0: it trains only the pooling head")
+    w_rec: float = field(0.5, "weight of reconstruction (paper Table 1); 0: its decoder still learns, tokens do not")
+    w_und: float = field(1.0, "weight of understanding (paper Table 1); 0: its towers still learn, tokens do not")
     beta: float = field(0.4, "weight of latent L1 within reconstruction (paper Table 1)")
     alpha: float = field(1.0, "weight of the contrastive term within understanding (paper Table 1)")
     lpips_weight: float = field(0.0, "weight of LPIPS (paper Table 1: 0, in finetuning 0.5); needs the two files below")
@@ -146,11 +146,14 @@ def parse_config(argv: list[str] | None = None) -> Config:
         parser.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS,
                             help=f"{f.metadata['help']} (laptop: {f.default})", **how)
     given = vars(parser.parse_args(argv))
-    config = Config(**{**PRESETS[given.pop("preset")], **given})
+    preset = PRESETS[given.pop("preset")]
+    if "lr" in given:  # it overrules a preset's rule
+        preset = preset | {"base_lr": None}
+    config = Config(**{**preset, **given})
     if config.bench and not config.dry_run and "steps" not in given:
         config.steps = 20
     check_config(config)
-    if config.base_lr is not None and "lr" not in given:
+    if config.base_lr is not None:
         config.lr = config.base_lr * config.batch_size / 256  # OpenVision 1's rule
     return config
 
@@ -396,7 +399,8 @@ def save_checkpoint(out: Path, model: OpenVision3, optimizer: torch.optim.Optimi
     """All that a resume needs. No position in the data and no random state is among it: both follow from the step."""
     state = {"step": step, "config": dataclasses.asdict(model.config), "model": model.state_dict(),
              "optimizer": optimizer.state_dict(), **about}
-    save_encoder(model.encoder, out / "encoder.safetensors")  # first: a finished last.pt is never touched again
+    # before last.pt: after a crash between the two, --resume takes the last steps again and writes both
+    save_encoder(model.encoder, out / "encoder.safetensors")
     write_atomically(out / "last.pt", lambda path: torch.save(state, path))
 
 
@@ -826,7 +830,7 @@ def main() -> None:
         config = parse_config()
         if config.dry_run or config.bench:
             import bench  # it builds on this file
-            bench.measure(config)
+            bench.cost_card(config, int(os.environ.get("WORLD_SIZE", 1))) if config.dry_run else bench.bench(config)
         else:
             with stop_signal() as stop:
                 train(config, stop)

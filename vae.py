@@ -52,8 +52,8 @@ TINY_PATH = Path(__file__).parent / "assets" / "tiny_vae.safetensors"
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
-    """FLUX's 32 groups where 32 divides the channels, else four channels a group: with
-    one channel a group the last norm erases each picture's own brightness and contrast, and training stalls on gray."""
+    """FLUX's 32 groups where 32 divides the channels, else four channels a group: with one channel a group the last
+    norm erases each picture's own brightness and contrast, and training stalls on gray."""
     return nn.GroupNorm(32 if channels % 32 == 0 else channels // 4, channels, eps=1e-6)
 
 
