@@ -26,7 +26,6 @@ import dataclasses
 import importlib
 import json
 import math
-import os
 import statistics
 import subprocess
 import sys

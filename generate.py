@@ -259,10 +259,10 @@ def read_pictures(space: Space | None, pictures, tokenizer: Tokenizer, count: in
         print(f"reading {min(count, len(pictures)):,} {what}")
     for batch in tqdm(evaluation_loader(pictures, tokenizer, 64, count), desc=what, leave=False, disable=None):
         images.append(((batch["image"] + 1) * 127.5).round().byte())
-        if space:
+        if space is not None:
             tokens.append(space.read(batch["image"].to(space.mean.device)).half().cpu())
         labels.append(batch["label"])
-    return {"images": torch.cat(images), "tokens": torch.cat(tokens) if space else None, "labels": torch.cat(labels)}
+    return {"images": torch.cat(images), "tokens": torch.cat(tokens) if tokens else None, "labels": torch.cat(labels)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
