@@ -1014,7 +1014,7 @@ def show(args: argparse.Namespace) -> None:
     grid = picture_grid([[to_image(e["image"])] for e in examples[:8]], [e["caption"] for e in examples[:8]])
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     grid.save(args.out, format="png")
-    print(f"wrote {args.out}, cropped as with --crop {args.crop}")
+    print(f"wrote {args.out}" + ("" if opened.train.drawn else f", cropped as with --crop {args.crop}"))
     if problem:
         raise UserError(problem)
 
