@@ -610,14 +610,14 @@ def load_folder(folder: Path, streaming: bool) -> datasets.DatasetDict:
         test = next((folder / n for n in ("test", "validation", "val") if (folder / n).is_dir()), None)
         data_files = {"train": f"{root}/train/{pattern}"} | ({"test": f"{root}/{test.name}/{pattern}"} if test else {})
     else:
-        shards = [p for p in files if p.suffix and pattern.endswith(f"*{p.suffix.lower()}")]  # none for pictures
-        parts = {part: [glob.escape(str(p)) for p in shards if re.match(rf"{part}[-_.]", p.name)]
-                 for part in ("test", "validation", "val")}
-        apart = [path for paths in parts.values() for path in paths]
-        rest = [path for path in (glob.escape(str(p)) for p in shards) if path not in set(apart)]
-        data_files = {"train": f"{root}/{pattern}"}
-        if rest and apart:
-            data_files = {"train": rest, "test": next(paths for paths in parts.values() if paths)}
+        shards = defaultdict(list)  # by what their names begin with; those of pictures say nothing
+        for file in files if kind != "imagefolder" else ():
+            if file.suffix.lower() == Path(pattern).suffix:
+                part = re.match(r"(test|validation|val)[-_.]", file.name)
+                shards[part[1] if part else "train"].append(glob.escape(str(file)))
+        test = next((shards[n] for n in ("test", "validation", "val") if n in shards), None)
+        split = test and "train" in shards
+        data_files = {"train": shards["train"], "test": test} if split else {"train": f"{root}/{pattern}"}
     return datasets.load_dataset(kind, data_files=data_files, streaming=streaming)
 
 

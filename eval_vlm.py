@@ -47,7 +47,7 @@ from data import (COLORS, COMPANIONS, RADIUS, SHAPES, SIDES, Data, HelpWithDefau
 from encoder import Transformer, sincos_positions
 from eval_probe import print_table, save_json
 from generate import Space, save_sheet
-from train import OpenVision3, choose_device, load_run, open_run_data, write_atomically
+from train import OpenVision3, choose_device, keep_freed_memory, load_run, open_run_data, write_atomically
 from vae import Muon
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -772,6 +772,7 @@ def load_answerer(path: Path, encoder: str) -> tuple[VisionLanguageModel, dict]:
 def run(args: argparse.Namespace) -> None:
     # 1. The frozen run, and what is asked of it
     began, device = time.time(), choose_device(args.device)
+    keep_freed_memory()
     model, tokenizer, _ = load_run(args.ckpt, device)
     config, out = model.config, Path(args.ckpt)
     if args.random_init:

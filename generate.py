@@ -46,13 +46,12 @@ from data import (Collate, Data, HelpWithDefaults, Tokenizer, TrainingOrder, Use
                   open_data, outlive_sigterm, picture_grid, plain_errors, to_image)
 from encoder import Attention, sincos_positions
 from eval_probe import Inception, frechet_distance, print_table, save_json
-from train import (OpenVision3, Place, any_process, end_group, find_place, keep_log_until, load_run, stop_signal,
-                   write_atomically)
+from train import (OpenVision3, Place, any_process, end_group, find_place, keep_freed_memory, keep_log_until, load_run,
+                   stop_signal, write_atomically)
 
 # Width, depth, heads of the base and of the head, and the settings that go with them: RAE's S and XL to the number.
 # DIFFERS: laptop is ours, with a larger rate, a shorter average, and times shifted by 3, where the formula says 1:
-# a token's 192 numbers tell of only 64 latents, so that it can be made out in all but the strongest noise, where
-# there is most to learn.
+# a token's 192 numbers tell of only 64 latents, so that it can be made out in all but the strongest noise.
 SIZES = {"laptop": dict(base=(192, 4, 3), head=(256, 1, 4), lr=2e-3, ema=0.99, batch_size=64, shift=3.0),
          "S": dict(base=(384, 12, 6), head=(2048, 2, 16), lr=2e-4, ema=0.9995, batch_size=1024, shift=None),
          "XL": dict(base=(1152, 28, 16), head=(2048, 2, 16), lr=2e-4, ema=0.9995, batch_size=1024, shift=None)}
@@ -504,6 +503,7 @@ def open_setup(args: argparse.Namespace) -> Setup:
     encodes the pictures once, fits the statistics and the judge."""
     place = find_place(args.device, args.dtype, args.batch_size)
     device, main = place.device, place.main
+    keep_freed_memory()
     model, tokenizer, _ = load_run(args.ckpt, device)
     out, tag, config = Path(args.ckpt), "" if args.space == "tokens" else "_latents", model.config
     own = args.data in (None, config.data)

@@ -201,16 +201,14 @@ def choose_device(name: str) -> torch.device:
     if not available[name]:
         raise UserError(f"--device {name}: this machine has none that PyTorch can use; take --device cpu or "
                         "leave the flag out")
-    if name == "cpu" and sys.platform == "linux":
-        keep_freed_memory()
     return torch.device(name, own) if name == "cuda" else torch.device(name)
 
 
 def keep_freed_memory() -> None:
-    """What a step frees stays with the process. The C library would hand it back to the system, to get it again in the
-    next step as pages to be filled with zeros: 9 % of the laptop preset's time."""
-    adjust = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc's; other C libraries have none
-    if adjust:
+    """What a step frees stays with the process, on Linux. The C library would hand it back to the system, to get it
+    again in the next step as pages to be filled with zeros: 9 % of the laptop preset's time."""
+    adjust = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if adjust:  # glibc's; other C libraries have none
         trim_threshold, map_threshold = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
         adjust(map_threshold, 2**25)  # the most it takes: larger pieces are the system's as before
         adjust(trim_threshold, 2**31 - 1)
@@ -603,7 +601,8 @@ def earlier_run(c: Config, place: Place) -> dict | None:
 
 
 def make_ready(model: OpenVision3, c: Config, device: torch.device) -> None:
-    """Training mode, recomputation and compilation, as the flags say."""
+    """Training mode, recomputation and compilation, as the flags say; memory."""
+    keep_freed_memory()
     parts = (model.encoder, model.latent_decoder, model.caption_decoder, model.text_encoder)
     for part in parts:
         part.transformer.recompute = c.recompute
