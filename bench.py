@@ -42,11 +42,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from data import HelpWithDefaults, Tokenizer, UserError, plain_errors, training_loader
+from data import HelpWithDefaults, Tokenizer, UserError, at_least, plain_errors, training_loader, write_atomically
 from encoder import SIZES
 from losses import PerceptualDistance
 from train import (Config, OpenVision3, Place, find_place, make_optimizer, make_ready, open_run_data, parse_config,
-                   take_step, write_atomically)
+                   take_step)
 from vae import FLUX, AutoencoderKL, Pixels, load_vae
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -432,8 +432,7 @@ def main() -> None:
                         help="time our step for several batches, resolutions and sizes, and plot it")
     args, flags = parser.parse_known_args()
     with plain_errors():
-        if args.rounds < 1:
-            raise UserError(f"--rounds {args.rounds} must be at least 1")
+        at_least(args, rounds=1)
         config = parse_config(["--bench", *flags])
         if config.dry_run:
             raise UserError("bench.py measures: python train.py --dry-run counts")

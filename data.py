@@ -32,6 +32,7 @@ import os
 import random
 import re
 import signal
+import sys
 import tarfile
 import textwrap
 import time
@@ -54,7 +55,7 @@ from tqdm import tqdm
 Image.MAX_IMAGE_PIXELS = 64_000_000  # a bound on what a small file may unpack to
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What all programs share: errors of one sentence, --help, which process speaks
+# What all programs share: errors of one sentence, --help, which process speaks, files that are whole
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -73,6 +74,14 @@ class HelpWithDefaults(argparse.ArgumentDefaultsHelpFormatter):
         return action.help if action.default in (None, False, []) else super()._get_help_string(action)
 
 
+def at_least(settings, **least: float) -> None:
+    """A UserError that names the first of these settings that is given and below its least value."""
+    for name, low in least.items():
+        value = getattr(settings, name)
+        if value is not None and value < low:
+            raise UserError(f"--{name.replace('_', '-')} {value} is too small; the least is {low}")
+
+
 def is_main() -> bool:
     """The first of torchrun's processes, which speaks for all of them; or the only one."""
     return os.environ.get("RANK", "0") == "0"
@@ -80,8 +89,11 @@ def is_main() -> bool:
 
 @contextmanager
 def plain_errors():
-    """Errors that a user can mend become one sentence and exit status 1; loader processes are ended in any case."""
+    """Errors that a user can mend become one sentence and exit status 1; loader processes are ended in any case. Under
+    nohup each line is written as it comes."""
     problem = None
+    if hasattr(sys.stdout, "reconfigure"):  # a notebook's has none
+        sys.stdout.reconfigure(line_buffering=True)
     try:
         yield
     except KeyboardInterrupt:
@@ -102,6 +114,22 @@ def plain_errors():
             worker.kill()  # they do not listen to SIGTERM, see outlive_sigterm
     if problem:
         raise SystemExit(f"error: {problem}")
+
+
+def write_atomically(path: Path, write) -> None:
+    """`write(temporary path)`, flush to the disk, rename: a reader finds the old file or the new, never half of one."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        write(temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # a full disk, say; torch.save makes a RuntimeError of it
+        if "DataLoader worker" in str(error):  # died at this moment by chance
+            raise
+        temporary.unlink(missing_ok=True)
+        before = "; the file from before is as it was" if path.exists() else ""
+        raise UserError(f"{path} could not be written: {first_line(error)}{before}") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -357,10 +385,14 @@ def to_tensor(image: Image.Image) -> Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
 
 
+def to_bytes(images: Tensor) -> Tensor:
+    """float in [-1,1] (clamped) -> uint8, rounded."""
+    return ((images.clamp(-1, 1) + 1) * 127.5).round().byte()
+
+
 def to_image(tensor: Tensor) -> Image.Image:
     """float [3,H,W] in [-1,1] (clamped) -> RGB picture."""
-    array = ((tensor.detach().float().cpu().clamp(-1, 1) + 1) * 127.5).round().byte()
-    return Image.fromarray(array.permute(1, 2, 0).numpy())
+    return Image.fromarray(to_bytes(tensor.detach().float().cpu()).permute(1, 2, 0).numpy())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1033,12 +1065,13 @@ def main() -> None:
         parser.add_argument(f"--{flag}", help=f"{what}, as for train.py")
     parser.add_argument("--crop", type=float, default=0.4, help="smallest share of the area a random crop keeps")
     parser.add_argument("--flip", action="store_true", help="mirror half of the pictures")
-    parser.add_argument("--context-length", type=int, default=26, help="of --check: tokens a caption may have")
+    parser.add_argument("--context-length", type=int, default=26, help="tokens a caption may have")
     parser.add_argument("--out", default="samples.png", help="where the grid goes")
     args = parser.parse_args()
     with plain_errors():
-        if args.resolution < 1 or args.context_length < 4 or not 0 < args.crop <= 1:
-            raise UserError("--resolution must be at least 1, --context-length at least 4, --crop above 0, at most 1")
+        at_least(args, resolution=1, context_length=4)
+        if not 0 < args.crop <= 1:
+            raise UserError(f"--crop {args.crop} must be above 0 and at most 1: it is a share of the area")
         show(args)
 
 

@@ -36,7 +36,6 @@ import os
 import platform
 import shlex
 import statistics
-import sys
 import threading
 import time
 from functools import partial
@@ -48,13 +47,13 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from data import (COLORS, COMPANIONS, SIDES, Data, HelpWithDefaults, Tokenizer, UserError, all_wordings, centre_crop,
-                  class_prompts, decode_image, evaluation_loader, open_data, picture_grid, plain_errors, to_image,
-                  to_tensor)
+from data import (COLORS, COMPANIONS, SIDES, Data, HelpWithDefaults, Tokenizer, UserError, all_wordings, at_least,
+                  centre_crop, class_prompts, decode_image, evaluation_loader, open_data, picture_grid, plain_errors,
+                  to_bytes, to_image, to_tensor, write_atomically)
 from encoder import find_encoder, load_encoder
 from losses import LPIPS
 from train import (Config, OpenVision3, check_config, choose_device, load_run, open_run_data, parse_config,
-                   read_checkpoint, write_atomically)
+                   read_checkpoint)
 from train import train as run_training
 from vae import AutoencoderKL, Pixels, find_vae, load_vae, psnr
 
@@ -497,7 +496,7 @@ class Inception(Branches):
 
     def forward(self, images: Tensor) -> Tensor:
         """images [B,3,H,W] in [-1,1], rounded to 8 bits as saved pictures are -> [B,2048]."""
-        images = ((images.clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1
+        images = to_bytes(images) / 127.5 - 1
         x = F.interpolate(images, (299, 299), mode="bilinear", align_corners=False)
         x = super().forward(x)                                                             # (B, 192, 35, 35)
         for name, _, _ in self.BLOCKS:
@@ -548,13 +547,6 @@ def probe_alone(args: argparse.Namespace, device: torch.device) -> None:
     save_json(metrics, folder / ("metrics.json" if own else f"metrics_{here.stem}_alone.json"))
 
 
-def evaluate_run(model: OpenVision3, tokenizer: Tokenizer, data: Data, random_init: bool, **tools) -> dict:
-    if random_init:
-        torch.manual_seed(model.config.seed + 1)
-        model.load_state_dict(OpenVision3(model.config, tokenizer, model.vae).state_dict())
-    return evaluate(model, tokenizer, data, **tools)
-
-
 def run(args: argparse.Namespace) -> None:
     args.ckpt = os.path.expanduser(args.ckpt)
     device = choose_device(args.device)
@@ -563,14 +555,11 @@ def run(args: argparse.Namespace) -> None:
     if args.vae or args.resolution is not None:
         raise UserError(f"{args.ckpt} is a run of train.py, which has its own VAE and resolution: leave --vae and "
                         "--resolution out")
-    model, tokenizer, state = load_run(args.ckpt, device)
-    config = model.config
+    model, tokenizer, state = load_run(args.ckpt, device, args.random_init)
     if args.image:
         return show_image(model, tokenizer, args.image, state["class_names"])
     tools = instruments(args, device)
-    own = args.data in (None, config.data)
-    data = open_run_data(config) if own else open_data(args.data, config.resolution)
-    metrics = evaluate_run(model, tokenizer, data, args.random_init, **tools)
+    metrics = evaluate(model, tokenizer, open_run_data(model.config, args.data), **tools)
     print_table(f"{args.ckpt}, step {state['step']}" + (", random weights" if args.random_init else ""), metrics)
     save_json(metrics, Path(args.ckpt) / ("metrics_random.json" if args.random_init else "metrics.json"))
 
@@ -614,8 +603,9 @@ def reproduce_table(args: argparse.Namespace) -> None:
         if getattr(args, name):
             raise UserError(f"--{name.replace('_', '-')} does not go with --table, whose data and VAE are those of "
                             "--flags")
-    if args.seeds < 1:
-        raise UserError("--seeds must be at least 1")
+    at_least(args, seeds=1)
+
+    # 1. A row: its training, and what is measured of it, each kept once it is done
     out, device = Path(args.table), choose_device(args.device)
     tools, memory = instruments(args, device), {}
 
@@ -631,18 +621,19 @@ def reproduce_table(args: argparse.Namespace) -> None:
         return folder
 
     def measure_run(folder: Path, random_init: bool) -> dict:
-        model, tokenizer, _ = load_run(folder, device)
+        model, tokenizer, _ = load_run(folder, device, random_init)
         seen = memory.setdefault(model.config.vae, {})  # all rows see the same pictures
-        return evaluate_run(model, tokenizer, open_run_data(model.config), random_init, **tools, memory=seen)
+        return evaluate(model, tokenizer, open_run_data(model.config), **tools, memory=seen)
 
     def measure_folder(folder: Path, random_init: bool = False) -> dict:
         file = out / f"{'random-' if random_init else ''}{folder.name}.json"
-        return measured(args, file, folder / "encoder.safetensors", partial(measure_run, folder, random_init))
+        return measured(args, file, folder / "last.pt", partial(measure_run, folder, random_init))
 
     def measure_latents(config: Config) -> dict:
         model = EncoderAlone("latents", load_vae(config.vae)).to(device).eval()
         return evaluate(model, Tokenizer.train([], 4), open_run_data(config), **tools, memory=memory.get(config.vae))
 
+    # 2. All rows over the seeds
     results = {name: [] for name in ROWS}
     for seed in range(args.seeds):
         for name, changes in TRAININGS.items():
@@ -655,6 +646,8 @@ def reproduce_table(args: argparse.Namespace) -> None:
                                            partial(measure_latents, joint)))
     results["decoder"] = [{key: value if key.startswith(("psnr", "ssim", "lpips", "rfid", "n_")) else None
                            for key, value in row.items()} for row in results["decoder"]]  # the rest is not its own
+
+    # 3. Other settings, seed 0
     sweeps = {}
     for name, values in SWEEPS.items() if args.sweep else ():
         points = [(getattr(joint, name), results["joint"][0])]
@@ -662,6 +655,8 @@ def reproduce_table(args: argparse.Namespace) -> None:
             folder = train_row(f"{name}-{value}", 0, {name: value})
             points.append((value, measure_folder(folder)))
         sweeps[name] = sorted(points, key=lambda point: point[0] if isinstance(point[0], float) else str(point[0]))
+
+    # 4. The table and the figures
     rows = {name: summary(seeds) for name, seeds in results.items() if seeds}
     environment = {"torch": torch.__version__, "python": platform.python_version(), "machine": platform.machine(),
                    "cores": os.cpu_count(), "evaluated on": str(device), "trained on": str(choose_device(joint.device))}
@@ -768,10 +763,8 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=64, help="changes the speed, not the numbers")
     parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
     args = parser.parse_args()
-    sys.stdout.reconfigure(line_buffering=True)  # under nohup each line is written as it comes
     with plain_errors():
-        if min(args.n_train, args.n_test, args.n_reconstruct, args.batch_size) < 2:
-            raise UserError("--n-train, --n-test, --n-reconstruct and --batch-size must be at least 2")
+        at_least(args, n_train=2, n_test=2, n_reconstruct=2, batch_size=2)
         if args.ckpt and (args.flags or args.sweep or args.seeds is not None):
             raise UserError("--seeds, --flags and --sweep belong to --table")
         if args.image and args.random_init:

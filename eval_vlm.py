@@ -42,12 +42,12 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from data import (COLORS, COMPANIONS, RADIUS, SHAPES, SIDES, Data, HelpWithDefaults, Tokenizer, UserError, centre_crop,
-                  decode_image, evaluation_loader, first_line, open_data, plain_errors, to_tensor)
+from data import (COLORS, COMPANIONS, RADIUS, SHAPES, SIDES, Data, HelpWithDefaults, Tokenizer, UserError, at_least,
+                  centre_crop, decode_image, evaluation_loader, first_line, plain_errors, to_tensor, write_atomically)
 from encoder import Transformer, sincos_positions
 from eval_probe import print_table, save_json
 from generate import Space, save_sheet
-from train import OpenVision3, choose_device, keep_freed_memory, load_run, open_run_data, write_atomically
+from train import choose_device, keep_freed_memory, load_run, open_run_data
 from vae import Muon
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -773,11 +773,8 @@ def run(args: argparse.Namespace) -> None:
     # 1. The frozen run, and what is asked of it
     began, device = time.time(), choose_device(args.device)
     keep_freed_memory()
-    model, tokenizer, _ = load_run(args.ckpt, device)
+    model, tokenizer, _ = load_run(args.ckpt, device, args.random_init)
     config, out = model.config, Path(args.ckpt)
-    if args.random_init:
-        torch.manual_seed(config.seed + 1)
-        model.load_state_dict(OpenVision3(config, tokenizer, model.vae).state_dict())
     baseline = ("" if args.space == "tokens" else " --space latents") + (" --random-init" if args.random_init else "")
     name = f"vlm{baseline.replace(' --space ', '_').replace(' --random-init', '_random')}"
     digest = hashlib.sha256(b"".join(p.numpy(force=True).tobytes() for p in model.encoder.parameters())).hexdigest()
@@ -796,8 +793,7 @@ def run(args: argparse.Namespace) -> None:
     pope = [one for file in args.pope for one in read_pope(Path(file), images)]
     seed_bench = read_seed_bench(Path(args.seed_bench), images) if args.seed_bench else []
     align, instruct = (read_conversations(Path(file), images) if file else None for file in (args.align, args.instruct))
-    own = args.data in (None, config.data)
-    data = open_run_data(config) if own else open_data(args.data, config.resolution)
+    data = open_run_data(config, args.data)
     if not (instruct or data.train.drawn or data.class_names):
         raise UserError("questions need drawn scenes or labels, and this data set has none; bring conversations with "
                         "--instruct and --images")
@@ -894,11 +890,8 @@ def main() -> None:
     parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
     parser.add_argument("--log-every", type=int, default=50, help="steps between log lines")
     args = parser.parse_args()
-    sys.stdout.reconfigure(line_buffering=True)  # under nohup each line is written as it comes
     with plain_errors():
-        for name, low in dict(batch_size=1, pool=2, n_pictures=2, log_every=1, seed=0).items():
-            if getattr(args, name) < low:
-                raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} is too small; the least is {low}")
+        at_least(args, batch_size=1, pool=2, n_pictures=2, log_every=1, seed=0)
         if min(args.steps) < 1:
             raise UserError("--steps must be two numbers of at least 1")
         if (args.pope or args.seed_bench or args.align or args.instruct) and not args.images:

@@ -24,7 +24,6 @@ import argparse
 import copy
 import json
 import math
-import sys
 import threading
 import time
 from dataclasses import dataclass
@@ -42,12 +41,12 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from data import (Collate, Data, HelpWithDefaults, Tokenizer, TrainingOrder, UserError, evaluation_loader, is_main,
-                  open_data, outlive_sigterm, picture_grid, plain_errors, to_image)
+from data import (Collate, Data, HelpWithDefaults, Tokenizer, TrainingOrder, UserError, at_least, evaluation_loader,
+                  is_main, outlive_sigterm, picture_grid, plain_errors, to_bytes, to_image, write_atomically)
 from encoder import Attention, sincos_positions
 from eval_probe import Inception, frechet_distance, print_table, save_json
 from train import (OpenVision3, Place, any_process, end_group, find_place, keep_freed_memory, keep_log_until, load_run,
-                   stop_signal, write_atomically)
+                   open_run_data, stop_signal)
 
 # Width, depth, heads of the base and of the head, and the settings that go with them: RAE's S and XL to the number.
 # DIFFERS: laptop is ours, with a larger rate, a shorter average, and times shifted by 3, where the formula says 1:
@@ -257,7 +256,7 @@ def read_pictures(space: Space | None, pictures, tokenizer: Tokenizer, count: in
     if is_main():
         print(f"reading {min(count, len(pictures)):,} {what}")
     for batch in tqdm(evaluation_loader(pictures, tokenizer, 64, count), desc=what, leave=False, disable=None):
-        images.append(((batch["image"] + 1) * 127.5).round().byte())
+        images.append(to_bytes(batch["image"]))
         if space is not None:
             tokens.append(space.read(batch["image"].to(space.mean.device)).half().cpu())
         labels.append(batch["label"])
@@ -353,7 +352,7 @@ def draw_samples(network: DiTDH, space: Space, labels: Tensor, args: argparse.Na
         noise = noise_for(range(first, first + len(wanted)), tuple(space.mean.shape), args.seed).to(device)
         x = euler(guided(network, wanted, args.guidance, bad), noise, args.points, args.shift)
         tokens = x if tokens is None else tokens
-        images.append(((space.paint(x) + 1) * 127.5).round().byte().cpu())
+        images.append(to_bytes(space.paint(x)).cpu())
         bar.update(len(wanted))
     bar.close()
     return torch.cat(images), tokens
@@ -399,8 +398,8 @@ def measure(images: Tensor, labels: Tensor, real: dict, held_out: dict, space: S
               "train a judge on; the Frechet distance can be had with --inception FILE")
         return result
     device, known = space.mean.device, real["images"][: len(images)]
-    back = torch.cat([((space.paint(space.standardise(space.read(part.to(device) / 127.5 - 1))) + 1) * 127.5).round()
-                      .byte().cpu() for part in known.split(64)])
+    back = torch.cat([to_bytes(space.paint(space.standardise(space.read(part.to(device) / 127.5 - 1)))).cpu()
+                      for part in known.split(64)])
 
     def features(pictures: Tensor) -> Tensor:
         if inception is None:
@@ -506,14 +505,12 @@ def open_setup(args: argparse.Namespace) -> Setup:
     keep_freed_memory()
     model, tokenizer, _ = load_run(args.ckpt, device)
     out, tag, config = Path(args.ckpt), "" if args.space == "tokens" else "_latents", model.config
-    own = args.data in (None, config.data)
-    if own and config.streaming:
-        raise UserError("this run streamed its data; the generator needs it on this machine: name a copy with --data")
     args.data = args.data or config.data
+    if args.data == config.data and config.streaming:
+        raise UserError("this run streamed its data; the generator needs it on this machine: name a copy with --data")
     checkpoint = out / f"generator{tag}.pt"
     resumed = find_resumed(checkpoint, args)
-    columns = (config.config, config.split, config.image_col, config.text_col, config.label_col) if own else ()
-    data = open_data(args.data, config.resolution, *columns, need_text=False)
+    data = open_run_data(config, args.data, need_text=False)
     K = len(data.class_names or [])
     if args.guidance is None:
         args.guidance = 1.42 if args.bad else 3.0 if K else 1.0  # DIFFERS: RAE's best has none, or 1.42 with --bad
@@ -769,12 +766,9 @@ def main() -> None:
     parser.add_argument("--save-every", type=int, default=300, help="steps between checkpoints")
     parser.add_argument("--sample-every", type=int, default=325, help="steps between sample sheets")
     args = parser.parse_args()
-    sys.stdout.reconfigure(line_buffering=True)  # under nohup each line is written as it comes
     with plain_errors():
-        for name, low in dict(steps=1, batch_size=1, n_samples=2, points=2, pool=2, workers=0, log_every=1,
-                              save_every=1, sample_every=1, seed=0).items():
-            if getattr(args, name) is not None and getattr(args, name) < low:
-                raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} is too small; the least is {low}")
+        at_least(args, steps=1, batch_size=1, n_samples=2, points=2, pool=2, workers=0, log_every=1, save_every=1,
+                 sample_every=1, seed=0)
         for name, high in dict(lr=math.inf, ema=1, guidance=math.inf).items():
             value = getattr(args, name)
             if value is not None and not 0 <= value < high:

@@ -879,8 +879,9 @@ def test_interrupted_and_resumed_is_bitwise_the_straight_run(monkeypatch, tmp_pa
     assert "--resume" in complaint(monkeypatch, train, *TINY_RUN, "--out", tmp_path / "broken")
     for name in ("config.json", "curves.png", "recon_000000.png", "recon_000004.png", "encoder.safetensors"):
         assert (tmp_path / "broken" / name).is_file()
-    saved = json.loads((tmp_path / "broken" / "config.json").read_text())["commit"]
-    assert saved is None or re.fullmatch(r"[0-9a-f]{40}\+?", saved)
+    saved = json.loads((tmp_path / "broken" / "config.json").read_text())
+    assert saved["commit"] is None or re.fullmatch(r"[0-9a-f]{40}\+?", saved["commit"])
+    assert saved["command"].endswith(f"--out {tmp_path / 'broken'} --resume")  # the last start's
     assert encoder.load_encoder(tmp_path / "broken")(torch.randn(1, 16, 4, 4))[1].shape == (1, 4, 192)
 
 

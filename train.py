@@ -29,6 +29,7 @@ import hashlib
 import json
 import math
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -46,8 +47,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from data import (Data, Pictures, Tokenizer, UserError, evaluation_loader, first_line, is_main, open_data,
-                  picture_grid, plain_errors, to_image, training_loader)
+from data import (Data, Pictures, Tokenizer, UserError, at_least, evaluation_loader, first_line, is_main, open_data,
+                  picture_grid, plain_errors, to_image, training_loader, write_atomically)
 from decoders import CaptionDecoder, LatentDecoder
 from encoder import SIZES, ImageEncoder, TextEncoder, save_encoder
 from losses import LPIPS, contrastive_loss, openvision3_loss, tokens_per_process
@@ -163,13 +164,12 @@ def check_config(c: Config) -> None:
         value = getattr(c, f.name)
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"--{f.name.replace('_', '-')} is {value}; it must be a finite number")
-    at_least = dict(steps=1, pixel_every=1, accumulate=1, batch_size=2, resolution=16, context_length=4, log_every=1,
-                    save_every=1, sample_every=1, warmup=0, workers=0, lr=0, w_rec=0, w_und=0, beta=0, alpha=0,
-                    lpips_weight=0, tau=0, weight_decay=0, clip=0, seed=0)
-    for name, low in at_least.items():
-        if getattr(c, name) < low:
-            why = "; the contrastive loss needs another picture to compare with" if name == "batch_size" else ""
-            raise UserError(f"--{name.replace('_', '-')} {getattr(c, name)} is too small; the least is {low}{why}")
+    at_least(c, steps=1, pixel_every=1, accumulate=1, resolution=16, context_length=4, log_every=1, save_every=1,
+             sample_every=1, warmup=0, workers=0, lr=0, w_rec=0, w_und=0, beta=0, alpha=0, lpips_weight=0, tau=0,
+             weight_decay=0, clip=0, seed=0)
+    if c.batch_size < 2:
+        raise UserError(f"--batch-size {c.batch_size} is too small; the contrastive loss needs another picture to "
+                        "compare with")
     if c.resolution % 16:
         raise UserError(f"--resolution {c.resolution} is not a multiple of 16: one token covers 16x16 pixels")
     if c.size not in SIZES:
@@ -368,22 +368,6 @@ def vae_hash(source: str) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_atomically(path: Path, write) -> None:
-    """`write(temporary path)`, flush to the disk, rename: a reader finds the old file or the new, never half of one."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        write(temporary)
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # a full disk, say; torch.save makes a RuntimeError of it
-        if "DataLoader worker" in str(error):  # died at this moment by chance
-            raise
-        temporary.unlink(missing_ok=True)
-        before = "; the file from before is as it was" if path.exists() else ""
-        raise UserError(f"{path} could not be written: {first_line(error)}{before}") from None
-
-
 def commit() -> str | None:
     """The commit of these files, with a + where they differ from it; None outside of git."""
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+"]
@@ -433,14 +417,20 @@ def read_checkpoint(folder: Path) -> dict:
     return state
 
 
-def load_run(folder: str | Path, device: torch.device) -> tuple[OpenVision3, Tokenizer, dict]:
-    """A trained run for evaluation: the model in eval mode, its tokenizer, the checkpoint's step, class_names, ..."""
+def load_run(folder: str | Path, device: torch.device,
+             random_init: bool = False) -> tuple[OpenVision3, Tokenizer, dict]:
+    """A trained run for evaluation: the model in eval mode, its tokenizer, the checkpoint's step, class_names, ...; or
+    the same with fresh random weights, the baseline."""
     state = read_checkpoint(Path(folder))
     config = Config(**state["config"] | {"lpips_weight": 0.0})  # whoever evaluates brings the LPIPS weights
     tokenizer = Tokenizer.from_state(state["tokenizer"], config.context_length)
     vae = load_vae(config.vae).to(device, memory_format=torch.channels_last)
+    weights = state.pop("model")
+    if random_init:
+        torch.manual_seed(config.seed + 1)  # not those that the run began with
     model = OpenVision3(config, tokenizer, vae).to(device)
-    model.load_state_dict(state.pop("model"))
+    if not random_init:
+        model.load_state_dict(weights)
     return model.eval().requires_grad_(False), tokenizer, state
 
 
@@ -638,10 +628,12 @@ def check_finite(recent: dict[int, dict[str, Tensor]], out: Path) -> None:
                             "again with a lower --lr in another --out")
 
 
-def open_run_data(c: Config) -> Data:
-    """The data set of a run, columns and all."""
+def open_run_data(c: Config, other: str | None = None, need_text: bool = True) -> Data:
+    """The data set of a run, columns and all; or another one at the run's resolution."""
+    if other not in (None, c.data):
+        return open_data(other, c.resolution, need_text=need_text)
     return open_data(c.data, c.resolution, c.config, c.split, c.image_col, c.text_col, c.label_col, c.seed, c.crop,
-                     c.flip, streaming=c.streaming)
+                     c.flip, need_text, c.streaming)
 
 
 def build(c: Config, place: Place, resumed: dict | None) -> tuple[Data, Tokenizer, OpenVision3, torch.optim.Optimizer]:
@@ -740,7 +732,8 @@ def train(c: Config, stop: threading.Event) -> None:
     test_batch = next(iter(evaluation_loader(data.test, tokenizer, 8, limit=8)))
     out.mkdir(parents=True, exist_ok=True)
     if main:  # nothing the user gave can be wrong any more; from here on --resume goes on
-        about_run = dataclasses.asdict(c) | {"torch": torch.__version__, "world_size": place.world, "commit": commit()}
+        about_run = dataclasses.asdict(c) | {"torch": torch.__version__, "world_size": place.world, "commit": commit(),
+                                             "command": shlex.join(sys.argv)}
         (out / "config.json").write_text(json.dumps(about_run, indent=1) + "\n")
         keep_log_until(out / "log.jsonl", start)
         announce(model, tokenizer, data, place, start, test_batch["captions"][0])
@@ -824,7 +817,6 @@ def stop_signal():
 
 
 def main() -> None:
-    sys.stdout.reconfigure(line_buffering=True)  # under nohup each line is written as it comes
     with plain_errors():
         config = parse_config()
         if config.dry_run or config.bench:

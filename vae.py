@@ -261,10 +261,9 @@ def psnr(x: Tensor, y: Tensor) -> Tensor:
 
 def save_vae(vae: AutoencoderKL, path: Path) -> None:
     """fp16 safetensors with the constructor's arguments as metadata; whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
     tensors = {name: t.half().contiguous() for name, t in vae.state_dict().items()}
-    save_file(tensors, temporary, metadata={"config": json.dumps(vae.config)})
-    os.replace(temporary, path)
+    data.write_atomically(path, lambda temporary: save_file(tensors, temporary,
+                                                            metadata={"config": json.dumps(vae.config)}))
 
 
 # FLUX.1's weights by the name "flux". The first copy is not gated; the file is the same in all three places.
@@ -300,8 +299,6 @@ def fetch_flux() -> Path:
 
 def find_vae(source: str | os.PathLike) -> Path:
     """The weights file behind a name, a file or a folder in diffusers' layout."""
-    if str(source) == "pixels":
-        raise FileNotFoundError("pixels is no VAE and has no file")
     names = {"tiny": lambda: TINY_PATH, "flux": fetch_flux}
     path = names.get(str(source), lambda: Path(os.path.expanduser(source)))()
     path = path / "diffusion_pytorch_model.safetensors" if path.is_dir() else path
@@ -494,8 +491,7 @@ class Images(torch.utils.data.Dataset):
         return self.length
 
     def __getitem__(self, index: int) -> Tensor:
-        image = self.pictures[divmod(index, len(self.pictures))]["image"]
-        return ((image + 1) * 127.5).round().byte()
+        return data.to_bytes(self.pictures[divmod(index, len(self.pictures))]["image"])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -645,10 +641,9 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=1, help="processes that draw or load")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    if args.steps < 1 or args.batch_size < 1 or args.workers < 0:
-        parser.error("--steps and --batch-size must be at least 1, --workers at least 0")
     if args.data:
         with data.plain_errors():
+            data.at_least(args, steps=1, batch_size=1, workers=0)
             return train(args)
     for name, config in (("FLUX", FLUX), ("TINY", TINY)):
         with torch.device("meta"):
