@@ -401,7 +401,7 @@ def measure_growth(flags: list[str], path: Path) -> None:
             flops, memory = needs(parse_config(["--bench", *changed]))
             rows.append(run_once([__file__, "--step", *changed]) | {"gflop": flops, "counted_gb": memory})
             print(f"--{name} {value}: {rows[-1]['images_per_s']:.3g} pictures/s, {rows[-1]['peak_memory_gb']:.2f} GB; "
-                  f"counted {flops:.3g} GFLOP a picture, {memory:.2f} GB", flush=True)
+                  f"counted {flops:.3g} GFLOP a picture, {memory:.2f} GB")
         found[name], first, places = rows, rows[0], range(len(values))
         laws = ([first["images_per_s"] * first["gflop"] / row["gflop"] for row in rows],
                 [first["peak_memory_gb"] + row["counted_gb"] - first["counted_gb"] for row in rows])
@@ -455,7 +455,7 @@ def main() -> None:
             for name, command in commands.items():
                 found[name].append(run_once([*command, *flags]))
                 print(f"{name:10} {found[name][-1]['images_per_s']:9.2f} pictures/s  "
-                      f"{found[name][-1]['peak_memory_gb']:6.2f} GB", flush=True)
+                      f"{found[name][-1]['peak_memory_gb']:6.2f} GB")
         ours, theirs = ({key: statistics.median(row[key] for row in rows) for key in
                          ("images_per_s", "peak_memory_gb")} for rows in found.values())
         print(f"ours / libraries: {ours['images_per_s'] / theirs['images_per_s']:.2f} times the pictures/s, "

@@ -49,6 +49,7 @@ import numpy as np
 import tiktoken
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
+from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
 
@@ -89,8 +90,8 @@ def is_main() -> bool:
 
 @contextmanager
 def plain_errors():
-    """Errors that a user can mend become one sentence and exit status 1; loader processes are ended in any case. Under
-    nohup each line is written as it comes."""
+    """What every program runs in. Errors that a user can mend become one sentence and exit status 1; loader processes
+    are ended in any case; under nohup each printed line is written as it comes."""
     problem = None
     if hasattr(sys.stdout, "reconfigure"):  # a notebook's has none
         sys.stdout.reconfigure(line_buffering=True)
@@ -124,7 +125,7 @@ def write_atomically(path: Path, write) -> None:
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # a full disk, say; torch.save makes a RuntimeError of it
+    except (OSError, RuntimeError, SafetensorError) as error:  # a full disk, say, as torch and safetensors put it
         if "DataLoader worker" in str(error):  # died at this moment by chance
             raise
         temporary.unlink(missing_ok=True)

@@ -11,8 +11,8 @@ wrong (generate.py).
         -> latents^ [B,16,h,w]
     [image tokens | caption so far]: N + T positions -> blocks, image fully visible, text causal -> next-word logits
 
-Letters: B batch, N image tokens, T text length, W width, D width of the latent decoder, V vocabulary, h w latent map,
-         P patch side (2), C latent channels.
+Letters: B batch, N image tokens, T text length, W width (of the tokens, then of the part at hand), V vocabulary,
+         h w latent map, P patch side (2), C latent channels.
 
 Run:    python decoders.py     # parameters, shape trace, an untrained caption
 Source: paper sec 3.2, eq 3 and sec 5.3 (decoder size B). The paper says the captioner follows OpenVision; its form
@@ -29,7 +29,7 @@ from encoder import SIZES, Transformer, VisionTransformer
 
 class LatentDecoder(VisionTransformer):
     """tokens [B,N,token_dim] -> latents [B,out_channels,h,w]: the encoder's trunk on 1x1 patches, then one linear
-    layer. `grid` is the side of the latent map, as in ImageEncoder; a token stands for patch_size x patch_size
+    layer. `grid` is the side of the latent map, as for ImageEncoder; a token stands for patch_size x patch_size
     latents."""
 
     def __init__(self, token_dim: int, grid: int, width: int, depth: int, heads: int, patch_size: int = 2,
@@ -48,15 +48,16 @@ class LatentDecoder(VisionTransformer):
         return x.reshape(B, C, side * P, side * P)             # (B, C, h, w)
 
     def forward(self, tokens: Tensor, tau: float = 0.0) -> Tensor:
-        """tau > 0 adds noise (training only): one strength per image, drawn from U[0,tau], in z_u's own units."""
-        B, N, D = tokens.shape
+        """tau > 0 adds noise: one strength per image, drawn from U[0,tau], in z_u's own units. In eval mode too: who
+        trains passes a tau, who evaluates passes none."""
+        B, N, W = tokens.shape
         side = math.isqrt(N)
         if side * side != N:
             raise ValueError(f"{N} tokens are no square map")
         if tau > 0:
             sigma = tau * torch.rand(B, 1, 1, device=tokens.device, dtype=tokens.dtype)  # (B, 1, 1)
             tokens = tokens + sigma * torch.randn_like(tokens)
-        x = tokens.transpose(1, 2).reshape(B, D, side, side)   # (B, D, h/P, w/P)
+        x = tokens.transpose(1, 2).reshape(B, W, side, side)   # (B, W, h/P, w/P)
         x = self.to_latents(self.trunk(x))                     # (B, N, P*P*C)
         return self.unpatchify(x, side)                        # (B, C, h, w)
 
@@ -95,7 +96,8 @@ class CaptionDecoder(nn.Module):
         if T > self.context_length:
             raise ValueError(f"{T} text tokens, but this caption decoder writes at most {self.context_length}")
         words = self.token_embedding(ids) + self.positional_embedding[:T]           # (B, T, W)
-        x = torch.cat([self.image_projection(tokens).to(words.dtype), words], dim=1)  # (B, N+T, W)
+        image = self.image_projection(tokens).to(words.dtype)                       # (B, N, W), fp32 as in trunk
+        x = torch.cat([image, words], dim=1)                                        # (B, N+T, W)
         x = self.transformer(x, self.prefix_mask(N, T, x.device))                   # (B, N+T, W)
         with torch.autocast(x.device.type, enabled=False):                          # logits in fp32
             return self.head(self.ln_final(x[:, N:].float()))                       # (B, T, V)

@@ -13,7 +13,8 @@ encoder to the letter: its weights load here with no renaming, and what is saved
     caption ids [B,T] -> embed, + learned positions, + class token last -> D blocks -> LayerNorm -> head -> [B,E]
 
 Letters: B batch, h w height and width of the latent map, P patch side, N image tokens, T text length, S length of any
-         sequence, W width, H heads, D depth, E shared embedding width; F features and M samples in whitening.
+         sequence, K places of it read before, W width, H heads, D depth, E shared embedding width, C channels of the
+         map; F features and M samples in whitening.
 
 Run:    python encoder.py      # prints the size table with parameter counts, and a shape trace
 Source: paper sec 3.2; the details of the released checkpoints: class token, no norm before the blocks, no patch bias,
@@ -61,20 +62,21 @@ class Attention(nn.Module):
         self.out_proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor, mask: Tensor | None = None, turn=None, cache: dict | None = None) -> Tensor:
-        """x [B,N,W]; mask [N,N] or [B,1,N,N], True where a row may look, or None where everyone sees everything; turn:
-        what rotary positions do to queries and keys (generate.py); cache: keys and values of the S - N places before,
-        to which x's are added, so that a text written word by word is read once; the mask then has S columns."""
-        B, N, W = x.shape
-        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)                   # (B, N, 3*W)
-        q, k, v = qkv.view(B, N, 3, self.heads, W // self.heads).permute(2, 0, 3, 1, 4)  # (B, H, N, W/H) each
+        """x [B,S,W]; mask [S,S] or [B,1,S,S], True where a row may look, or None where everyone sees everything. The
+        last two serve later files: turn, what rotary positions do to queries and keys (generate.py); cache, keys and
+        values of the K places before, to which x's are added, so that a text written word by word is read once; the
+        mask then has K+S columns (eval_vlm.py)."""
+        B, S, W = x.shape
+        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)                   # (B, S, 3*W)
+        q, k, v = qkv.view(B, S, 3, self.heads, W // self.heads).permute(2, 0, 3, 1, 4)  # (B, H, S, W/H) each
         if turn is not None:
             q, k = turn(q), turn(k)
         if cache is not None:
             if cache:
                 k, v = torch.cat([cache["k"], k], dim=2), torch.cat([cache["v"], v], dim=2)
-            cache.update(k=k, v=v)
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)                 # (B, H, N, W/H)
-        return self.out_proj(x.transpose(1, 2).reshape(B, N, W))                    # (B, N, W)
+            cache.update(k=k, v=v)                                                  # (B, H, K+S, W/H) each
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)                 # (B, H, S, W/H)
+        return self.out_proj(x.transpose(1, 2).reshape(B, S, W))                    # (B, S, W)
 
 
 class MLP(nn.Module):
@@ -151,7 +153,8 @@ def sincos_positions(rows: int, columns: int, width: int) -> Tensor:
 
 def whitening(x: Tensor, width: int) -> tuple[Tensor, Tensor]:
     """x [M,F] -> mean [F] and a matrix [F,width]: (x - mean) @ matrix has deviation 1 and uncorrelated columns, or
-    roughly so where width > F. Directions of less than 2 % of the mean variance are raised less.
+    roughly so where width > F. Directions of less than 2 % of the mean variance are raised less. What it does matters
+    to a first reader, how can wait.
 
     DIFFERS: OpenVision starts from noise. But edges, which tell shapes apart, have a thirtieth of the deviation of
     brightness in the latents; and either tower's outputs for different inputs are nine tenths alike, so that the
@@ -160,17 +163,20 @@ def whitening(x: Tensor, width: int) -> tuple[Tensor, Tensor]:
     samples = x.cpu().double()  # which mps has not
     mean = samples.mean(dim=0)                                                         # (F,)
     variances, directions = torch.linalg.eigh((samples - mean).T.cov())                # (F,), (F, F)
-    scale = (variances + 0.02 * variances.mean()).clamp(min=1e-6).rsqrt() * max(1, width / len(mean)) ** 0.5
-    rotation = nn.init.orthogonal_(torch.empty(len(mean), width, dtype=torch.double))
+    scale = (variances + 0.02 * variances.mean()).clamp(min=1e-6).rsqrt()              # (F,)
+    scale = scale * max(1, width / len(mean)) ** 0.5  # F directions spread over more columns keep F/width each
+    rotation = nn.init.orthogonal_(torch.empty(len(mean), width, dtype=torch.double))  # of rows or columns, the fewer
     if width < len(mean):  # no room for all of them: those of most variance (pixels, 768 numbers a patch)
         largest = directions[:, -width:]
         left, _, right = torch.linalg.svd(largest @ largest.T @ rotation, full_matrices=False)
-        rotation = left @ right                                                        # (F, width)
-    return mean.to(x), (directions * scale @ directions.T @ rotation).to(x)  # symmetric root: signs cancel
+        rotation = left @ right                                   # (F, width), the nearest with orthonormal columns
+    # symmetric: eigh is free to give a direction either sign, and machines differ
+    return mean.to(x), (directions * scale @ directions.T @ rotation).to(x)            # (F,), (F, width)
 
 
 class VisionTransformer(nn.Module):
-    """The trunk that the image encoder and the latent decoder share: a map in, one token per patch out."""
+    """The trunk that the image encoder and the latent decoder share: a map in, one token per patch out. `grid` is the
+    side of the map it is made for, `side` that of its map of patches; other maps get positions computed for them."""
 
     def __init__(self, grid: int, patch_size: int, in_channels: int, width: int, depth: int, heads: int):
         super().__init__()
@@ -228,10 +234,10 @@ class ImageEncoder(VisionTransformer):
         patches = F.unfold(latents.float(), self.patch_size, stride=self.patch_size)   # (M, C*P*P, N)
         _, matrix = whitening(patches.transpose(1, 2).flatten(0, 1), self.width)       # (C*P*P, W); no bias: mean stays
         self.conv1.weight.copy_(matrix.T.view_as(self.conv1.weight))
-        parts = latents.split(max(1, 2**16 // self.side**2))  # pictures of 65,536 tokens, to fit the memory
+        parts = latents.split(max(1, 2**16 // self.side**2))  # 65,536 tokens at a time, to fit the memory
         pooled = torch.cat([self.ln_post(self.trunk(part).mean(dim=1)) for part in parts])  # (M, W)
         mean, matrix = whitening(pooled, self.proj.shape[1])
-        self.ln_post.bias.sub_(mean)
+        self.ln_post.bias.sub_(mean)                                                   # so that proj reads mean 0
         self.proj.copy_(matrix)
 
     def pool(self, tokens: Tensor) -> Tensor:
@@ -270,7 +276,7 @@ class TextEncoder(nn.Module):
             raise ValueError(f"{T} text tokens, but this text encoder reads at most {self.context_length}")
         x = self.token_embedding(ids)                                                  # (B, T, W)
         x = torch.cat([x, self.class_embedding.expand(B, 1, -1)], dim=1)               # (B, T+1, W)
-        positions = torch.cat([self.positional_embedding[:T], self.positional_embedding[-1:]])
+        positions = torch.cat([self.positional_embedding[:T], self.positional_embedding[-1:]])  # (T+1, W)
         x = self.transformer(x + positions)                                            # (B, T+1, W)
         return self.ln_final(x[:, -1])                                                 # (B, W)
 
@@ -278,7 +284,7 @@ class TextEncoder(nn.Module):
     def whiten(self, ids: Tensor) -> None:
         """Fits the last matrix to a sample of captions [M,T], before training: see `whitening`."""
         mean, matrix = whitening(self.read(ids), len(self.head.weight))
-        self.ln_final.bias.sub_(mean)
+        self.ln_final.bias.sub_(mean)                                                  # so that the head reads mean 0
         self.head.weight.copy_(matrix.T)
 
     def forward(self, ids: Tensor) -> Tensor:

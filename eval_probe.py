@@ -52,8 +52,8 @@ from data import (COLORS, COMPANIONS, SIDES, Data, HelpWithDefaults, Tokenizer, 
                   to_bytes, to_image, to_tensor, write_atomically)
 from encoder import find_encoder, load_encoder
 from losses import LPIPS
-from train import (Config, OpenVision3, check_config, choose_device, load_run, open_run_data, parse_config,
-                   read_checkpoint)
+from train import (Config, OpenVision3, check_config, choose_device, keep_freed_memory, load_run, open_run_data,
+                   parse_config, read_checkpoint)
 from train import train as run_training
 from vae import AutoencoderKL, Pixels, find_vae, load_vae, psnr
 
@@ -550,6 +550,7 @@ def probe_alone(args: argparse.Namespace, device: torch.device) -> None:
 def run(args: argparse.Namespace) -> None:
     args.ckpt = os.path.expanduser(args.ckpt)
     device = choose_device(args.device)
+    keep_freed_memory(device)
     if not (Path(args.ckpt) / "last.pt").is_file():
         return probe_alone(args, device)
     if args.vae or args.resolution is not None:
@@ -587,7 +588,8 @@ def measured(args: argparse.Namespace, file: Path, weights: Path, measure) -> di
     """What `measure()` finds, kept in `file` beside the settings it was asked with and the digest of the weights it was
     about; under other ones it is asked again."""
     asked = {name: getattr(args, name) for name in ASKED}
-    asked["weights"] = hashlib.sha256(weights.read_bytes()).hexdigest()
+    with open(weights, "rb") as content:
+        asked["weights"] = hashlib.file_digest(content, "sha256").hexdigest()
     if file.exists() and (kept := json.loads(file.read_text()))["asked"] == asked:
         return kept["metrics"]
     metrics = measure()
@@ -607,6 +609,7 @@ def reproduce_table(args: argparse.Namespace) -> None:
 
     # 1. A row: its training, and what is measured of it, each kept once it is done
     out, device = Path(args.table), choose_device(args.device)
+    keep_freed_memory(device)
     tools, memory = instruments(args, device), {}
 
     def train_row(name: str, seed: int, changes: dict) -> Path:

@@ -772,7 +772,7 @@ def load_answerer(path: Path, encoder: str) -> tuple[VisionLanguageModel, dict]:
 def run(args: argparse.Namespace) -> None:
     # 1. The frozen run, and what is asked of it
     began, device = time.time(), choose_device(args.device)
-    keep_freed_memory()
+    keep_freed_memory(device)
     model, tokenizer, _ = load_run(args.ckpt, device, args.random_init)
     config, out = model.config, Path(args.ckpt)
     baseline = ("" if args.space == "tokens" else " --space latents") + (" --random-init" if args.random_init else "")

@@ -502,7 +502,7 @@ def open_setup(args: argparse.Namespace) -> Setup:
     encodes the pictures once, fits the statistics and the judge."""
     place = find_place(args.device, args.dtype, args.batch_size)
     device, main = place.device, place.main
-    keep_freed_memory()
+    keep_freed_memory(device)
     model, tokenizer, _ = load_run(args.ckpt, device)
     out, tag, config = Path(args.ckpt), "" if args.space == "tokens" else "_latents", model.config
     args.data = args.data or config.data

@@ -47,7 +47,8 @@ def contrastive_loss(image_features: Tensor, text_features: Tensor, logit_scale:
     Chance is ln G; see the top for the start. Every process returns the global loss.
 
     The gather carries gradients: each process sends back what it owes to the others' features. Without that, data
-    parallel averaging would leave the encoder 1/N of the gradient and quietly divide this term's weight by N."""
+    parallel averaging would leave the encoder a gradient divided by the number of processes, and so, quietly, this
+    term's weight."""
     image = F.normalize(image_features.float(), dim=-1)
     text = F.normalize(text_features.float(), dim=-1)
     if world_size() > 1:
@@ -57,22 +58,22 @@ def contrastive_loss(image_features: Tensor, text_features: Tensor, logit_scale:
     return 0.5 * (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets))
 
 
-def tokens_per_process(targets: Tensor, pad_id: int) -> Tensor:
-    """Real tokens of the global batch, divided by the number of processes."""
+def words_per_process(targets: Tensor, pad_id: int) -> Tensor:
+    """Real caption tokens of the global batch, divided by the number of processes."""
     count = (targets != pad_id).sum()
     if world_size() > 1:
         dist.all_reduce(count)
     return count.clamp(min=1) / world_size()
 
 
-def caption_loss(logits: Tensor, targets: Tensor, pad_id: int, tokens: Tensor | None = None) -> Tensor:
+def caption_loss(logits: Tensor, targets: Tensor, pad_id: int, words: Tensor | None = None) -> Tensor:
     """Cross entropy per real token: logits [B,T,V], targets [B,T], already aligned. At initialisation about ln V.
 
-    The mean is over the real tokens of the global batch: each process divides its own sum by the tokens per process,
+    The mean is over the real tokens of the global batch: each process divides its own sum by `words_per_process`,
     so that averaging the gradients gives one process's on the whole batch, however unevenly the words are spread.
-    `tokens` is that number where B is only a part of a process's batch."""
+    `words` is that number where B is only a part of a process's batch."""
     total = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=pad_id, reduction="sum")
-    return total / (tokens_per_process(targets, pad_id) if tokens is None else tokens)
+    return total / (words_per_process(targets, pad_id) if words is None else words)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -84,18 +85,18 @@ def openvision3_loss(images: Tensor, reconstruction: Tensor, latents: Tensor, pr
                      caption_logits: Tensor, caption_targets: Tensor, pad_id: int,
                      image_features: Tensor, text_features: Tensor, logit_scale: Tensor | float,
                      perceptual: nn.Module | None = None, w_rec: float = 0.5, w_und: float = 1.0,
-                     beta: float = 0.4, alpha: float = 1.0, lpips_weight: float = 0.0, tokens: Tensor | None = None,
+                     beta: float = 0.4, alpha: float = 1.0, lpips_weight: float = 0.0, words: Tensor | None = None,
                      contrastive: Tensor | None = None) -> dict[str, Tensor]:
     """The paper's objective, eqs 4-6 with Table 1's weights, in fp32. Returns each term, unweighted, and the weighted
     sum as "loss". L1 is the mean over elements; images in [-1,1]; latents as the encoder reads them (0.3611 * mean).
-    `tokens` and `contrastive` come from outside where the batch is only a part of a larger one."""
+    `words` and `contrastive` come from outside where the batch is only a part of a larger one."""
     if contrastive is None:
         contrastive = contrastive_loss(image_features, text_features, logit_scale)
     terms = {
         "pixel": F.l1_loss(reconstruction.float(), images.float()),
         "latent": F.l1_loss(predicted_latents.float(), latents.float()),
         "lpips": images.new_zeros(()),
-        "caption": caption_loss(caption_logits, caption_targets, pad_id, tokens),
+        "caption": caption_loss(caption_logits, caption_targets, pad_id, words),
         "contrastive": contrastive,
     }
     if lpips_weight > 0:
@@ -187,8 +188,9 @@ class LPIPS(PerceptualDistance):
                     name.removeprefix("features.").removeprefix("lin").removesuffix(".model.1.weight"): tensor
                     for name, tensor in tensors.items() if not name.startswith("classifier.")})
             except Exception as error:  # no file, truncated, no table of tensors, other tensors
-                tensor = re.sub(r'(?<=")(\d)(?=")|(?<=for )(\d)(?=:)', r"lin\1\2.model.1.weight", str(error))
-                reason = "; ".join(tensor.split("\n\t")[1:]) or f"{type(error).__name__}, cut off or something else"
+                # the file's name of "3" is lin3.model.1.weight
+                message = re.sub(r'(?<=")(\d)(?=")|(?<=for )(\d)(?=:)', r"lin\1\2.model.1.weight", str(error))
+                reason = "; ".join(message.split("\n\t")[1:]) or f"{type(error).__name__}, cut off or something else"
                 raise ValueError(f"{path} does not hold LPIPS's {which} weights: {reason[:400]}") from None
 
 

@@ -12,7 +12,8 @@ configuration, one straight loop, and what a run leaves behind.
         pooled, text encoder(caption)                                              InfoNCE over the batch        * 1.0
 
 Letters: B batch, R resolution, N = (R/16)^2 image tokens, W width, E shared embedding width, T text length,
-         V vocabulary. With --vae pixels latents are the pictures, [B,3,R,R].
+         V vocabulary; C channels of the latents and P side of a patch, 16 and 2. With --vae pixels latents are the
+         pictures, [B,3,R,R], and P is 16.
 
 Run:    python train.py                                   # laptop: 2 CPU cores, minutes, nothing downloaded
         python train.py --data FOLDER --out runs/mine     # your own pictures, with captions or class folders
@@ -51,7 +52,7 @@ from data import (Data, Pictures, Tokenizer, UserError, at_least, evaluation_loa
                   picture_grid, plain_errors, to_image, training_loader, write_atomically)
 from decoders import CaptionDecoder, LatentDecoder
 from encoder import SIZES, ImageEncoder, TextEncoder, save_encoder
-from losses import LPIPS, contrastive_loss, openvision3_loss, tokens_per_process
+from losses import LPIPS, contrastive_loss, openvision3_loss, words_per_process
 from vae import AutoencoderKL, Pixels, find_vae, load_vae
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -186,34 +187,6 @@ def check_config(c: Config) -> None:
         raise UserError(f"--dtype {c.dtype} is unknown; there are auto, float32, bfloat16")
 
 
-def choose_device(name: str) -> torch.device:
-    """For "auto": cuda (this process's own, under torchrun), else mps, else cpu. A missing one is a UserError."""
-    alone = int(os.environ.get("WORLD_SIZE", 1)) == 1  # gloo cannot serve several processes on mps
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available() and alone, "cpu": True}
-    if name not in ("auto", *available):
-        raise UserError(f"--device {name} is unknown; there are auto, {', '.join(available)}")
-    if name == "auto":
-        name = next(device for device, there in available.items() if there)
-    own = int(os.environ.get("LOCAL_RANK", 0))
-    if name == "cuda" and own >= torch.cuda.device_count() > 0:
-        raise UserError(f"process {own} of this machine has no GPU of its own: give torchrun --nproc-per-node "
-                        f"{torch.cuda.device_count()}")
-    if not available[name]:
-        raise UserError(f"--device {name}: this machine has none that PyTorch can use; take --device cpu or "
-                        "leave the flag out")
-    return torch.device(name, own) if name == "cuda" else torch.device(name)
-
-
-def keep_freed_memory() -> None:
-    """What a step frees stays with the process, on Linux. The C library would hand it back to the system, to get it
-    again in the next step as pages to be filled with zeros: 9 % of the laptop preset's time."""
-    adjust = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if adjust:  # glibc's; other C libraries have none
-        trim_threshold, map_threshold = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
-        adjust(map_threshold, 2**25)  # the most it takes: larger pieces are the system's as before
-        adjust(trim_threshold, 2**31 - 1)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The method
 # ---------------------------------------------------------------------------------------------------------------------
@@ -224,26 +197,26 @@ class OpenVision3(nn.Module):
 
     def __init__(self, config: Config, tokenizer: Tokenizer, vae: AutoencoderKL | Pixels):
         super().__init__()
-        channels, P = vae.config["z_channels"], 16 // vae.downsampling  # 16x16 pixels a token: 2x2 latents
-        if (channels, P) not in ((16, 2), (3, 16)):
-            raise UserError(f"--vae {config.vae} gives {vae.config['z_channels']} channels at 1/{vae.downsampling} of "
-                            "the picture's side; OpenVision 3 reads 16 at 1/8, as FLUX.1's VAE gives them")
-        size, words, T = SIZES[config.size], tokenizer.vocab_size, config.context_length
+        C, P = vae.config["z_channels"], 16 // vae.downsampling  # 16x16 pixels a token: 2x2 latents
+        if (C, P) not in ((16, 2), (3, 16)):
+            raise UserError(f"--vae {config.vae} gives {C} channels at 1/{vae.downsampling} of the picture's side; "
+                            "OpenVision 3 reads 16 at 1/8, as FLUX.1's VAE gives them")
+        size, V, T = SIZES[config.size], tokenizer.vocab_size, config.context_length
         grid, W, E = config.resolution // vae.downsampling, size["width"], size["embed_dim"]
-        self.encoder = ImageEncoder(grid, P, channels, W, size["depth"], size["heads"], E)
+        self.encoder = ImageEncoder(grid, P, C, W, size["depth"], size["heads"], E)
         width, depth = size["decoder"]
-        self.latent_decoder = LatentDecoder(W, grid, width, depth, width // 64, P, channels)
+        self.latent_decoder = LatentDecoder(W, grid, width, depth, width // 64, P, C)
         width, depth = size["caption"]
-        self.caption_decoder = CaptionDecoder(words, T, W, width, depth, width // 64)
+        self.caption_decoder = CaptionDecoder(V, T, W, width, depth, width // 64)
         width, depth = size["text"]
-        self.text_encoder = TextEncoder(words, T, width, depth, width // 64, E)
+        self.text_encoder = TextEncoder(V, T, width, depth, width // 64, E)
         self.log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))  # CLIP's start; not bounded, as in OpenVision 1
         perceptual = LPIPS(config.lpips_vgg, config.lpips_lin) if config.lpips_weight > 0 else None
         self.frozen = [vae, perceptual]  # a list hides them from state_dict(), parameters() and train()
         self.config, self.pad = config, tokenizer.pad
 
     @property
-    def vae(self) -> AutoencoderKL:
+    def vae(self) -> AutoencoderKL | Pixels:
         return self.frozen[0]
 
     @property
@@ -257,23 +230,23 @@ class OpenVision3(nn.Module):
         with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
             latents = self.vae.encode(images)                          # (B, 16, R/8, R/8), in fp32
         pooled, tokens = self.encoder(latents)                         # (B, E), (B, N, W)
-        rebuilt = understood = tokens
+        to_rebuild = to_understand = tokens
         if c.w_rec == 0:                                               # weight 0: trains on detached tokens
-            rebuilt = tokens.detach()                                  # DIFFERS: the paper (figs 4, 5) does not say
+            to_rebuild = tokens.detach()                               # DIFFERS: the paper (figs 4, 5) does not say
         if c.w_und == 0:
-            understood = tokens.detach()
-            pooled = self.encoder.pool(understood)                     # (B, E)
+            to_understand = tokens.detach()
+            pooled = self.encoder.pool(to_understand)                  # (B, E)
 
-        predicted = self.latent_decoder(rebuilt, tau=c.tau)            # (B, 16, R/8, R/8)
-        painted = slice(None, None, c.pixel_every)                     # DIFFERS: see --pixel-every in the README
-        reconstruction = self.vae.decode(predicted[painted])           # (B/pixel_every, 3, R, R)
+        predicted = self.latent_decoder(to_rebuild, tau=c.tau)         # (B, 16, R/8, R/8)
+        every_nth = slice(None, None, c.pixel_every)                   # DIFFERS: see --pixel-every in the README
+        reconstruction = self.vae.decode(predicted[every_nth])         # (B/pixel_every, 3, R, R)
 
-        logits = self.caption_decoder(understood, ids[:, :-1])         # (B, T-1, V)
+        logits = self.caption_decoder(to_understand, ids[:, :-1])      # (B, T-1, V)
         text = self.text_encoder(ids)                                  # (B, E)
 
         with torch.autocast(images.device.type, enabled=False):        # losses in fp32
             terms = openvision3_loss(
-                images=images[painted], reconstruction=reconstruction, latents=latents, predicted_latents=predicted,
+                images=images[every_nth], reconstruction=reconstruction, latents=latents, predicted_latents=predicted,
                 caption_logits=logits, caption_targets=ids[:, 1:], pad_id=self.pad,
                 image_features=pooled, text_features=text, logit_scale=self.log_scale.exp(),
                 w_rec=c.w_rec or 0.5, w_und=c.w_und or 1.0,            # weight 0: detached above, still trained
@@ -303,11 +276,14 @@ class OpenVision3(nn.Module):
         return self.encoder(latents)[0].float(), self.text_encoder(ids).float()
 
     def terms_of_the_whole(self, pooled: Tensor, text: Tensor, cached: dict) -> dict[str, Tensor]:
-        """Returns, for a part of a batch, the tokens to divide the caption's loss by, and a contrastive term that has
-        the value and, through this part's features, the gradient of the whole batch's."""
-        pull = ((pooled.float() * cached["pooled"]).sum() + (text.float() * cached["text"]).sum()) * cached["parts"]
-        pull = pull + self.log_scale * cached["log_scale"]  # its gradient is wanted, not its value
-        return {"tokens": cached["tokens"] / cached["parts"],
+        """Returns, for a part of a batch, the number of words to divide the caption's loss by, and a contrastive term
+        that has the value and, through this part's features, the gradient of the whole batch's."""
+        # backward_in_parts divides each part's loss by their number: right for the scale, which is in all of them; a
+        # feature is in one of them only
+        pull = ((pooled.float() * cached["pooled_gradient"]).sum()
+                + (text.float() * cached["text_gradient"]).sum()) * cached["parts"]
+        pull = pull + self.log_scale * cached["log_scale_gradient"]  # its gradient is wanted, not its value
+        return {"words": cached["words"] / cached["parts"],
                 "contrastive": cached["contrastive"] + pull - pull.detach()}
 
 
@@ -330,30 +306,19 @@ def backward_in_parts(parallel: nn.Module, model: OpenVision3, images: Tensor, i
     log_scale = model.log_scale.detach().clone().requires_grad_()
     contrastive = contrastive_loss(pooled, text, log_scale.exp())
     contrastive.backward()
-    cached = dict(contrastive=contrastive.detach(), log_scale=log_scale.grad, parts=parts,
-                  tokens=tokens_per_process(ids[:, 1:], model.pad))
+    cached = dict(contrastive=contrastive.detach(), log_scale_gradient=log_scale.grad, parts=parts,
+                  words=words_per_process(ids[:, 1:], model.pad))
     part_terms = []
     for k, piece in enumerate(zip(pieces, pooled.grad.chunk(parts), text.grad.chunk(parts))):
         (part_images, part_ids), pooled_gradient, text_gradient = piece
         wait = parallel.no_sync if parallel is not model and k < parts - 1 else nullcontext  # gradients travel once
         with wait():
+            gradients = dict(pooled_gradient=pooled_gradient, text_gradient=text_gradient)
             with autocast():
-                terms = parallel(part_images, part_ids, cached | dict(pooled=pooled_gradient, text=text_gradient))
+                terms = parallel(part_images, part_ids, cached | gradients)
             (terms["loss"] / parts).backward()
         part_terms.append({name: term.detach() for name, term in terms.items()})
     return {name: torch.stack([terms[name] for terms in part_terms]).mean() for name in part_terms[0]}
-
-
-def whiten(model: OpenVision3, pictures: Pictures, tokenizer: Tokenizer, count: int = 1024) -> None:
-    """Fits the towers' first weights to plain views of the first training pictures, the same ones in every process."""
-    device = next(model.parameters()).device
-    latents, ids = [], []
-    for batch in tqdm(evaluation_loader(pictures, tokenizer, 32, limit=count), desc="first look at the data",
-                      leave=False, disable=None if is_main() else True):
-        latents.append(model.vae.encode(batch["image"].to(device)))
-        ids.append(batch["text"].to(device))
-    model.encoder.whiten(torch.cat(latents))
-    model.text_encoder.whiten(torch.cat(ids))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -377,27 +342,14 @@ def commit() -> str | None:
         return None
 
 
-def save_checkpoint(out: Path, model: OpenVision3, optimizer: torch.optim.Optimizer, step: int, about: dict) -> None:
+def save_checkpoint(out: Path, model: OpenVision3, optimizer: torch.optim.Optimizer, done: int,
+                    beside_weights: dict) -> None:
     """All that a resume needs. No position in the data and no random state is among it: both follow from the step."""
-    state = {"step": step, "config": dataclasses.asdict(model.config), "model": model.state_dict(),
-             "optimizer": optimizer.state_dict(), **about}
+    state = {"step": done, "config": dataclasses.asdict(model.config), "model": model.state_dict(),
+             "optimizer": optimizer.state_dict(), **beside_weights}
     # before last.pt: after a crash between the two, --resume takes the last steps again and writes both
     save_encoder(model.encoder, out / "encoder.safetensors")
     write_atomically(out / "last.pt", lambda path: torch.save(state, path))
-
-
-def start_from(model: OpenVision3, stage_one: dict, vae_sha256: str) -> None:
-    """The weights of an earlier run, at whatever resolution: the position tables of pictures are computed, not learned
-    (OpenVision 1 passes from stage to stage the same way, with a fresh optimizer)."""
-    if stage_one["vae_sha256"] != vae_sha256:
-        raise UserError("--init names a run with another VAE; its tokens would mean nothing here")
-    tables = ("encoder.positional_embedding", "latent_decoder.positional_embedding")
-    own = {name: t for name, t in model.state_dict().items() if name in tables}
-    try:
-        model.load_state_dict(stage_one["model"] | own)
-    except RuntimeError as error:
-        raise UserError("--init names a run of another --size, --tokenizer or --context-length: "
-                        + str(error).split("\n\t")[1][:200]) from None
 
 
 def read_checkpoint(folder: Path) -> dict:
@@ -467,52 +419,38 @@ def save_curves(log: Path, path: Path, batch_size: int, vocab_size: int) -> None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The loop
+# Where a run runs
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def learning_rate(step: int, c: Config) -> float:
-    """Linear to the peak over `warmup` steps, then a cosine towards 0."""
-    if step < c.warmup:
-        return c.lr * (step + 1) / c.warmup
-    return c.lr * 0.5 * (1 + math.cos(math.pi * (step - c.warmup) / max(1, c.steps - c.warmup)))
+def choose_device(name: str) -> torch.device:
+    """For "auto": cuda (this process's own, under torchrun), else mps, else cpu. A missing one is a UserError."""
+    alone = int(os.environ.get("WORLD_SIZE", 1)) == 1  # gloo cannot serve several processes on mps
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available() and alone, "cpu": True}
+    if name not in ("auto", *available):
+        raise UserError(f"--device {name} is unknown; there are auto, {', '.join(available)}")
+    if name == "auto":
+        name = next(device for device, there in available.items() if there)
+    own = int(os.environ.get("LOCAL_RANK", 0))
+    if name == "cuda" and own >= torch.cuda.device_count() > 0:
+        raise UserError(f"process {own} of this machine has no GPU of its own: give torchrun --nproc-per-node "
+                        f"{torch.cuda.device_count()}")
+    if not available[name]:
+        raise UserError(f"--device {name}: this machine has none that PyTorch can use; take --device cpu or "
+                        "leave the flag out")
+    return torch.device(name, own) if name == "cuda" else torch.device(name)
 
 
-def make_optimizer(model: OpenVision3, c: Config) -> torch.optim.AdamW:
-    """AdamW, betas 0.9 and 0.95; decay on matrices and convolutions, not on biases, norms, embeddings or the scale.
-
-    DIFFERS: the paper names no optimizer; these are OpenVision 1's, which keeps its first moment in bfloat16 and sets
-    no gradient clipping (here: norm 1, in take_step)."""
-    learning = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    decayed = [p for name, p in learning if p.ndim >= 2 and "embedding" not in name]
-    others = [p for name, p in learning if not (p.ndim >= 2 and "embedding" not in name)]
-    groups = [dict(params=decayed, weight_decay=c.weight_decay), dict(params=others, weight_decay=0.0)]
-    return torch.optim.AdamW(groups, lr=c.lr, betas=(0.9, 0.95), fused=True)
-
-
-def last_checkpoint(out: Path) -> str:
-    path = out / "last.pt"
-    return f"the last good checkpoint is {path}" if path.exists() else "there is no checkpoint yet"
-
-
-def next_batch(batches, step: int, out: Path) -> dict:
-    """A worker that died, a shard that cannot be read: whatever ends the loading ends the run, with its reason."""
-    try:
-        return next(batches)
-    except Exception as error:  # a worker's comes as its whole traceback, the reason last
-        reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[-1]}"
-        raise UserError(f"step {step + 1}: the data could not be loaded ({reason}); {last_checkpoint(out)}") from None
-
-
-def keep_log_until(path: Path, step: int) -> None:
-    """Drops log lines past the checkpoint, whose steps are about to be taken again, and a line cut off by a crash."""
-    kept = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            kept += [line] if json.loads(line)["step"] <= step else []
-        except json.JSONDecodeError:
-            continue
-    write_atomically(path, lambda temporary: temporary.write_text("".join(line + "\n" for line in kept)))
+def keep_freed_memory(device: torch.device) -> None:
+    """What a step on a CPU frees stays with the process, under Linux. The C library would hand it back to the system,
+    to get it again in the next step as pages to be filled with zeros: 9 % of the laptop preset's time."""
+    if device.type != "cpu" or sys.platform != "linux":
+        return
+    adjust = getattr(ctypes.CDLL(None), "mallopt", None)
+    if adjust:  # glibc's; other C libraries have none
+        trim_threshold, map_threshold = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
+        adjust(map_threshold, 2**25)  # the most it takes: larger pieces are the system's as before
+        adjust(trim_threshold, 2**31 - 1)
 
 
 class Place(NamedTuple):
@@ -565,22 +503,39 @@ def end_group() -> None:
     dist.destroy_process_group()
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# What a run begins with
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def make_optimizer(model: OpenVision3, c: Config) -> torch.optim.AdamW:
+    """AdamW, betas 0.9 and 0.95; decay on matrices and convolutions, not on biases, norms, embeddings or the scale.
+
+    DIFFERS: the paper names no optimizer; these are OpenVision 1's, which keeps its first moment in bfloat16 and sets
+    no gradient clipping (here: norm 1, in take_step)."""
+    learning = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    decayed = [p for name, p in learning if p.ndim >= 2 and "embedding" not in name]
+    others = [p for name, p in learning if p.ndim < 2 or "embedding" in name]
+    groups = [dict(params=decayed, weight_decay=c.weight_decay), dict(params=others, weight_decay=0.0)]
+    return torch.optim.AdamW(groups, lr=c.lr, betas=(0.9, 0.95), fused=True)
+
+
 def earlier_run(c: Config, place: Place) -> dict | None:
     """The checkpoint to go on from, or None for a run from step 0; what does not fit together is a UserError."""
     out = Path(c.out)
-    begun = (out / "config.json").exists() and not (out / "last.pt").exists()
-    if c.resume and begun and place.main:
+    unsaved = (out / "config.json").exists() and not (out / "last.pt").exists()
+    if c.resume and unsaved and place.main:
         print(f"{out} was stopped before its first checkpoint: it starts again from step 0")
-    resumed = read_checkpoint(out) if c.resume and not begun else None
+    resumed = read_checkpoint(out) if c.resume and not unsaved else None
     if resumed is None:
         if (out / "last.pt").exists():
             raise UserError(f"{out} already holds a run: continue it with --resume, or choose another --out")
         return None
-    now, free = dataclasses.asdict(c), ("resume", "out", "device", "dtype", "compile", "workers", "log_every",
-                                        "save_every", "sample_every", "log_ids", "dry_run", "bench", "accumulate",
-                                        "recompute", "init")
+    now, may_change = dataclasses.asdict(c), ("resume", "out", "device", "dtype", "compile", "workers", "log_every",
+                                              "save_every", "sample_every", "log_ids", "dry_run", "bench",
+                                              "accumulate", "recompute", "init")
     changed = [f"--{k.replace('_', '-')} {now[k]} (was {v})" for k, v in resumed["config"].items()
-               if k not in free and now[k] != v]
+               if k not in may_change and now[k] != v]
     if changed:
         raise UserError(f"--resume takes the flags the run began with; changed: {', '.join(changed)}. A new run can "
                         f"start from its weights: --init {out} --out ...")
@@ -590,50 +545,38 @@ def earlier_run(c: Config, place: Place) -> dict | None:
     return resumed
 
 
-def make_ready(model: OpenVision3, c: Config, device: torch.device) -> None:
-    """Training mode, recomputation and compilation, as the flags say; memory."""
-    keep_freed_memory()
-    parts = (model.encoder, model.latent_decoder, model.caption_decoder, model.text_encoder)
-    for part in parts:
-        part.transformer.recompute = c.recompute
-    model.vae.decoder.recompute = c.recompute
-    model.train()
-    if c.compile or (c.compile is None and device.type == "cuda"):
-        for part in (*parts, model.vae.encoder, model.vae.decoder):
-            part.compile()
-
-
-def take_step(parallel: nn.Module, model: OpenVision3, optimizer: torch.optim.Optimizer, images: Tensor, ids: Tensor,
-              step: int, place: Place) -> dict[str, Tensor]:
-    """One optimizer step on this process's share of the batch. Returns the terms and the gradient's norm, still on the
-    device: nothing here waits for it."""
-    c = model.config
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate(step, c)
-    torch.manual_seed((c.seed * c.steps + step) * place.world + place.rank)  # the decoder's noise, same after a resume
-    optimizer.zero_grad()
-    terms = backward_in_parts(parallel, model, images, ids, c.accumulate, place.autocast)
-    norm = nn.utils.clip_grad_norm_(model.parameters(), c.clip)
-    optimizer.step()
-    return {name: term.detach() for name, term in terms.items()} | {"grad_norm": norm}
-
-
-def check_finite(recent: dict[int, dict[str, Tensor]], out: Path) -> None:
-    """The terms of some steps by the steps' numbers: an error names the first step that went wrong, and what in it."""
-    values = torch.stack([torch.stack(list(terms.values())) for terms in recent.values()]).tolist()
-    for (step, terms), row in zip(recent.items(), values):
-        broken = [name for name, value in zip(terms, row) if not math.isfinite(value)]
-        if broken:
-            raise UserError(f"step {step}: not finite any more: {', '.join(broken)}; {last_checkpoint(out)}; start "
-                            "again with a lower --lr in another --out")
-
-
 def open_run_data(c: Config, other: str | None = None, need_text: bool = True) -> Data:
     """The data set of a run, columns and all; or another one at the run's resolution."""
     if other not in (None, c.data):
         return open_data(other, c.resolution, need_text=need_text)
     return open_data(c.data, c.resolution, c.config, c.split, c.image_col, c.text_col, c.label_col, c.seed, c.crop,
                      c.flip, need_text, c.streaming)
+
+
+def whiten(model: OpenVision3, pictures: Pictures, tokenizer: Tokenizer, count: int = 1024) -> None:
+    """Fits the towers' first weights to plain views of the first training pictures, the same ones in every process."""
+    device = next(model.parameters()).device
+    latents, ids = [], []
+    for batch in tqdm(evaluation_loader(pictures, tokenizer, 32, limit=count), desc="first look at the data",
+                      leave=False, disable=None if is_main() else True):
+        latents.append(model.vae.encode(batch["image"].to(device)))
+        ids.append(batch["text"].to(device))
+    model.encoder.whiten(torch.cat(latents))
+    model.text_encoder.whiten(torch.cat(ids))
+
+
+def start_from(model: OpenVision3, stage_one: dict, vae_sha256: str) -> None:
+    """The weights of an earlier run, at whatever resolution: the position tables of pictures are computed, not learned
+    (OpenVision 1 passes from stage to stage the same way, with a fresh optimizer)."""
+    if stage_one["vae_sha256"] != vae_sha256:
+        raise UserError("--init names a run with another VAE; its tokens would mean nothing here")
+    tables = ("encoder.positional_embedding", "latent_decoder.positional_embedding")
+    own = {name: t for name, t in model.state_dict().items() if name in tables}
+    try:
+        model.load_state_dict(stage_one["model"] | own)
+    except RuntimeError as error:
+        raise UserError("--init names a run of another --size, --tokenizer or --context-length: "
+                        + str(error).split("\n\t")[1][:200]) from None
 
 
 def build(c: Config, place: Place, resumed: dict | None) -> tuple[Data, Tokenizer, OpenVision3, torch.optim.Optimizer]:
@@ -666,6 +609,19 @@ def build(c: Config, place: Place, resumed: dict | None) -> tuple[Data, Tokenize
     return data, tokenizer, model, optimizer
 
 
+def make_ready(model: OpenVision3, c: Config, device: torch.device) -> None:
+    """Training mode, recomputation and compilation, as the flags say; freed memory is kept."""
+    keep_freed_memory(device)
+    parts = (model.encoder, model.latent_decoder, model.caption_decoder, model.text_encoder)
+    for part in parts:
+        part.transformer.recompute = c.recompute
+    model.vae.decoder.recompute = c.recompute
+    model.train()
+    if c.compile or (c.compile is None and device.type == "cuda"):
+        for part in (*parts, model.vae.encoder, model.vae.decoder):
+            part.compile()
+
+
 def announce(model: OpenVision3, tokenizer: Tokenizer, data: Data, place: Place, start: int, caption: str) -> None:
     """Says what is about to happen, and what the losses should begin at."""
     c, E, V = model.config, SIZES[model.config.size]["embed_dim"], tokenizer.vocab_size
@@ -688,13 +644,75 @@ def announce(model: OpenVision3, tokenizer: Tokenizer, data: Data, place: Place,
           f"starting from {c.init or 'random weights' if start == 0 else f'step {start}'}")
 
 
-def log_row(step: int, terms: dict[str, Tensor], model: OpenVision3, place: Place) -> dict:
+# ---------------------------------------------------------------------------------------------------------------------
+# The loop
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def learning_rate(step: int, c: Config) -> float:
+    """Linear to the peak over `warmup` steps, then a cosine towards 0."""
+    if step < c.warmup:
+        return c.lr * (step + 1) / c.warmup
+    return c.lr * 0.5 * (1 + math.cos(math.pi * (step - c.warmup) / max(1, c.steps - c.warmup)))
+
+
+def take_step(parallel: nn.Module, model: OpenVision3, optimizer: torch.optim.Optimizer, images: Tensor, ids: Tensor,
+              step: int, place: Place) -> dict[str, Tensor]:
+    """One optimizer step on this process's share of the batch. Returns the terms and the gradient's norm, still on the
+    device: nothing here waits for it."""
+    c = model.config
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(step, c)
+    torch.manual_seed((c.seed * c.steps + step) * place.world + place.rank)  # the decoder's noise, same after a resume
+    optimizer.zero_grad()
+    terms = backward_in_parts(parallel, model, images, ids, c.accumulate, place.autocast)
+    norm = nn.utils.clip_grad_norm_(model.parameters(), c.clip)
+    optimizer.step()
+    return {name: term.detach() for name, term in terms.items()} | {"grad_norm": norm}
+
+
+def last_checkpoint(out: Path) -> str:
+    path = out / "last.pt"
+    return f"the last good checkpoint is {path}" if path.exists() else "there is no checkpoint yet"
+
+
+def next_batch(batches, step: int, out: Path) -> dict:
+    """A worker that died, a shard that cannot be read: whatever ends the loading ends the run, with its reason."""
+    try:
+        return next(batches)
+    except Exception as error:  # a worker's comes as its whole traceback, the reason last
+        reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[-1]}"
+        raise UserError(f"step {step + 1}: the data could not be loaded ({reason}); {last_checkpoint(out)}") from None
+
+
+def keep_log_until(path: Path, step: int) -> None:
+    """Drops log lines past the checkpoint, whose steps are about to be taken again, and a line cut off by a crash."""
+    kept = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            kept += [line] if json.loads(line)["step"] <= step else []
+        except json.JSONDecodeError:
+            continue
+    write_atomically(path, lambda temporary: temporary.write_text("".join(line + "\n" for line in kept)))
+
+
+def check_finite(recent: dict[int, dict[str, Tensor]], out: Path) -> None:
+    """{steps done: terms of the last of them}: an error names the first that went wrong, and what in it."""
+    values = torch.stack([torch.stack(list(terms.values())) for terms in recent.values()]).tolist()
+    for (done, terms), row in zip(recent.items(), values):
+        broken = [name for name, value in zip(terms, row) if not math.isfinite(value)]
+        if broken:
+            raise UserError(f"step {done}: not finite any more: {', '.join(broken)}; {last_checkpoint(out)}; start "
+                            "again with a lower --lr in another --out")
+
+
+def log_row(done: int, terms: dict[str, Tensor], model: OpenVision3, place: Place) -> dict:
     """The terms, as means over the processes, and what else is worth a curve."""
     values = torch.stack(list(terms.values()))
     if place.world > 1:
         dist.all_reduce(values)
         values /= place.world
-    return {"step": step, **dict(zip(terms, values.tolist())), "lr": learning_rate(step - 1, model.config),
+    return {"step": done, **dict(zip(terms, values.tolist())), "lr": learning_rate(done - 1, model.config),
             "logit_scale": model.log_scale.exp().item()}
 
 
@@ -724,17 +742,17 @@ def train(c: Config, stop: threading.Event) -> None:
     start = resumed["step"] if resumed else 0
     data, tokenizer, model, optimizer = build(c, place, resumed)
     resumed = None  # its memory is free again
-    about = {"tokenizer": tokenizer.state(), "class_names": data.class_names, "vae_sha256": vae_hash(c.vae),
-             "world": place.world}
+    beside_weights = {"tokenizer": tokenizer.state(), "class_names": data.class_names, "vae_sha256": vae_hash(c.vae),
+                      "world": place.world}
     parallel = DistributedDataParallel(model) if place.world > 1 else model
     loader = training_loader(data, tokenizer, c.batch_size, c.seed, start, c.steps, place.rank, place.world, c.workers,
                              pin_memory=device.type == "cuda")
     test_batch = next(iter(evaluation_loader(data.test, tokenizer, 8, limit=8)))
     out.mkdir(parents=True, exist_ok=True)
     if main:  # nothing the user gave can be wrong any more; from here on --resume goes on
-        about_run = dataclasses.asdict(c) | {"torch": torch.__version__, "world_size": place.world, "commit": commit(),
-                                             "command": shlex.join(sys.argv)}
-        (out / "config.json").write_text(json.dumps(about_run, indent=1) + "\n")
+        settings = dataclasses.asdict(c) | {"torch": torch.__version__, "world_size": place.world, "commit": commit(),
+                                            "command": shlex.join(sys.argv)}
+        (out / "config.json").write_text(json.dumps(settings, indent=1) + "\n")
         keep_log_until(out / "log.jsonl", start)
         announce(model, tokenizer, data, place, start, test_batch["captions"][0])
         if start == 0:
@@ -782,7 +800,7 @@ def train(c: Config, stop: threading.Event) -> None:
             save_grid(model, tokenizer, test_batch, out / f"recon_{done:06d}.png")
             save_curves(out / "log.jsonl", out / "curves.png", c.batch_size, tokenizer.vocab_size)
         if main and saving:
-            save_checkpoint(out, model, optimizer, done, about)
+            save_checkpoint(out, model, optimizer, done, beside_weights)
         if stopping and done < c.steps:
             if main:
                 tqdm.write(f"stopped after step {done} as asked; the same command with --resume goes on")

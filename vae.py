@@ -209,7 +209,7 @@ class AutoencoderKL(nn.Module):
         self.encoder = Encoder(ch, ch_mult, num_res_blocks, z_channels)
         self.decoder = Decoder(ch, ch_mult, num_res_blocks, z_channels)
         self.downsampling = 2 ** (len(ch_mult) - 1)
-        self.scale_factor, self.shift_factor = scale_factor, shift_factor
+        self.scale_factor, self.shift_factor = scale_factor, shift_factor  # a shift of 0 throughout this project
 
     def moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Posterior mean and log-variance, unscaled, [B,Z,H/8,W/8] each."""
@@ -233,13 +233,13 @@ class AutoencoderKL(nn.Module):
 
 
 class Pixels(nn.Module):
-    """No VAE: the picture is its own latents, [B,3,H,W]. What the latents as input are measured against."""
+    """No VAE: the picture is its own latents, [B,3,H,W]. The baseline that shows what reading latents is worth."""
 
     config, downsampling = dict(z_channels=3), 1
 
     def __init__(self):
         super().__init__()
-        self.encoder, self.decoder = nn.Identity(), nn.Identity()
+        self.encoder, self.decoder = nn.Identity(), nn.Identity()  # train.py compiles them, bench.py counts them
 
     def encode(self, images: Tensor) -> Tensor:
         return images
@@ -248,22 +248,15 @@ class Pixels(nn.Module):
         return latents
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Weights in and out
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 def psnr(x: Tensor, y: Tensor) -> Tensor:
     """Peak signal-to-noise ratio in dB per image; x, y [B,3,H,W] in [-1,1] (clamped), so the peak-to-peak range
     is 2."""
     return 10 * torch.log10(4 / (x.clamp(-1, 1) - y.clamp(-1, 1)).square().mean((1, 2, 3)).clamp(min=1e-10))
 
 
-def save_vae(vae: AutoencoderKL, path: Path) -> None:
-    """fp16 safetensors with the constructor's arguments as metadata; whole or not at all."""
-    tensors = {name: t.half().contiguous() for name, t in vae.state_dict().items()}
-    data.write_atomically(path, lambda temporary: save_file(tensors, temporary,
-                                                            metadata={"config": json.dumps(vae.config)}))
+# ---------------------------------------------------------------------------------------------------------------------
+# Weights in: a first reader needs to know of load_vae only, the last of these
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 # FLUX.1's weights by the name "flux". The first copy is not gated; the file is the same in all three places.
@@ -497,6 +490,13 @@ class Images(torch.utils.data.Dataset):
 # ---------------------------------------------------------------------------------------------------------------------
 # Training the tiny VAE
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+def save_vae(vae: AutoencoderKL, path: Path) -> None:
+    """fp16 safetensors with the constructor's arguments as metadata; whole or not at all."""
+    tensors = {name: t.half().contiguous() for name, t in vae.state_dict().items()}
+    data.write_atomically(path, lambda temporary: save_file(tensors, temporary,
+                                                            metadata={"config": json.dumps(vae.config)}))
 
 
 @torch.no_grad()
