@@ -21,6 +21,7 @@ import random
 import re
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import tarfile
@@ -2271,6 +2272,9 @@ def test_reading_table_is_true():
         lines = (HERE / name).read_text().splitlines()
         for number, true in zip(said.split(","), (code_lines("\n".join(lines)), len(lines)), strict=True):
             assert int(number) == pytest.approx(true, rel=0.1), f"{name} has {true} lines, README says {number}"
+    lengths = [node.end_lineno - node.lineno + 1 for name in rows if name != "test_all.py"
+               for node in ast.walk(ast.parse((HERE / name).read_text())) if isinstance(node, ast.FunctionDef)]
+    assert max(lengths) <= 90 and statistics.median(lengths) <= 10
 
 
 def code_lines(source: str) -> int:
