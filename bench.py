@@ -11,7 +11,7 @@ process of its own.
     B made-up pictures -> take_step of train.py, n times -> median milliseconds -> pictures and TFLOP per second
 
 Letters: B batch, R resolution, N image tokens, W width, E shared embedding width, D width of the latent decoder,
-         T text length (its last token is only predicted: T-1 are read), V vocabulary.
+         T text length (the captioner only predicts the last: it reads T-1), V vocabulary, S its N+T-1 positions.
 
 Run:    python train.py --preset paper-b --dry-run
         python train.py --bench
@@ -65,7 +65,7 @@ def vae_arguments(c: Config) -> dict:
 
 
 def made_up_model(c: Config, vae_kind: dict) -> OpenVision3:
-    """The run's model with random weights everywhere, so that nothing is downloaded."""
+    """The run's model with random weights everywhere, so that no weights are downloaded."""
     tokenizer = SimpleNamespace(vocab_size=vocabulary_of(c), pad=0)
     vae = Pixels() if c.vae == "pixels" else AutoencoderKL(**vae_kind)
     model = OpenVision3(dataclasses.replace(c, lpips_weight=0.0), tokenizer, vae.requires_grad_(False))
@@ -80,15 +80,16 @@ def parts_of(model: OpenVision3, images: Tensor, ids: Tensor, latents: Tensor, t
     """{part: (module, forward passes that it costs per picture, its forward pass)}. A trained part costs three: its
     gradients' products with weights and with inputs are as many as its own; a frozen one that gradients pass through
     two (for LPIPS both pictures count, which autograd treats as one batch), the VAE's encoder one."""
-    c, vae, eye, seen = model.config, model.vae, model.perceptual, slice(None, None, model.config.pixel_every)
+    c, vae, perceptual, every_nth = (model.config, model.vae, model.perceptual,
+                                     slice(None, None, model.config.pixel_every))
     parts = {"VAE encode": (vae.encoder, 1, lambda: vae.encode(images)),
              "encoder": (model.encoder, 1 if c.freeze_encoder else 3, lambda: model.encoder(latents)),
              "latent decoder": (model.latent_decoder, 3, lambda: model.latent_decoder(tokens, tau=c.tau)),
-             "VAE decode": (vae.decoder, 2 / c.pixel_every, lambda: vae.decode(latents[seen])),
+             "VAE decode": (vae.decoder, 2 / c.pixel_every, lambda: vae.decode(latents[every_nth])),
              "captions": (model.caption_decoder, 3, lambda: model.caption_decoder(tokens, ids[:, :-1])),
              "text": (model.text_encoder, 3, lambda: model.text_encoder(ids))}
-    if eye is not None:
-        parts["LPIPS"] = (eye, 2 / c.pixel_every, lambda: eye(images[seen], images[seen]))
+    if perceptual is not None:
+        parts["LPIPS"] = (perceptual, 2 / c.pixel_every, lambda: perceptual(images[every_nth], images[every_nth]))
     return parts
 
 
@@ -108,7 +109,10 @@ def count(c: Config) -> tuple[dict[str, tuple[float, float]], int, int, float]:
             call()  # attention as plain products, which the counter knows on every device
         parameters = sum(p.numel() for p in part.parameters())
         rows[name] = (parameters / 1e6, counter.get_total_flops() * passes / 1e9)
-        trained, frozen = (trained, frozen + parameters) if passes < 3 else (trained + parameters, frozen)
+        if passes == 3:
+            trained += parameters
+        else:
+            frozen += parameters
     kept: dict[int, int] = {}  # by storage
 
     def keep(tensor: Tensor) -> Tensor:
@@ -151,7 +155,8 @@ WARM_UP = 3  # runs before the first that counts: allocation, compilation, choic
 
 def timed(call, device: torch.device, prepare=None) -> float:
     """Seconds that call(prepare()) takes, without the preparing."""
-    prepared, wait = (prepare(),) if prepare else (), getattr(torch, device.type).synchronize
+    prepared = (prepare(),) if prepare else ()
+    wait = getattr(torch, device.type).synchronize
     wait()
     began = time.perf_counter()
     call(*prepared)
@@ -317,23 +322,26 @@ class Composition(nn.Module):
         self.c = c
 
     def forward(self, images: Tensor, ids: Tensor) -> Tensor:
-        c, seen = self.c, slice(None, None, self.c.pixel_every)
+        c, every_nth = self.c, slice(None, None, self.c.pixel_every)
         with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
             latents = self.vae.config.scaling_factor * self.vae.encode(images).latent_dist.mean
         pooled, tokens = self.encoder(latents)                                         # (B, E), (B, N, W)
         noisy = tokens + c.tau * torch.rand(len(tokens), 1, 1, device=tokens.device) * torch.randn_like(tokens)
         predicted = self.to_latents(self.decoder(self.decoder_in(noisy)))              # (B, N, 64)
         predicted = F.pixel_shuffle(predicted.mT.unflatten(2, (latents.shape[2] // 2, -1)), 2)  # (B, 16, R/8, R/8)
-        rebuilt = self.vae.decode(predicted[seen] / self.vae.config.scaling_factor).sample  # (B/pixel_every, 3, R, R)
+        rebuilt = self.vae.decode(predicted[every_nth] / self.vae.config.scaling_factor).sample  # (B/n, 3, R, R)
         x = torch.cat([self.caption_in(tokens), self.words(ids[:, :-1])], dim=1)       # (B, N+T-1, W_caption)
         logits = self.head(self.caption(x, attn_mask=self.mask)[:, tokens.shape[1] :])  # (B, T-1, V)
         image, text = F.normalize(pooled, dim=-1), F.normalize(self.text(ids), dim=-1)
         similar, own = self.log_scale.exp() * image @ text.T, torch.arange(len(ids), device=ids.device)
         match = (F.cross_entropy(similar, own) + F.cross_entropy(similar.T, own)) / 2
-        painted = F.l1_loss(rebuilt, images[seen]) + c.beta * F.l1_loss(predicted, latents)
+        rebuilding = F.l1_loss(rebuilt, images[every_nth]) + c.beta * F.l1_loss(predicted, latents)
         if c.lpips_weight > 0:
-            painted = painted + c.lpips_weight * self.perceptual[0](rebuilt, images[seen]).mean()
-        return c.w_rec * painted + c.w_und * (F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()) + match)
+            with torch.autocast(images.device.type, enabled=False):  # as ours
+                distance = self.perceptual[0](rebuilt.float(), images[every_nth]).mean()
+            rebuilding = rebuilding + c.lpips_weight * distance
+        caption = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+        return c.w_rec * rebuilding + c.w_und * (caption + c.alpha * match)
 
 
 def bench_libraries(c: Config) -> None:
@@ -349,19 +357,19 @@ def bench_libraries(c: Config) -> None:
         model.perceptual[0].to(place.device)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], c.lr, betas=(0.9, 0.95),
                                   fused=True)  # as ours, though it is not the default
-    step = torch.compile(model) if c.compile or (c.compile is None and place.device.type == "cuda") else model
+    compiled = torch.compile(model) if c.compile or (c.compile is None and place.device.type == "cuda") else model
     images = torch.rand(c.batch_size, 3, c.resolution, c.resolution, device=place.device) * 2 - 1
     ids = torch.randint(3, vocabulary, (c.batch_size, c.context_length), device=place.device)
 
-    def take_step() -> None:
+    def library_step() -> None:
         optimizer.zero_grad()
         with place.autocast():
-            loss = step(images, ids)
+            loss = compiled(images, ids)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), c.clip)
         optimizer.step()
 
-    seconds = median_time(take_step, place.device, c.steps)
+    seconds = median_time(library_step, place.device, c.steps)
     print(json.dumps({"images_per_s": c.batch_size / seconds, "step_ms": seconds * 1e3,
                       "peak_memory_gb": peak_memory(place.device)}))
 

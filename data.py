@@ -5,13 +5,14 @@ The method needs pairs of a picture and a sentence about it. Three sources give 
 the spot with true captions, so that everything can be tried with nothing downloaded; any local folder; any data set of
 the Hugging Face hub. All three become a `datasets.Dataset` and pass through the same cropping, the same tokenizer and
 the same loader. The order of the samples and each crop depend on (seed, epoch, sample) alone, never on the process.
-What fits on no disk is read as a `Stream`, each process and worker from files of its own.
+But what fits on no disk is read as a `Stream`, each process and worker from files of its own.
 
     shapes | folder | parquet | tars | hub id -> datasets -> decode -> crop, resize -> image float32 [B,3,R,R] in [-1,1]
                                               -> caption  -> byte-pair ids [bos ... eos pad pad]   text int64   [B,T]
                                               -> label (-1 where none)                             label int64  [B]
 
-Letters: B batch, R resolution, T text length; in the drawing code u, x point right and v, y down.
+Letters: B batch, R resolution, T text length, H W sides of a picture; in the drawing code u, x point right and v, y
+         down, h w are the sides of an object's box.
 
 Run:    python data.py --data shapes --out shapes.png      # a grid of samples with captions, ids and the loader's speed
         python data.py --check FOLDER                      # what a training on it would meet
@@ -32,6 +33,7 @@ import os
 import random
 import re
 import signal
+import statistics
 import sys
 import tarfile
 import textwrap
@@ -72,7 +74,8 @@ class HelpWithDefaults(argparse.ArgumentDefaultsHelpFormatter):
     """--help with each flag's default, where it has one that says something."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
-        return action.help if action.default in (None, False, []) else super()._get_help_string(action)
+        silent = action.default is None or action.default is False or action.default in ("", [])
+        return action.help if silent else super()._get_help_string(action)
 
 
 def at_least(settings, **least: float) -> None:
@@ -104,12 +107,13 @@ def plain_errors():
     except ValueError as error:  # ours, or a slip in a fork: the place tells them apart
         last = traceback.extract_tb(error.__traceback__)[-1]
         problem = f"{str(error) or 'ValueError'} ({Path(last.filename).name}, line {last.lineno})"
-    except torch.OutOfMemoryError:
-        problem = "out of this device's memory: lower --batch-size; train.py's --accumulate keeps the batch whole"
-    except RuntimeError as error:  # raised by a signal, wherever the program is
-        if "DataLoader worker" not in str(error):
+    except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):  # the CPU's has no class
+            problem = "out of this device's memory: lower --batch-size; train.py's --accumulate keeps the batch whole"
+        elif "DataLoader worker" in str(error):  # raised by a signal, wherever the program is
+            problem = f"a loader process died ({first_line(error)}); perhaps out of memory: lower --workers"
+        else:
             raise
-        problem = f"a loader process died ({first_line(error)}); perhaps out of memory: lower --workers"
     finally:
         for worker in multiprocessing.active_children():
             worker.kill()  # they do not listen to SIGTERM, see outlive_sigterm
@@ -182,7 +186,7 @@ def place_objects(rng: random.Random, sizes: list[str]) -> list[tuple] | None:
     if len(sizes) == 3 and math.dist(*offsets[1:]) < RADIUS[sizes[1]] + RADIUS[sizes[2]] + 0.04:
         return None
     first = []
-    for axis in range(2):  # anywhere that leaves all of them inside the picture
+    for axis in range(2):  # anywhere that leaves their circles inside the picture; corners may reach a little out
         low = max(RADIUS[size] + 0.02 - offset[axis] for size, offset in zip(sizes, offsets))
         high = min(0.98 - RADIUS[size] - offset[axis] for size, offset in zip(sizes, offsets))
         if low > high:
@@ -217,7 +221,7 @@ def pixel_centres(resolution: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def draw_background(background: dict, resolution: int) -> np.ndarray:
-    """Two muted colors mixed by a texture, float32 [R,R,3] in [0,255]."""
+    """Two muted colors mixed by a texture, float32 [R,R,3], about [0,255]; draw_scene cuts the rest."""
     rng = random.Random(background["seed"])
     u, v = pixel_centres(resolution)
     kind = background["kind"]
@@ -245,9 +249,9 @@ def draw_scene(scene: dict, resolution: int) -> np.ndarray:
     picture = draw_background(scene["background"], resolution)
     for item in scene["objects"]:
         radius = RADIUS[item["size"]]
-        (left, right), (top, bottom) = (
-            [min(max(int((centre + way * 1.2 * radius) * resolution), 0), resolution) for way in (-1, 1)]
-            for centre in (item["x"], item["y"]))
+        reach = 1.2 * radius
+        left, right, top, bottom = (min(max(int(edge * resolution), 0), resolution) for edge in (
+            item["x"] - reach, item["x"] + reach, item["y"] - reach, item["y"] + reach))
         box = (slice(top, bottom + 1), slice(left, right + 1))                   # the pixels the object can reach
         x, y = (u[box] - item["x"]) / radius, (v[box] - item["y"]) / radius      # (h, w) each, radius 1
         cos, sin = math.cos(item["turn"]), math.sin(item["turn"])
@@ -516,8 +520,9 @@ class Stream(torch.utils.data.IterableDataset):
 
     BUFFER = 1000
 
-    def __init__(self, rows: datasets.IterableDataset, pictures: Pictures, held_out: set[str]):
-        self.rows, self.pictures, self.held_out = rows, pictures, held_out
+    def __init__(self, rows: datasets.IterableDataset, pictures: Pictures, held_out: set[str], share: int = 0,
+                 start: int = 0):
+        self.rows, self.pictures, self.held_out, self.share, self.start = rows, pictures, held_out, share, start
 
     def part(self, share: int, start: int, rank: int, world: int, workers: int) -> "Stream":
         """What one process reads from step `start` on. Rows of earlier steps are read again and dropped undecoded, so
@@ -526,10 +531,8 @@ class Stream(torch.utils.data.IterableDataset):
         if self.rows.num_shards < readers:
             raise UserError(f"--streaming: {self.rows.num_shards} shard(s) (files) cannot be shared by {world} "
                             f"process(es) of {workers} workers; lower --workers, or cut the data into more files")
-        part = Stream(self.rows.shard(world, rank).shuffle(self.pictures.seed, buffer_size=self.BUFFER),
-                      self.pictures, self.held_out)
-        part.share, part.start = share, start
-        return part
+        return Stream(self.rows.shard(world, rank).shuffle(self.pictures.seed, buffer_size=self.BUFFER),
+                      self.pictures, self.held_out, share, start)
 
     @staticmethod
     def row_id(row: dict, image_col: str) -> str:
@@ -542,7 +545,8 @@ class Stream(torch.utils.data.IterableDataset):
     def __iter__(self):
         info = torch.utils.data.get_worker_info()  # `datasets` gives each worker its part of the shards by itself
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
-        # the loader takes batches from workers in turn, from the first on: those before the resumed step pass once
+        # the loader takes batches from workers in turn, and begins with the first after a resume too: those whose turn
+        # comes before the resumed step hand out one None
         drop = self.share * len(range(worker, self.start, workers))
         if worker < self.start % workers:
             yield None
@@ -646,8 +650,8 @@ def load_folder(folder: Path, streaming: bool) -> datasets.DatasetDict:
         shards = defaultdict(list)  # by what their names begin with; those of pictures say nothing
         for file in files if kind != "imagefolder" else ():
             if file.suffix.lower() == Path(pattern).suffix:
-                part = re.match(r"(test|validation|val)[-_.]", file.name)
-                shards[part[1] if part else "train"].append(glob.escape(str(file)))
+                held = re.match(r"(test|validation|val)[-_.]", file.name)
+                shards[held[1] if held else "train"].append(glob.escape(str(file)))
         test = next((shards[n] for n in ("test", "validation", "val") if n in shards), None)
         split = test and "train" in shards
         data_files = {"train": shards["train"], "test": test} if split else {"train": f"{root}/{pattern}"}
@@ -690,22 +694,26 @@ def choose_columns(names: list[str], asked: tuple, need_text: bool, data: str) -
         find_column(names, column, usual, what) for column, usual, what in
         zip(asked, (IMAGE_COLUMNS, TEXT_COLUMNS, LABEL_COLUMNS), ("image", "text", "label")))
     if image_col is None:
-        raise UserError(f"{data} has no picture column; name it with --image-col (columns: {', '.join(names)})")
+        raise UserError(f"{data} has no picture column; rename it, or name it with train.py's --image-col (columns: "
+                        f"{', '.join(names)})")
     if need_text and text_col is None and label_col is None:
         raise UserError(f"{data} has neither captions nor labels: add metadata.jsonl with file_name and text, "
-                        "or sort the pictures into two or more class folders, or name a column with --text-col or "
-                        f"--label-col (columns: {', '.join(names)})")
+                        "or sort the pictures into two or more class folders, or name a column with train.py's "
+                        f"--text-col or --label-col (columns: {', '.join(names)})")
     return image_col, text_col, label_col
 
 
-def hold_out(train: datasets.Dataset, images: str, data: str) -> tuple[datasets.Dataset, datasets.Dataset]:
+def hold_out(train: datasets.Dataset, image_col: str, data: str) -> tuple[datasets.Dataset, datasets.Dataset]:
     """The rows to train on, and a tenth to test on: those whose files' names hash lowest, so that a picture stays in
     its part, but for a few at the border, when others are added. What has no file name goes by position."""
     if len(train) < 2:
         raise UserError(f"{data} has {len(train)} picture(s); training and testing need at least 2")
-    _, paths = train.data.column(images).flatten()  # bytes, path; the bytes are not read
-    names = [str(i) if path is None else os.path.relpath(path, Path(data).expanduser()) if os.path.isabs(path) else path
-             for i, path in enumerate(paths.to_pylist())]
+    _, paths = train.data.column(image_col).flatten()  # bytes, path; the bytes are not read
+    paths, root = paths.to_pylist(), Path(data).expanduser()
+    if not root.exists():  # from the hub: names count from the folder all pictures share, wherever the cache is
+        root = os.path.commonpath([path for path in paths if path and os.path.isabs(path)] or ["/"])
+    names = [str(i) if path is None else os.path.relpath(path, root) if os.path.isabs(path) else path
+             for i, path in enumerate(paths)]
     order = np.argsort([hashlib.sha1(name.encode()).hexdigest() for name in names], kind="stable")
     held = max(1, min(2000, int(HELD_OUT * len(train))))
     return train.select(np.sort(order[held:])), train.select(np.sort(order[:held]))
@@ -728,12 +736,13 @@ def open_data(name: str, resolution: int, config: str | None = None, split: str 
     if name == "shapes":
         useless = dict(streaming=streaming, flip=flip, config=config, split=split, image_col=image_col,
                        text_col=text_col, label_col=label_col)
-        for flag in (flag for flag, value in useless.items() if value):
-            raise UserError(f"--{flag.replace('_', '-')} does nothing for shapes, which are drawn as they are needed, "
-                            "each one way: leave it out")
+        given = [flag for flag, value in useless.items() if value]
+        if given:
+            raise UserError(f"--{given[0].replace('_', '-')} does nothing for shapes, which are drawn as they are "
+                            "needed, each one way: leave it out")
         parts = {"train": shapes_dataset("train", 1_000_000, resolution),
                  "test": shapes_dataset("test", 2000, resolution)}
-        images, captions, labels = "image", "text", "label"
+        image_col, text_col, label_col = "image", "text", "label"
         class_names, class_index = CLASS_NAMES, {i: i for i in range(len(CLASS_NAMES))}
     else:
         # 1. The rows, and what their columns mean
@@ -741,12 +750,14 @@ def open_data(name: str, resolution: int, config: str | None = None, split: str 
         train_name = split or ("train" if "train" in source else next(iter(source)))
         if train_name not in source:
             raise UserError(f"--split {split}: {name} has the splits {', '.join(source)}")
-        names = source[train_name].column_names or list(next(iter(source[train_name]), {}))  # None: a stream's, perhaps
-        images, captions, labels = choose_columns(names, (image_col, text_col, label_col), need_text, name)
+        names, asked_label = source[train_name].column_names, label_col
+        if names is None:  # a stream of JSON lines, say
+            raise UserError(f"--streaming: {name} does not say what its columns hold; leave --streaming out")
+        image_col, text_col, label_col = choose_columns(names, (image_col, text_col, label_col), need_text, name)
         try:
-            source = source.cast_column(images, datasets.Image(decode=False))  # decode_image can name what is broken
+            source = source.cast_column(image_col, datasets.Image(decode=False))  # decode_image can name the broken
         except Exception:  # an Arrow type that no picture is stored in
-            raise UserError(f"the column {images!r} of {name} holds no pictures; "
+            raise UserError(f"the column {image_col!r} of {name} holds no pictures; "
                             "name theirs with --image-col") from None
 
         # 2. Two parts; of a stream, the first rows stand for the whole wherever one has to look ahead
@@ -756,27 +767,31 @@ def open_data(name: str, resolution: int, config: str | None = None, split: str 
             stream, train = train, head_of(train, STREAM_HEAD, name)
             test = head_of(test, STREAM_HEAD // 2, name) if test_name else None
         if test is None:
-            train, test = hold_out(train, images, name)
-            held_out = {Stream.row_id(row, images) for row in test} if streaming else set()
+            train, test = hold_out(train, image_col, name)
+            held_out = {Stream.row_id(row, image_col) for row in test} if streaming else set()
         parts = {"train": train, "test": test}
 
         # 3. Classes and captions
-        class_names, class_index = (find_classes(train, labels) if labels else None) or (None, None)
-        if labels and class_names is None:
-            problem = f"column {labels!r} holds neither names nor whole numbers"
-            if label_col or captions is None:
+        class_names, class_index = (find_classes(train, label_col) if label_col else None) or (None, None)
+        if label_col and class_names is None:
+            problem = f"column {label_col!r} holds neither names nor whole numbers"
+            if asked_label or (need_text and text_col is None):
                 raise UserError(f"the label {problem}; name another with --label-col")
-            print(f"data: the {problem} and is not used as a label")
-            labels = None
-        if captions:
-            check_captions(train, captions)
-    pictures = {part: Pictures(rows, resolution, images, captions, labels, class_names, class_index, seed, crop, flip)
-                for part, rows in parts.items()}
+            if is_main():
+                print(f"data: the {problem} and is not used as a label")
+            label_col = None
+        if text_col:
+            check_captions(train, text_col)
+    pictures = {part: Pictures(rows, resolution, image_col, text_col, label_col, class_names, class_index, seed, crop,
+                               flip) for part, rows in parts.items()}
     checked = sum(part.check(look) for part in pictures.values())
     broken = [name for part in pictures.values() for name in part.broken.values()]
     if len(broken) > 0.01 * checked:
         raise UserError(f"{len(broken)} of the first {checked} pictures are broken, more than 1 %; move them away "
                         f"(python data.py --check {name} names all): {', '.join(broken[:5])}")
+    for part, rows in pictures.items():
+        if not len(rows):
+            raise UserError(f"{name}: none of its {part} pictures can be read")
     if broken and is_main():
         print(f"data: {len(broken)} of the first {checked} pictures are broken and left out")
     if need_text and not any(text.strip() for text in pictures["train"].sample_captions(1000)):
@@ -988,8 +1003,7 @@ def picture_grid(columns: list[list[Image.Image]], captions: list[str], rows: tu
 
 
 def spread(numbers: list[int]) -> str:
-    ordered = sorted(numbers)
-    return f"{ordered[0]:,} to {ordered[-1]:,}, median {ordered[len(ordered) // 2]:,}"
+    return f"{min(numbers):,} to {max(numbers):,}, median {statistics.median(numbers):,.0f}"
 
 
 def check_data(opened: Data, resolution: int, context_length: int) -> str:
@@ -1017,7 +1031,7 @@ def check_data(opened: Data, resolution: int, context_length: int) -> str:
         small = sum(side < resolution for side in sides)
         print(f"  shorter side: {spread(sides)} px; {small:,} below {resolution}, which are enlarged")
         if part is opened.train:
-            tokenizer = Tokenizer.train([text for texts in captions for text in texts][:20_000], context_length)
+            tokenizer = Tokenizer.train(part.sample_captions(), context_length)  # as in train.py
         words = [len(text.split()) for texts in captions for text in texts]
         cut = sum(len(tokenizer.encode(text)) == context_length for texts in captions for text in texts)
         silent = sum(not any(text.strip() for text in texts) for texts in captions)
@@ -1040,7 +1054,7 @@ def show(args: argparse.Namespace) -> None:
     start = time.time()
     examples = [opened.train[(0, i)] for i in range(min(len(opened.train), 256))]
     rate = len(examples) / (time.time() - start)
-    tokenizer = Tokenizer.train([e["caption"] for e in examples], args.context_length)
+    tokenizer = Tokenizer.train(opened.train.sample_captions(), args.context_length)  # as in train.py
     print(f"{args.check or args.data}: {len(opened.train)} training and {len(opened.test)} test pictures, "
           f"{len(opened.class_names or [])} classes, {rate:.0f} pictures/s at {args.resolution} px in one process")
     print(f"tokens of a caption: {tokenizer.encode(examples[0]['caption'])} = {examples[0]['caption']!r}")

@@ -14,7 +14,8 @@ budgets and over several seeds, and asks all of them the same.
                                                         -> caption decoder -> caption_exact, caption_tokens
                                                         -> latent decoder -> VAE -> psnr, ssim, lpips, rfid
 
-Letters: B batch, E shared embedding width, N image tokens, W token width, K classes, M number of pictures.
+Letters: B batch, E shared embedding width, N image tokens, W token width, T text length, K classes, M number of
+         pictures, D features, H W sides of a picture (in ssim and Inception).
 
 Run:    python eval_probe.py --ckpt runs/laptop                # table on screen, runs/laptop/metrics.json
         python eval_probe.py --ckpt runs/laptop --random-init  # the same towers, random: the row to compare with
@@ -133,7 +134,7 @@ def retrieval(images: Tensor, texts: Tensor) -> dict[str, float]:
     result = {}
     for name, table in (("i2t", similarity), ("t2i", similarity.T)):
         own = table.diagonal()[:, None]
-        rank = (table >= own).sum(1) - 1                                               # (M,) 0 where the partner wins
+        rank = len(table) - 1 - (table < own).sum(1)      # (M,) 0 where the partner wins, which a NaN never does
         result |= {f"{name}_r{k}": (rank < k).float().mean().item() for k in (1, 5, 10)}
     return result
 
@@ -263,7 +264,7 @@ def reconstruct_and_caption(model: OpenVision3 | EncoderAlone, pictures, tokeniz
             texts = model.write_captions(tokens, tokenizer)
             valid = [all_wordings(json.loads(scene)) if scene else captions
                      for captions, scene in zip(batch["all_captions"], batch["scenes"])]
-            rows["caption_exact"].append(torch.tensor([float(t in v) for t, v in zip(texts, valid)]))
+            rows["caption_exact"].append(torch.tensor([float(t in v) for t, v in zip(texts, valid) if any(v)]))
             given = batch["text"].to(device)
             real = given[:, 1:] != tokenizer.pad
             guesses = model.caption_decoder(tokens, given[:, :-1]).argmax(-1)              # (B, T-1)
@@ -279,7 +280,7 @@ def reconstruct_and_caption(model: OpenVision3 | EncoderAlone, pictures, tokeniz
                 features["rfid" + name].append(inception(result).cpu())
         if inception is not None:
             features["input"].append(inception(images).cpu())
-    result = {name: torch.cat(values).cpu().double().mean().item() if values else None
+    result = {name: torch.cat(values).cpu().double().mean().item() if any(map(len, values)) else None
               for name, values in rows.items()}
     for name in ("rfid", "rfid_vae"):
         result[name] = (frechet_distance(torch.cat(features["input"]), torch.cat(features[name]))
@@ -301,10 +302,10 @@ def evaluate(model: OpenVision3 | EncoderAlone, tokenizer, data: Data, n_train: 
     metrics = dict.fromkeys([*KEYS, *QUESTIONS])
     memory = {} if memory is None else memory
 
-    def encode(part: str, count: int) -> dict:
-        if part not in memory:
-            memory[part] = read_latents(model, getattr(data, part), tokenizer, batch_size, count)
-        return encode_latents(model, memory[part], batch_size)
+    def encode(split: str, count: int) -> dict:
+        if split not in memory:
+            memory[split] = read_latents(model, getattr(data, split), tokenizer, batch_size, count)
+        return encode_latents(model, memory[split], batch_size)
 
     if len(data.test) < min(100, n_test):
         print(f"there are only {len(data.test)} held-out pictures: all accuracies below are rough")
@@ -335,7 +336,7 @@ def evaluate(model: OpenVision3 | EncoderAlone, tokenizer, data: Data, n_train: 
     if drawn:
         true = [[answers(scene) for scene in part["scenes"]] for part in (train, test)]
         for name, options in QUESTIONS.items():
-            labels = [torch.tensor([row[name] for row in part]) for part in true]
+            labels = [torch.tensor([row[name] for row in rows]) for rows in true]
             metrics[name] = probe(name, linear_probe, "tokens", labels, len(options))
     else:
         print("probe_*: null, only drawn scenes come with the answers")
@@ -344,23 +345,26 @@ def evaluate(model: OpenVision3 | EncoderAlone, tokenizer, data: Data, n_train: 
         print("zero_shot_top1, i2t_*, t2i_*, caption_*, psnr, ssim, lpips, rfid: null, this is an encoder alone, "
               "without a text tower or a decoder")
     else:
-        pairs = {captions[0]: i for i, captions in reversed(list(enumerate(test["captions"]))) if captions[0]}
-        chosen = sorted(pairs.values())[:RETRIEVAL_PAIRS]  # the first pictures whose captions all differ
+        first = {}  # caption: the first picture that has it
+        for i, captions in enumerate(test["captions"]):
+            if captions[0]:
+                first.setdefault(captions[0], i)
+        chosen = list(first.values())[:RETRIEVAL_PAIRS]
         if chosen:
             texts = encode_texts(model, tokenizer, [test["captions"][i][0] for i in chosen], batch_size)
             metrics |= retrieval(test["pooled"][chosen], texts)
         print(f"retrieval is among {len(chosen)} held-out pairs with distinct captions")
-        if perceptual is None:
-            print("lpips: null, without its weights; give --lpips-vgg and --lpips-lin, each a FILE or fetch")
+    if perceptual is None:
+        print("lpips, lpips_vae: null, without its weights; give --lpips-vgg and --lpips-lin, each a FILE or fetch")
     if isinstance(model.vae, Pixels):
         print("*_vae: null, there is no VAE")
     n_reconstruct = min(n_reconstruct, len(data.test))
-    if inception is not None and n_reconstruct < 2:
-        print("rfid: null, a single picture has no distribution")
+    if inception is None:
+        print("rfid, rfid_vae: null, without Inception's weights; give --inception FILE")
+    elif n_reconstruct < 2:
+        print("rfid, rfid_vae: null, a single picture has no distribution")
         inception = None
-    elif inception is None and not alone:
-        print("rfid: null, without Inception's weights; give --inception FILE")
-    elif inception is not None and n_reconstruct < 10_000:
+    elif n_reconstruct < 10_000:
         print(f"rfid: over {n_reconstruct:,} pictures only; it is biased upwards, and below 10,000 compares with no "
               "published number: --n-reconstruct 50000, where there are as many")
     metrics |= reconstruct_and_caption(model, data.test, tokenizer, batch_size, n_reconstruct, perceptual, inception)
@@ -385,20 +389,22 @@ def show_image(model: OpenVision3, tokenizer, path: Path, class_names: list[str]
         image = centre_crop(decode_image({"path": str(path)}), model.config.resolution)
     except Exception as error:  # whatever a decoder trips over means: not a picture
         raise UserError(f"--image {path} is no picture that can be read: {error}") from None
-    images = to_tensor(image)[None].to(next(model.parameters()).device)
+    images = to_tensor(image)[None].to(model_device(model))
     ceiling, ours, tokens = model.reconstruct(images)
     caption, = model.write_captions(tokens, tokenizer)
     print(f"caption: {caption}")
     if class_names:
-        pooled, _ = model.encoder(model.vae.encode(images))
-        scores = F.normalize(pooled.cpu(), dim=1) @ class_vectors(model, tokenizer, class_names, 64).T    # (1, K)
+        pooled = F.normalize(model.encoder.pool(tokens).cpu(), dim=1)                      # (1, E)
+        scores = pooled @ class_vectors(model, tokenizer, class_names, 64).T               # (1, K)
         best = scores[0].topk(min(5, len(class_names)))
         print("nearest labels: " + ", ".join(
             f"{class_names[i]} {s:.2f}" for s, i in zip(best.values.tolist(), best.indices.tolist())))
     out = path.with_name(path.stem + "_recon.png")
-    picture_grid([[to_image(images[0])], [to_image(ceiling[0])], [to_image(ours[0])]],
-                 ["input", f"VAE {psnr(ceiling, images)[0]:.1f} dB",
-                  f"ours {psnr(ours, images)[0]:.1f} dB: {caption}"], cell=256).save(out)
+    shown = {"input": images, f"VAE {psnr(ceiling, images)[0]:.1f} dB": ceiling,
+             f"ours {psnr(ours, images)[0]:.1f} dB: {caption}": ours}
+    if isinstance(model.vae, Pixels):  # there is none
+        shown = {title: picture for title, picture in shown.items() if picture is not ceiling}
+    picture_grid([[to_image(picture[0])] for picture in shown.values()], list(shown), cell=256).save(out)
     print(f"wrote {out}; move it before you train on its folder, which would take it for a picture")
 
 
@@ -408,7 +414,8 @@ def show_image(model: OpenVision3, tokenizer, path: Path, class_names: list[str]
 
 
 class ConvNorm(nn.Module):
-    """Convolution, batch norm, ReLU. `kernel`: side, or height x width; "s2" strides by 2, "v" pads nothing."""
+    """Convolution, batch norm, ReLU. `kernel`: side, or height x width; "s2" strides by 2, "v" by 1, both
+    without padding."""
 
     def __init__(self, channels: int, out_channels: int, kernel: str):
         super().__init__()
@@ -540,11 +547,11 @@ def probe_alone(args: argparse.Namespace, device: torch.device) -> None:
     no_words = Tokenizer.train([], 4)  # captions are not read
     metrics = evaluate(model, no_words, data, **instruments(args, device))
     print_table(args.ckpt, metrics)
-    here = Path(args.ckpt)
-    folder = here if here.is_dir() else here.parent if here.is_file() else Path("runs") / here.name
-    own = not here.is_file() and not (folder / "last.pt").exists()  # a run's metrics.json is not ours to replace
+    source = Path(args.ckpt)
+    folder = source if source.is_dir() else source.parent if source.is_file() else Path("runs") / source.name
+    beside = source.is_file() or (folder / "last.pt").exists()  # a run's metrics.json is not ours to replace
     folder.mkdir(parents=True, exist_ok=True)
-    save_json(metrics, folder / ("metrics.json" if own else f"metrics_{here.stem}_alone.json"))
+    save_json(metrics, folder / (f"metrics_{source.stem}_alone.json" if beside else "metrics.json"))
 
 
 def run(args: argparse.Namespace) -> None:
@@ -581,6 +588,7 @@ COLUMNS = {"linear_probe_top1": "probe", "linear_probe_tokens_top1": "probe, tok
            "probe_count": "count", "probe_second_color": "2nd color", "probe_second_shape": "2nd shape",
            "probe_relation": "relation", "i2t_r1": "R@1 i2t", "t2i_r1": "R@1 t2i", "caption_exact": "caption exact",
            "psnr": "PSNR", "ssim": "SSIM", "rfid": "rFID"}
+# the arguments that decide the numbers, which --batch-size and --device do not
 ASKED = ("n_train", "n_test", "n_reconstruct", "inception", "lpips_vgg", "lpips_lin")
 
 
@@ -747,8 +755,10 @@ def main() -> None:
                                                     "--steps is 450 where not given")
     parser.add_argument("--sweep", action="store_true",
                         help="of --table: also other tau, w_rec, beta and size, seed 0, as a figure")
-    parser.add_argument("--data", help="data set to evaluate on (default: the one it was trained on)")
-    parser.add_argument("--vae", help="the VAE of an encoder alone: flux, or a file (a run folder knows its own)")
+    parser.add_argument("--data", help="data set to evaluate on (default: the one it was trained on; for an "
+                                         "encoder alone, shapes)")
+    parser.add_argument("--vae", help="the VAE of an encoder alone: tiny, flux, pixels, or a file (a run folder knows "
+                                        "its own)")
     parser.add_argument("--resolution", type=int,
                         help="picture side for an encoder alone (default: its own, 256 or 224; latents: 64)")
     parser.add_argument("--lpips-vgg", metavar="FILE", help="torchvision's vgg16 weights, to measure LPIPS; or fetch")

@@ -7,13 +7,14 @@ say (alignment), then both learn to answer (instruction), with the loss on the a
 of the Hugging Face hub, or ours, small and from scratch, which in the first step learns to read as well and in the
 second begins with a few hard things, each alone. All tokens are read: ours have no class token that could be dropped.
 
-    images -> frozen encoder -> tokens [B,N,C] -> standardised -> projector, + places -> [B,N,W] -+
-    bos, "USER: ... ASSISTANT: answer" eos -> embedding -> [B,1+T,W] -----------------------------+
-        -> [bos | image | text]
-        -> causal language model -> logits [B,1+N+T,V] -> cross entropy where the answer stands
+    images -> frozen encoder -> tokens [B,N,C] -> standardised -> projector, + places -> [B,N,W]
+    [bos | image] [B,1+N,W] -> causal language model, once for all Q questions to a picture -> its cache, Q times
+    "USER: ... ASSISTANT: answer" eos [B*Q,T] -> embedding -> the same model, after what is in the cache
+        -> logits [B*Q,T,V] -> cross entropy where the answer stands
 
 Letters: B batch, N image tokens, C token width, W width of the language model, T text length, S = 1 + N + T or what is
-         read of it so far, V vocabulary, K options.
+         read of it so far, V vocabulary, K options, Q questions to one picture, M all questions or pictures,
+         R resolution.
 
 Run:    python eval_vlm.py --ckpt runs/laptop                # after train.py; vlm.json, vlm.png in runs/laptop
         python eval_vlm.py --ckpt runs/laptop --chat photo.png "What color is the circle?"
@@ -174,16 +175,7 @@ class Census:
 # ---------------------------------------------------------------------------------------------------------------------
 
 SMALL = (192, 4, 6)  # width, depth, heads of the language model from scratch
-# Each picture of a step gets this many questions and is read once for all of them. DIFFERS: unlike the turns of LLaVA's
-# conversations they cannot see one another, or what is there would be read off the other questions
-AT_ONCE = 4
 PADDING, SILENT = -1, -100  # in ids: nothing stands here; in targets: nothing is asked here
-# DIFFERS: this share of the pictures in the instruction step is noise, so that the blind control is familiar
-BLIND = 0.1
-# DIFFERS: the instruction step begins with one thing alone, then another, see Lessons.one_thing, each until its loss is
-# below this (guessing has 0.35, 0.69, 0.69), all of them for FIRST_SHARE of the steps at most. Among all questions from
-# the start they were never learned: a wrong shape in the right color was a yes, and sides were guessed
-FIRST, FIRST_SHARE = {"shape": 0.27, "side": 0.3, "sides": 0.32}, 0.65
 LONGEST = 256  # ids of an answer or a caption; what is longer is cut
 
 
@@ -198,6 +190,12 @@ class Words:
 
     def decode(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids)
+
+
+def check_room(places: int, room: int) -> None:
+    if places > room:
+        raise UserError(f"{places} places, picture and text, but the language model reads at most {room}; ask "
+                        "something shorter")
 
 
 class LanguageModel(nn.Module):
@@ -229,10 +227,8 @@ class LanguageModel(nn.Module):
     def forward(self, x: Tensor, seen: Tensor, cache: list[dict] | None = None, last: bool = False) -> Tensor:
         """With a cache, x are the next places only; `seen` always covers all. `last`: logits of the last place only."""
         S, new = seen.shape[1], x.shape[1]
+        check_room(S, self.room)
         positions = (seen.cumsum(1) - 1).clamp(min=0)[:, S - new :]                        # (B, new)
-        if S > self.room:
-            raise UserError(f"{S} places, picture and text, but the language model reads at most {self.room}; ask "
-                            "something shorter")
         past = torch.ones(S, S, dtype=torch.bool, device=x.device).tril()                  # (S, S)
         itself = torch.eye(S, dtype=torch.bool, device=x.device)  # padding too: who sees nothing becomes NaN
         mask = (past & seen[:, None]) | itself                                             # (B, S, S)
@@ -274,7 +270,7 @@ class HuggingFaceLM(nn.Module):
         return self.tokenizer.encode(text, add_special_tokens=False)
 
     def decode(self, ids: list[int]) -> str:
-        return self.tokenizer.decode(ids[: ids.index(self.eos)] if self.eos in ids else ids)
+        return self.tokenizer.decode(ids)
 
     def embed(self, ids: Tensor) -> Tensor:
         return self.model.get_input_embeddings()(ids)
@@ -286,7 +282,8 @@ class HuggingFaceLM(nn.Module):
         cache.batch_repeat_interleave(times)
 
     def forward(self, x: Tensor, seen: Tensor, cache=None, last: bool = False) -> Tensor:
-        positions = (seen.cumsum(1) - 1).clamp(min=0)[:, seen.shape[1] - x.shape[1] :]
+        check_room(seen.shape[1], self.room)
+        positions = (seen.cumsum(1) - 1).clamp(min=0)[:, seen.shape[1] - x.shape[1] :]     # (B, new)
         return self.model(inputs_embeds=x, attention_mask=seen.long(), position_ids=positions, past_key_values=cache,
                           use_cache=cache is not None, logits_to_keep=int(last)).logits.float()
 
@@ -322,14 +319,14 @@ class VisionLanguageModel(nn.Module):
     def words(self):
         return self.speech[0]
 
-    def embed(self, tokens: Tensor, ids: Tensor, align: bool = False) -> tuple[Tensor, Tensor]:
-        """[bos | image | text] as embeddings [B,S,W], and which of them hold something [B,S]. `align`: padding comes
-        first, so that all texts end, and can go on, at the last place."""
+    def embed(self, tokens: Tensor, ids: Tensor, pad_first: bool = False) -> tuple[Tensor, Tensor]:
+        """[bos | image | text] as embeddings [B,S,W], and which of them hold something [B,S]. `pad_first`: all texts
+        end, and can go on, at the last place."""
         start = self.language.embed(ids.new_full((len(ids), 1), self.words.bos))           # (B, 1, W)
         image = self.projector(tokens) if self.places is None else self.projector(tokens) + self.places  # (B, N, W)
         x = torch.cat([start, image.to(start.dtype), self.language.embed(ids.clamp(min=0))], dim=1)
         seen = torch.cat([ids.new_ones(len(ids), 1 + tokens.shape[1]).bool(), ids != PADDING], dim=1)
-        if align:
+        if pad_first:
             order = seen.int().argsort(dim=1, stable=True)                                 # (B, S): padding, the rest
             x, seen = x.gather(1, order[..., None].expand_as(x)), seen.gather(1, order)
         return x, seen
@@ -359,7 +356,7 @@ class VisionLanguageModel(nn.Module):
     def score(self, tokens: Tensor, prompts: list[list[int]], options: list[list[list[int]]]) -> Tensor:
         """Mean log probability of each option's ids, [B,K], as SEED-Bench ranks them. The prompt is read once."""
         device = tokens.device
-        x, seen = self.embed(tokens, pack(prompts).to(device), align=True)
+        x, seen = self.embed(tokens, pack(prompts).to(device), pad_first=True)
         cache = self.language.new_cache()
         first = self.language(x, seen, cache, last=True)                                   # (B, 1, V)
         scores = []
@@ -375,7 +372,7 @@ class VisionLanguageModel(nn.Module):
     def generate(self, tokens: Tensor, prompts: list[list[int]], longest: int) -> list[list[int]]:
         """Greedy answers of at most `longest` ids, fewer where the language model has no room for them, up to and
         without the end."""
-        x, seen = self.embed(tokens, pack(prompts).to(tokens.device), align=True)
+        x, seen = self.embed(tokens, pack(prompts).to(tokens.device), pad_first=True)
         longest = min(longest, max(1, self.language.room - x.shape[1] + 1))  # the last one written is not read again
         cache, written = self.language.new_cache(), []
         ended = torch.zeros(len(prompts), dtype=torch.bool, device=tokens.device)
@@ -471,12 +468,17 @@ def read_pope(file: Path, images: Path) -> list[Asked]:
     kind = next((kind for kind in NEGATIVES if kind in file.name), None)
     if kind is None:
         raise UserError(f"--pope {file}: its name has none of {', '.join(NEGATIVES)}, as coco_pope_random.json has")
+    rows = read_json(file)
     try:
-        return [(find_picture(images, row["image"]), Question(f"presence {kind}", row["text"],
-                                                             {"yes": "yes", "no": "no"}[row["label"].lower()],
-                                                             ("yes", "no"))) for row in read_json(file)]
+        asked = [(find_picture(images, row["image"]), Question(f"presence {kind}", row["text"],
+                                                              {"yes": "yes", "no": "no"}[row["label"].lower()],
+                                                              ("yes", "no")))
+                 for row in ([rows] if isinstance(rows, dict) else rows)]  # a file of one line
     except (KeyError, TypeError, AttributeError):
         raise UserError(f"--pope {file} is not in POPE's layout: lines of image, text, label (yes or no)") from None
+    if not asked:
+        raise UserError(f"--pope {file} holds no question")
+    return asked
 
 
 def read_seed_bench(file: Path, images: Path) -> list[Asked]:
@@ -488,13 +490,15 @@ def read_seed_bench(file: Path, images: Path) -> list[Asked]:
         asked = []
         for row in content["questions"]:
             if row.get("data_type", "image") == "image":
-                options = {letter: str(row[f"choice_{letter.lower()}"]) for letter in "ABCD"}
+                options = {letter: str(row[f"choice_{letter.lower()}"]).strip() for letter in "ABCD"}
                 kind = names.get(row.get("question_type_id"), "choice").lower().replace(" ", "_")
                 asked.append((find_picture(images, row["data_id"]),
                               Question(kind, row["question"], options[row["answer"]], tuple(options.values()))))
-        return asked
     except (KeyError, TypeError, AttributeError, ValueError):
         raise UserError(f"--seed-bench {file} is not in SEED-Bench's layout") from None
+    if not asked:
+        raise UserError(f"--seed-bench {file} holds no question about a single picture")
+    return asked
 
 
 def read_conversations(file: Path, images: Path) -> list[tuple[Path, str, str]]:
@@ -585,7 +589,7 @@ def pope_metrics(model: VisionLanguageModel, album: Album, asked: list[Asked]) -
     for picture, title in (("true", "pope_"), ("noise", "pope_blind_"), ("another", "pope_another_")):
         if picture == "another" and not several:
             continue
-        said = ask(model, album, asked, picture) == 0
+        said = ask(model, album, asked, picture) == 0  # the first option is yes, see `presence`
         every = [presence_metrics(said[these], true[these]) for these in among]
         result |= {title + name: sum(row[name] for row in every) / len(every) for name in every[0]}
         if picture == "true":
@@ -595,7 +599,7 @@ def pope_metrics(model: VisionLanguageModel, album: Album, asked: list[Asked]) -
 
 
 def evaluate(model: VisionLanguageModel, album: Album, choices: list[Asked], presences: list[Asked]) -> dict:
-    """The keys of vlm.json; None where there is nothing to ask."""
+    """What is always in vlm.json, None where there is nothing to ask; and the numbers of each kind of question."""
     result = dict.fromkeys(("choice_accuracy", "choice_blind", "pope_accuracy", "pope_f1", "pope_yes_rate",
                             "pope_blind_f1", "exact_match")) | {"n_questions": len(choices) + len(presences)}
     result |= choice_metrics(model, album, choices) if choices else {}
@@ -611,6 +615,17 @@ def free_answers(model: VisionLanguageModel, album: Album, asked: list[Asked], l
 # ---------------------------------------------------------------------------------------------------------------------
 # The two steps of training: alignment, instruction
 # ---------------------------------------------------------------------------------------------------------------------
+
+# Each picture of a step gets this many questions and is read once for all of them. DIFFERS: unlike the turns of LLaVA's
+# conversations they cannot see one another, or what is there would be read off the other questions
+AT_ONCE = 4
+# DIFFERS: this share of the pictures in the instruction step is noise, so that the blind control is familiar
+BLIND = 0.1
+# DIFFERS: the instruction step begins with one thing alone, then another, see Lessons.one_thing, each until its loss is
+# below this, all of them for FIRST_SHARE of the steps at most. (Guessing has ln 2 / 2 = 0.35 for shapes and ln 4 / 2 =
+# 0.69 for sides: halved by the end that follows the answer, which is soon known.) Among all questions from the start
+# they were never learned: a wrong shape in the right color was a yes, and sides were guessed
+LEARNED_BELOW, FIRST_SHARE = {"shape": 0.27, "side": 0.3, "sides": 0.32}, 0.65
 
 
 def fit(model: VisionLanguageModel, parts: list[nn.Module], make_batch, what: str, steps: int, rate: float,
@@ -659,11 +674,11 @@ class Lessons:
                  align: list | None, instruct: list | None, batch_size: int):
         self.model, self.album, self.census, self.captions = model, album, census, captions
         self.align, self.instruct, self.batch_size = align, instruct, batch_size
-        self.told = [i for i, texts in enumerate(captions) if texts[0].strip()]
+        self.captioned = [i for i, texts in enumerate(captions) if texts[0].strip()]
         rng = random.Random("weights")  # pictures that more can be asked about are asked about more often
         self.weights = list(accumulate(len(census.choices(i, rng)) for i in census.askable))
         self.sided = [i for i in census.askable if census.scenes[i] and len(census.scenes[i]["objects"]) > 1]
-        self.ahead = list(FIRST) if self.sided else []  # what is still to be learned alone
+        self.ahead = list(LEARNED_BELOW) if self.sided else []  # what is still to be learned alone
 
     def question(self, i: int, rng: random.Random) -> Question:
         """About picture i: as often whether something is there as anything else. Popular negatives appear in the exam
@@ -684,7 +699,7 @@ class Lessons:
             turns = self.pick(self.align, rng)
             return (self.album.tokens([path for path, _, _ in turns]), [[] for _ in turns],
                     [self.ending(text) for _, _, text in turns])
-        chosen = self.pick(self.told, rng)
+        chosen = self.pick(self.captioned, rng)
         return (self.album.tokens(chosen), [[] for _ in chosen],
                 [self.ending(rng.choice(self.captions[i])) for i in chosen])
 
@@ -698,8 +713,9 @@ class Lessons:
 
     def move_on(self, share: float, loss: float | None) -> None:
         """From one thing to the next when it is learned, to all questions when its time is over."""
-        if self.ahead and loss is not None and loss < FIRST[self.ahead[0]]:
-            tqdm.write(f"{self.ahead.pop(0)!r} is learned (loss {loss:.2f}) after {share:.0%} of the steps; next: "
+        if self.ahead and loss is not None and loss < LEARNED_BELOW[self.ahead[0]]:
+            learned = self.ahead.pop(0)
+            tqdm.write(f"{learned!r} is learned (loss {loss:.2f}) after {share:.0%} of the steps; next: "
                        f"{self.ahead[0] if self.ahead else 'all questions'}")
         elif self.ahead and share >= FIRST_SHARE:
             tqdm.write(f"{', '.join(self.ahead)}: not learned alone; more steps may help. Next: all questions")
@@ -746,8 +762,9 @@ def make_model(lm: str | None, texts: list[str], N: int, C: int, seed: int) -> V
     return VisionLanguageModel(language, words, C, math.isqrt(N))
 
 
-def load_answerer(path: Path, encoder: str) -> tuple[VisionLanguageModel, dict]:
-    """What an earlier run of this program left behind. `encoder`: the digest of the encoder it is to be used with."""
+def load_answerer(path: Path, encoder: str, command: str) -> tuple[VisionLanguageModel, dict]:
+    """What an earlier run of this program left behind. `encoder`: the digest of the encoder it is to be used with;
+    `command`: what would make it."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         lm, (N, C) = state["lm"], state["space"]["mean"].shape
@@ -761,12 +778,21 @@ def load_answerer(path: Path, encoder: str) -> tuple[VisionLanguageModel, dict]:
     except UserError:
         raise
     except Exception as error:  # no file, cut off, something else
-        raise UserError(f"{path} is no checkpoint of eval_vlm.py ({type(error).__name__}): train one with python "
-                        f"eval_vlm.py --ckpt {path.parent}") from None
+        raise UserError(f"{path} is no checkpoint of eval_vlm.py ({type(error).__name__}): train one with "
+                        f"{command}") from None
     if state["encoder"] != encoder:
         raise UserError(f"{path} was trained on another encoder than {path.parent} has now: train it again, without "
                         "--chat")
     return model.eval(), state
+
+
+def save_answers(model: VisionLanguageModel, album: Album, data: Data, choices: list[Asked], path: Path) -> None:
+    """Sixteen held-out pictures, each with a question, the answer written, and, where it differs, the true one."""
+    part = [choices[i] for i in range(0, len(choices), max(1, len(choices) // 16))][:16]
+    captions = [f"{q.text} {written}" + (f" ({q.answer})" if written != q.answer else "")
+                for written, (_, q) in zip(free_answers(model, album, part, 32), part)]
+    pictures = torch.stack([data.test[i]["image"] for i, _ in part])                       # (M, 3, R, R)
+    save_sheet([(pictures + 1) * 127.5], captions, path, cell=128, lines=4)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -775,13 +801,14 @@ def run(args: argparse.Namespace) -> None:
     keep_freed_memory(device)
     model, tokenizer, _ = load_run(args.ckpt, device, args.random_init)
     config, out = model.config, Path(args.ckpt)
+    name = "vlm" + ("" if args.space == "tokens" else "_latents") + ("_random" if args.random_init else "")
     baseline = ("" if args.space == "tokens" else " --space latents") + (" --random-init" if args.random_init else "")
-    name = f"vlm{baseline.replace(' --space ', '_').replace(' --random-init', '_random')}"
+    command = f"python eval_vlm.py --ckpt {args.ckpt}{baseline}"
     digest = hashlib.sha256(b"".join(p.numpy(force=True).tobytes() for p in model.encoder.parameters())).hexdigest()
     space = Space(model, args.space).to(device)
     album, held_out = Album(space, config.resolution), Album(space, config.resolution)
     if args.chat:
-        answerer, state = load_answerer(out / f"{name}.pt", digest)
+        answerer, state = load_answerer(out / f"{name}.pt", digest, command)
         space.load_state_dict(state["space"])
         image, question = args.chat
         answer = free_answers(answerer.to(device), album, [(Path(image), Question("", question, "", ()))], LONGEST)[0]
@@ -793,13 +820,13 @@ def run(args: argparse.Namespace) -> None:
     pope = [one for file in args.pope for one in read_pope(Path(file), images)]
     seed_bench = read_seed_bench(Path(args.seed_bench), images) if args.seed_bench else []
     align, instruct = (read_conversations(Path(file), images) if file else None for file in (args.align, args.instruct))
-    data = open_run_data(config, args.data)
+    data = open_run_data(config, args.data, need_text=False)
     if not (instruct or data.train.drawn or data.class_names):
         raise UserError("questions need drawn scenes or labels, and this data set has none; bring conversations with "
                         "--instruct and --images")
     known = album.read(data.train, tokenizer, min(args.pool, len(data.train)), "training pictures")
     asked_of = held_out.read(data.test, tokenizer, min(args.n_pictures, len(data.test)), "held-out pictures")
-    space.measure(album.stored)
+    space.fit(album.stored)
     census = Census(known["scenes"], known["labels"], data.class_names)
     exam = Census(asked_of["scenes"], asked_of["labels"], data.class_names, census.common)
     if not (instruct or census.askable):
@@ -818,7 +845,7 @@ def run(args: argparse.Namespace) -> None:
     N, C = space.mean.shape
     answerer = make_model(args.lm, texts, N, C, args.seed).to(device)
     lessons = Lessons(answerer, album, census, known["captions"], align, instruct, args.batch_size)
-    if not (align or lessons.told):
+    if not (align or lessons.captioned):
         raise UserError("the alignment step needs captions, and this data set has none; bring some with --align")
     parameters = sum(p.numel() for p in answerer.parameters())
     print(f"{args.ckpt}, {args.space}: {len(album.stored):,} pictures of {N} tokens of {C}; language model "
@@ -847,16 +874,7 @@ def run(args: argparse.Namespace) -> None:
     if choices:
         save_answers(answerer, held_out, data, choices, out / f"{name}.png")
     print(f"wrote {out / name}.pt" + (f", {name}.png (pictures, questions, answers)" if choices else ""))
-    print(f"ask it yourself: python eval_vlm.py --ckpt {args.ckpt}{baseline} --chat IMAGE QUESTION")
-
-
-def save_answers(model: VisionLanguageModel, album: Album, data: Data, choices: list[Asked], path: Path) -> None:
-    """Sixteen held-out pictures, each with a question, the answer written, and, where it differs, the true one."""
-    part = [choices[i] for i in range(0, len(choices), max(1, len(choices) // 16))][:16]
-    captions = [f"{q.text} {written}" + (f" ({q.answer})" if written != q.answer else "")
-                for written, (_, q) in zip(free_answers(model, album, part, 32), part)]
-    pictures = torch.stack([data.test[i]["image"] for i, _ in part])                       # (M, 3, R, R)
-    save_sheet([(pictures + 1) * 127.5], captions, path, cell=128, lines=4)
+    print(f"ask it yourself: {command} --chat IMAGE QUESTION")
 
 
 def main() -> None:
@@ -876,9 +894,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, nargs=2, default=[1000, 1200], metavar=("ALIGNMENT", "INSTRUCTION"),
                         help="optimizer steps")
     parser.add_argument("--batch-size", type=int, default=16,
-                        help=f"pictures per step, with a caption or {AT_ONCE} questions each")
-    parser.add_argument("--lr", type=float, help="peak learning rate of the language model (default: 1e-3, with --lm "
-                                                 "LLaVA-1.5's 2e-5)")
+                        help=f"pictures per step, with a caption or {AT_ONCE} questions each, with --instruct one")
+    parser.add_argument("--lr", type=float, help="peak learning rate (default: 1e-3; with --lm of the instruction step "
+                                                 "only, LLaVA-1.5's 2e-5)")
     parser.add_argument("--pool", type=int, default=12_000, help="training pictures, encoded once")
     parser.add_argument("--n-pictures", type=int, default=500, help="held-out pictures to ask about")
     parser.add_argument("--pope", nargs="+", default=[], metavar="FILE", help="POPE's own files, with --images")
@@ -891,7 +909,7 @@ def main() -> None:
     parser.add_argument("--log-every", type=int, default=50, help="steps between log lines")
     args = parser.parse_args()
     with plain_errors():
-        at_least(args, batch_size=1, pool=2, n_pictures=2, log_every=1, seed=0)
+        at_least(args, batch_size=1, pool=2, n_pictures=2, log_every=1, seed=0, lr=0)
         if min(args.steps) < 1:
             raise UserError("--steps must be two numbers of at least 1")
         if (args.pope or args.seed_bench or args.align or args.instruct) and not args.images:

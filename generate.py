@@ -11,7 +11,8 @@ once more, writes the answer (DiT^DH): tokens are wide vectors, and a network na
     x_t = (1 - t) x + t noise, t in [0,1] -> base(x_t; t, class) -> head(x_t; base, t) -> velocity, noise - x   (MSE)
     noise -> Euler steps against the velocity, t = 1 ... 0 -> x -> tokens -> latent decoder -> VAE decoder -> images
 
-Letters: B batch, N tokens, C token width, W width of the base, V width of the head, K classes, D features, M pictures.
+Letters: B batch, N tokens, C token width, W width of the base, V width of the head, H heads of P pairs of numbers,
+         K classes, D features, M pictures, R resolution.
 
 Run:    python generate.py --ckpt runs/laptop              # after train.py; samples.png, generate.json in runs/laptop
         python generate.py --ckpt runs/laptop --space latents      # the same generator on the VAE's own latents
@@ -97,7 +98,7 @@ class ConditionedBlock(nn.Module):
         self.modulation = nn.Linear(width, 6 * width)
 
     def forward(self, x: Tensor, condition: Tensor, angles: Tensor) -> Tensor:
-        """x [B,N,W]; condition [B,1,W], or [B,N,W] where each token has its own."""
+        """x [B,N,W] (in the head V for W); condition [B,1,W], or [B,N,W] where each token has its own."""
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = self.modulation(F.silu(condition)).chunk(6, dim=-1)
         x = x + gate_1 * self.attention(self.norm_1(x) * (1 + scale_1) + shift_1, turn=partial(rotate, angles=angles))
         return x + gate_2 * self.mlp(self.norm_2(x) * (1 + scale_2) + shift_2)
@@ -110,7 +111,7 @@ class DiTDH(nn.Module):
         super().__init__()
         (W, base_depth, base_heads), (V, head_depth, head_heads) = base, head
         self.classes = classes
-        self.register_buffer("frequencies", torch.randn(256))
+        self.register_buffer("frequencies", torch.randn(256))  # of the time; not learned, saved with the weights
         self.time = nn.Sequential(nn.Linear(512, W), nn.SiLU(), nn.Linear(W, W))
         self.label = nn.Embedding(classes + 1, W)  # DIFFERS: deviation 1; RAE's 0.02 is not heard for 500 steps
         self.base_in, self.head_in = nn.Linear(token_dim, W), nn.Linear(token_dim, V)
@@ -134,17 +135,17 @@ class DiTDH(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
         waves = 2 * math.pi * t[:, None].float() * self.frequencies                        # (B, 256)
-        time = self.time(torch.cat([waves.cos(), waves.sin()], dim=1))                     # (B, W)
+        moment = self.time(torch.cat([waves.cos(), waves.sin()], dim=1))                   # (B, W)
         # SiLU here and once more in each block, as in RAE's code
-        condition = F.silu(time + self.label(labels))[:, None]                             # (B, 1, W)
+        condition = F.silu(moment + self.label(labels))[:, None]                           # (B, 1, W)
         s = self.base_in(x) + self.positions                                               # (B, N, W)
         for block in self.base:
             s = block(s, condition, self.base_angles)
-        condition = self.base_to_head(F.silu(time[:, None] + s))                           # (B, N, V): a token's own
-        y = self.head_in(x).float()                                                        # (B, N, V): x once more
+        own = self.base_to_head(F.silu(moment[:, None] + s))                               # (B, N, V): each token's
+        y = self.head_in(x).float()                                # (B, N, V): x once more, fp32 under autocast as s is
         for block in self.head:
-            y = block(y, condition, self.head_angles)
-        shift, scale = self.modulation_out(F.silu(condition)).chunk(2, dim=-1)
+            y = block(y, own, self.head_angles)
+        shift, scale = self.modulation_out(F.silu(own)).chunk(2, dim=-1)
         return self.out(self.norm_out(y) * (1 + scale) + shift)                            # (B, N, C)
 
 
@@ -153,7 +154,7 @@ class DiTDH(nn.Module):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def time_shift(numbers: int) -> float:
+def shift_for(numbers: int) -> float:
     """RAE's: the more numbers a sample has (tokens x channels), the more noise it takes to hide it. Never below 1."""
     return max(1.0, math.sqrt(numbers / 4096))
 
@@ -230,7 +231,7 @@ class Space(nn.Module):
         latents = model.vae.encode(images)                                                 # (B, 16, R/8, R/8)
         return model.encoder(latents)[1] if self.kind == "tokens" else F.pixel_unshuffle(latents, 2).flatten(2).mT
 
-    def measure(self, tokens: Tensor) -> None:
+    def fit(self, tokens: Tensor) -> None:
         """Fits mean and variance to tokens [M,N,C]."""
         parts = tokens.split(1000)  # fp16, on the CPU
         self.mean.copy_(sum(part.float().sum(dim=0) for part in parts) / len(tokens))
@@ -255,7 +256,8 @@ def read_pictures(space: Space | None, pictures, tokenizer: Tokenizer, count: in
     images, tokens, labels = [], [], []
     if is_main():
         print(f"reading {min(count, len(pictures)):,} {what}")
-    for batch in tqdm(evaluation_loader(pictures, tokenizer, 64, count), desc=what, leave=False, disable=None):
+    for batch in tqdm(evaluation_loader(pictures, tokenizer, 64, count), desc=what, leave=False,
+                      disable=None if is_main() else True):
         images.append(to_bytes(batch["image"]))
         if space is not None:
             tokens.append(space.read(batch["image"].to(space.mean.device)).half().cpu())
@@ -359,7 +361,7 @@ def draw_samples(network: DiTDH, space: Space, labels: Tensor, args: argparse.Na
 
 
 def wanted_labels(count: int, classes: int, seed: int) -> Tensor:
-    """All classes equally often, in a mixed order; K, no class, where there are none."""
+    """All classes as equally often as `count` allows, in a mixed order; K, no class, where there are none."""
     order = torch.randperm(classes, generator=torch.Generator().manual_seed(seed)) if classes else torch.zeros(1).long()
     return order.repeat(math.ceil(count / len(order)))[:count]
 
@@ -459,7 +461,8 @@ def check_bad(bad: dict, classes: int, space: Space) -> None:
     fits = (bad["shape"]["token_dim"], bad["shape"]["side"], bad["shape"]["classes"]) == (
         space.mean.shape[1], space.side, classes)
     if not fits or not torch.allclose(bad["space"]["mean"], space.mean.cpu(), rtol=1e-3, atol=1e-3):
-        raise UserError("--bad is a generator of other tokens; give one that was trained on the same run and --space")
+        raise UserError("--bad is a generator of other tokens; give one that was trained on the same run, --data, "
+                        "--space and --pool")
 
 
 @dataclass
@@ -490,6 +493,8 @@ def find_resumed(checkpoint: Path, args: argparse.Namespace) -> dict | None:
             print(f"there is no {checkpoint} yet: it starts from step 0")
         return None
     state = load_generator(checkpoint)[0]
+    if args.bad and Path(args.bad).resolve() == checkpoint.resolve():
+        raise UserError(f"--bad {args.bad} is the generator itself: give a worse one's file, under another name")
     changed = [f"--{key.replace('_', '-')} {getattr(args, key)} (was {was})" for key, was in state["settings"].items()
                if getattr(args, key) != was]
     if changed:
@@ -523,7 +528,7 @@ def open_setup(args: argparse.Namespace) -> Setup:
                         "take --size S")
     real = read_pictures(space, data.train, tokenizer, min(len(data.train), args.pool), "training pictures")
     real["labels"] = torch.where(real["labels"] < 0, K, real["labels"])
-    space.measure(real["tokens"])  # DIFFERS: RAE's statistics are over all training pictures
+    space.fit(real["tokens"])  # DIFFERS: RAE's statistics are over all training pictures
     if resumed:
         mean = resumed["space"]["mean"]
         if mean.shape != space.mean.shape or not torch.allclose(space.mean.cpu(), mean, rtol=1e-2, atol=1e-2):
@@ -554,6 +559,31 @@ def training_batches(args: argparse.Namespace, setup: Setup, start: int):
             yield setup.real["tokens"][chosen].float().to(setup.place.device), setup.real["labels"][chosen]
 
 
+def tell(row: dict, log: Path, steps: int) -> None:
+    """A line to the log file and one to the screen."""
+    with open(log, "a") as file:
+        print(json.dumps(row), file=file)
+    values = "  ".join(f"{name} {value:.4g}" for name, value in row.items() if name != "step")
+    tqdm.write(f"step {row['step']:6d} of {steps}  {values}")
+
+
+def save_curve(log: Path, path: Path) -> None:
+    """Loss and class accuracy over the steps."""
+    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    figure = Figure(figsize=(7, 2.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    losses = [row for row in rows if "loss" in row]
+    left.plot([row["step"] for row in losses], [row["loss"] for row in losses], "o-" if len(losses) < 10 else "-")
+    left.set_title("velocity loss (2 at the start)")
+    judged_rows = [row for row in rows if "class_accuracy" in row]
+    right.plot([row["step"] for row in judged_rows], [row["class_accuracy"] for row in judged_rows], "o-")
+    right.set_title("class accuracy of 128 samples")
+    right.set_ylim(0, 1)
+    for axis in (left, right):
+        axis.set_xlabel("step")
+    write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=110, format="png"))
+
+
 def train_generator(args: argparse.Namespace, setup: Setup, bad: DiTDH | None,
                     stop: threading.Event) -> DiTDH | None:
     """Flow matching to the last step; returns the averaged network, or None where it was stopped before."""
@@ -580,7 +610,8 @@ def train_generator(args: argparse.Namespace, setup: Setup, bad: DiTDH | None,
         keep_log_until(log, start)
         print(f"{args.data}: {len(setup.real['tokens']):,} token maps of {N} x {C}, {K} classes; "
               f"{sum(p.numel() for p in network.parameters()) / 1e6:.1f} M parameters; time shift "
-              f"{args.shift:.2f}; the loss starts at 2.0; {args.steps - start:,} steps of "
+              f"{args.shift:.2f}; {'the loss starts at 2.0' if start == 0 else f'from step {start:,}'}; "
+              f"{args.steps - start:,} steps of "
               f"{args.batch_size} on {world} x {device} in {setup.place.dtype}")
     progress = tqdm(total=args.steps, initial=start, desc="generate", disable=None if main else True, mininterval=1)
     clock, logged, losses = time.time(), start, []
@@ -682,7 +713,7 @@ def generate(args: argparse.Namespace) -> None:
     bad_state, bad = load_generator(Path(args.bad)) if args.bad else (None, None)
     inception = Inception(args.inception) if args.inception else None
     setup = open_setup(args)
-    args.shift = SIZES[args.size]["shift"] or time_shift(setup.space.mean.numel())
+    args.shift = SIZES[args.size]["shift"] or shift_for(setup.space.mean.numel())
     if inception is not None:
         inception.to(setup.place.device)
     if bad is not None:
@@ -698,34 +729,10 @@ def generate(args: argparse.Namespace) -> None:
     if setup.place.device.type == "cuda":
         result["peak_memory_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
     result |= {"n_samples": args.n_samples, "seconds": round(time.time() - began, 1), "guidance": args.guidance,
+               "bad": args.bad,
                "points": args.points, "shift": args.shift, **{key: getattr(args, key) for key in KEPT}}
     print_table(f"{args.ckpt}, {args.space}", result)
     save_json(result, setup.out / f"generate{setup.tag}.json")
-
-
-def tell(row: dict, log: Path, steps: int) -> None:
-    """A line to the log file and one to the screen."""
-    with open(log, "a") as file:
-        print(json.dumps(row), file=file)
-    values = "  ".join(f"{name} {value:.4g}" for name, value in row.items() if name != "step")
-    tqdm.write(f"step {row['step']:6d} of {steps}  {values}")
-
-
-def save_curve(log: Path, path: Path) -> None:
-    """Loss and class accuracy over the steps."""
-    rows = [json.loads(line) for line in log.read_text().splitlines()]
-    figure = Figure(figsize=(7, 2.6), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    losses = [row for row in rows if "loss" in row]
-    left.plot([row["step"] for row in losses], [row["loss"] for row in losses], "o-" if len(losses) < 10 else "-")
-    left.set_title("velocity loss (2 at the start)")
-    judged_rows = [row for row in rows if "class_accuracy" in row]
-    right.plot([row["step"] for row in judged_rows], [row["class_accuracy"] for row in judged_rows], "o-")
-    right.set_title("class accuracy of 128 samples")
-    right.set_ylim(0, 1)
-    for axis in (left, right):
-        axis.set_xlabel("step")
-    write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=110, format="png"))
 
 
 def main() -> None:
@@ -749,9 +756,10 @@ def main() -> None:
                         help="train on all pictures instead, encoding every batch anew")
     parser.add_argument("--n-samples", type=int, default=512, help="pictures to draw and to measure at the end")
     parser.add_argument("--guidance", type=float, help="weight of guidance: 1 is none, more keeps closer to the "
-                                                       "class (default: 3 with classes, 1.42 with --bad)")
-    parser.add_argument("--bad", metavar="FILE", help="generator.pt of a worse run, for AutoGuidance; without it the "
-                                                      "worse answer is the one without class")
+                                                       "class (default: 3 with classes, 1 without, 1.42 with --bad)")
+    parser.add_argument("--bad", metavar="FILE",
+                        help="the generator.pt, renamed, of a worse generator of the same tokens, for AutoGuidance; "
+                             "without it the worse answer is the one without class")
     parser.add_argument("--points", type=int, default=50, help="points in time, one more than Euler steps")
     parser.add_argument("--inception", metavar="FILE", help="FID's Inception weights: measure in their features")
     parser.add_argument("--seed", type=int, default=0, help="fixes weights, order and noise")

@@ -581,6 +581,19 @@ def test_held_out_pictures_stay_held_out(tmp_path):
     (tmp_path / "a" / "0" / "new.png").unlink()
     (tmp_path / "a").rename(tmp_path / "b")
     assert held_out(tmp_path / "b") == before
+    parts = []
+    for cache in ("a/deep/cache", "another"):  # from the hub, wherever its cache lies
+        rows = datasets.Dataset.from_dict({"image": [{"bytes": b"", "path": str(tmp_path / cache / f"{i}.png")}
+                                                     for i in range(60)]})
+        parts.append({Path(row["image"]["path"]).name for row in data.hold_out(rows, "image", "owner/name")[1]})
+    assert parts[0] == parts[1] and len(parts[0]) == 6
+
+
+def test_an_empty_part_is_named(monkeypatch):
+    rows = datasets.Dataset.from_dict({"image": [Image.new("RGB", (32, 32))] * 3, "text": ["a thing"] * 3})
+    monkeypatch.setattr(data, "load_source", lambda *_: datasets.DatasetDict(train=rows, test=rows.select([])))
+    with pytest.raises(data.UserError, match="none of its test pictures"):
+        data.open_data("owner/name", 32)
 
 
 def test_check_reports_a_folder(tmp_path):
@@ -931,6 +944,7 @@ def test_a_rate_that_is_given_overrules_a_presets_rule():
 @pytest.mark.parametrize("error, says", [
     (ValueError("two\nlines"), "two\nlines"), (ValueError(), "ValueError"), (KeyboardInterrupt(), "interrupted"),
     (torch.OutOfMemoryError("CUDA out of memory"), "--accumulate"),
+    (RuntimeError("[enforce fail] . DefaultCPUAllocator: can't allocate memory: you tried"), "--accumulate"),
     (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), "lower --workers")])
 def test_errors_have_words_and_a_status(error, says):
     with pytest.raises(SystemExit) as stop, data.plain_errors():
@@ -1476,9 +1490,9 @@ def test_rotary_positions_depend_on_distance_alone():
 
 def test_time_is_shifted_towards_noise():
     t = torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0])
-    assert generate.shift_time(t, generate.time_shift(256 * 768)).tolist() == pytest.approx(
+    assert generate.shift_time(t, generate.shift_for(256 * 768)).tolist() == pytest.approx(
         [0, 0.698, 0.874, 0.954, 1], abs=1e-3)
-    assert torch.equal(generate.shift_time(t, generate.time_shift(16 * 192)), t)  # small ones not the other way
+    assert torch.equal(generate.shift_time(t, generate.shift_for(16 * 192)), t)  # small ones not the other way
 
 
 def test_sampler_follows_a_known_field():
@@ -1589,6 +1603,8 @@ def test_generator_from_training_to_samples(tmp_path, monkeypatch, capsys):
     assert "other tokens" in complaint(monkeypatch, generate, *flags, "--resume", "--guidance", 2,
                                        "--bad", tmp_path / "run" / "generator_latents.pt")
     assert "does nothing" in complaint(monkeypatch, generate, *flags, "--resume", "--bad", "x.pt", "--guidance", 1)
+    itself = tmp_path / "run" / "generator.pt"
+    assert "the generator itself" in complaint(monkeypatch, generate, *flags, "--resume", "--bad", itself)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1734,7 +1750,7 @@ def test_padding_on_either_side_changes_nothing():
     model, tokens, rows = small_answerer(), torch.randn(2, 4, 12), [[1, 2, 3, 4, 5], [6, 7]]
     alone = model.language(*model.embed(tokens[1:], torch.tensor([rows[1]])))               # (1, 1+4+2, V)
     for left in (False, True):
-        logits = model.language(*model.embed(tokens, eval_vlm.pack(rows), align=left))
+        logits = model.language(*model.embed(tokens, eval_vlm.pack(rows), pad_first=left))
         assert torch.isfinite(logits).all()
         text = logits[1, -2:] if left else logits[1, 5:7]
         assert torch.allclose(text, alone[0, 5:], atol=1e-5)
@@ -1824,8 +1840,9 @@ def test_questions_from_training_to_chat(tmp_path, monkeypatch, capsys):
     Image.new("RGB", (50, 40), "red").save(tmp_path / "a.png")
     go("--chat", tmp_path / "a.png", "What color is the circle?")
     assert "cannot be read as a picture" in complaint(monkeypatch, eval_vlm, *flags, "--chat", HERE / "train.py", "Is?")
-    (tmp_path / "run" / "vlm.pt").unlink()
-    assert "train one with" in complaint(monkeypatch, eval_vlm, *flags, "--chat", tmp_path / "a.png", "Is?")
+    (tmp_path / "run" / "vlm_latents.pt").unlink()
+    assert "--space latents" in complaint(monkeypatch, eval_vlm, *flags, "--space", "latents",
+                                          "--chat", tmp_path / "a.png", "Is?").partition("train one with")[2]
     assert "--images" in complaint(monkeypatch, eval_vlm, *flags, "--pope", "x.json")
 
     # files in the layouts of POPE, SEED-Bench and LLaVA
@@ -1841,6 +1858,15 @@ def test_questions_from_training_to_chat(tmp_path, monkeypatch, capsys):
     talks.write_text(json.dumps([{"id": "1", "image": "a.png", "conversations": [
         {"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A red thing."},
         {"from": "human", "value": "Sure?"}, {"from": "gpt", "value": "Yes."}]}, {"id": "2", "conversations": []}]))
+    one, none = tmp_path / "one_popular.json", tmp_path / "no_popular.json"
+    one.write_text(pope.read_text().splitlines()[0])
+    none.write_text("")
+    assert [q.answer for _, q in eval_vlm.read_pope(one, tmp_path)] == ["yes"]
+    with pytest.raises(train.UserError, match="no question"):
+        eval_vlm.read_pope(none, tmp_path)
+    none.write_text(json.dumps({"questions": [{"data_type": "video"}]}))
+    with pytest.raises(train.UserError, match="no question about a single picture"):
+        eval_vlm.read_seed_bench(none, tmp_path)
     assert eval_vlm.read_conversations(talks, tmp_path) == [(tmp_path / "a.png", "What is it?", "A red thing."),
                                                             (tmp_path / "a.png", "Sure?", "Yes.")]
     go("--pope", pope, "--seed-bench", seed, "--align", talks, "--instruct", talks, "--images", tmp_path)
