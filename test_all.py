@@ -1171,7 +1171,7 @@ def test_a_few_broken_pictures_are_named_and_many_are_an_error(tmp_path, monkeyp
     assert "more than 1 %" in complaint(monkeypatch, train, *run, "--data", tmp_path / "few", "--out", tmp_path / "no")
 
 
-KILLS = 3  # each costs a start of the program
+KILLS = 2  # each costs a start of the program
 
 
 def test_killed_at_any_moment_it_goes_on_bitwise(tmp_path):
@@ -1967,8 +1967,9 @@ def test_encoder_is_open_clips(name, tmp_path):
     theirs.load_state_dict(load_file(tmp_path / "encoder.safetensors"))
     for a, b in zip(ours(latents), theirs(latents)):
         assert_same(a, b, 1e-4)
-    bare = {k: v for k, v in load_file(tmp_path / "encoder.safetensors").items()}
-    torch.save(bare, tmp_path / "bare.bin")
+    if name == "large-patch2-32":  # the rest does not depend on the size
+        return
+    torch.save(load_file(tmp_path / "encoder.safetensors"), tmp_path / "bare.bin")
     assert all(torch.equal(a, b) for a, b in zip(encoder.load_encoder(tmp_path / "bare.bin")(latents), ours(latents)))
 
 
