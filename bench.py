@@ -79,7 +79,7 @@ def made_up_model(c: Config, vae_kind: dict) -> OpenVision3:
 def parts_of(model: OpenVision3, images: Tensor, ids: Tensor, latents: Tensor, tokens: Tensor) -> dict:
     """{part: (module, forward passes that it costs per picture, its forward pass)}. A trained part costs three: its
     gradients' products with weights and with inputs are as many as its own; a frozen one that gradients pass through
-    two (for LPIPS both pictures count, which autograd treats as one batch), the VAE's encoder one."""
+    two (in LPIPS for one of the two pictures), the VAE's encoder one."""
     c, vae, perceptual, every_nth = (model.config, model.vae, model.perceptual,
                                      slice(None, None, model.config.pixel_every))
     parts = {"VAE encode": (vae.encoder, 1, lambda: vae.encode(images)),
@@ -89,7 +89,7 @@ def parts_of(model: OpenVision3, images: Tensor, ids: Tensor, latents: Tensor, t
              "captions": (model.caption_decoder, 3, lambda: model.caption_decoder(tokens, ids[:, :-1])),
              "text": (model.text_encoder, 3, lambda: model.text_encoder(ids))}
     if perceptual is not None:
-        parts["LPIPS"] = (perceptual, 2 / c.pixel_every, lambda: perceptual(images[every_nth], images[every_nth]))
+        parts["LPIPS"] = (perceptual, 1.5 / c.pixel_every, lambda: perceptual(images[every_nth], images[every_nth]))
     return parts
 
 

@@ -24,6 +24,7 @@ import hashlib
 import math
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -134,16 +135,18 @@ class PerceptualDistance(nn.Module):
         self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450]).view(1, 3, 1, 1), persistent=False)
         self.requires_grad_(False).eval()
 
+    def directions(self, picture: Tensor) -> Iterator[Tensor]:
+        """Five maps of the network's features, each place's scaled to length 1: [B,C,H',W']."""
+        h = (picture.float() - self.shift) / self.scale                               # (B, 3, H, W)
+        for start, end in zip((0, *self.CUTS), self.CUTS):
+            h = self.features[start:end](h)                                           # (B, C, H', W')
+            yield h / (h.square().sum(1, keepdim=True).clamp(min=1e-20).sqrt() + 1e-10)
+
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """x, y [B,3,H,W] in [-1,1] -> [B], 0 for equal pictures. H and W at least 16."""
-        B = len(x)
-        h = (torch.cat([x, y]).float() - self.shift) / self.scale                 # (2B, 3, H, W)
-        distance = torch.zeros(B, device=h.device)
-        for start, end, lin in zip((0, *self.CUTS), self.CUTS, self.lin):
-            h = self.features[start:end](h)                                       # (2B, C, H', W')
-            unit = h / (h.square().sum(1, keepdim=True).clamp(min=1e-20).sqrt() + 1e-10)  # one direction per place
-            difference = (unit[:B] - unit[B:]).square()                           # (B, C, H', W')
-            distance = distance + (difference * lin).sum(1).mean((1, 2))          # (B,)
+        distance = torch.zeros(len(x), device=x.device)
+        for lin, of_x, of_y in zip(self.lin, self.directions(x), self.directions(y)):  # apart: y needs no gradient
+            distance = distance + ((of_x - of_y).square() * lin).sum(1).mean((1, 2))   # (B,)
         return distance
 
 

@@ -117,6 +117,16 @@ def test_vae_convention_and_round_trip():
         codec.encode(torch.zeros(1, 3, 60, 64))
 
 
+def test_upsampling_is_doubling_and_a_convolution():
+    up = vae.Upsample(6).double()
+    x = torch.randn(2, 6, 3, 5, dtype=torch.float64, requires_grad=True)
+    plain = up.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
+    torch.testing.assert_close(up(x), plain)
+    seen = torch.randn_like(plain)
+    for ours, true in zip(*(torch.autograd.grad((y * seen).sum(), [x, *up.parameters()]) for y in (up(x), plain))):
+        torch.testing.assert_close(ours, true)
+
+
 def test_vae_attention_against_a_loop():
     block = vae.AttnBlock(32)
     x = torch.randn(2, 32, 3, 5)

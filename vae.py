@@ -107,12 +107,17 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
+    """conv(each pixel doubled in height and width) as one transposed convolution. The nine weights around a pixel of
+    the doubled map meet only four different pixels of x; added beforehand, they cost four products in place of nine."""
+
     def __init__(self, channels: int):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        kernel = self.conv.weight.transpose(0, 1).flip(2, 3).contiguous(memory_format=torch.channels_last)
+        kernel = F.avg_pool2d(kernel, 2, stride=1, padding=1, divisor_override=1)      # (C, C, 4, 4), sums of 2x2
+        return F.conv_transpose2d(x, kernel, self.conv.bias, stride=2, padding=1)      # (B, C, 2*H, 2*W)
 
 
 def middle(channels: int) -> nn.Module:
