@@ -118,7 +118,7 @@ def plain_errors():
         for worker in multiprocessing.active_children():
             worker.kill()  # they do not listen to SIGTERM, see outlive_sigterm
     if problem:
-        raise SystemExit(f"error: {problem}")
+        raise SystemExit("error: " + re.sub(r"\s*\n\s*", " ", problem))
 
 
 def write_atomically(path: Path, write) -> None:
@@ -732,6 +732,8 @@ def open_data(name: str, resolution: int, config: str | None = None, split: str 
               streaming: bool = False, look: int = 1000) -> Data:
     """Opens a data set by name (`shapes`, a folder or file, a hub id), both splits; of each, the first `look` pictures
     are tried. Errors are UserErrors of one sentence."""
+    if not 0 < crop <= 1:
+        raise UserError(f"--crop {crop} must be above 0 and at most 1: it is a share of the area")
     stream, held_out = None, set()
     if name == "shapes":
         useless = dict(streaming=streaming, flip=flip, config=config, split=split, image_col=image_col,
@@ -1085,8 +1087,6 @@ def main() -> None:
     args = parser.parse_args()
     with plain_errors():
         at_least(args, resolution=1, context_length=4)
-        if not 0 < args.crop <= 1:
-            raise UserError(f"--crop {args.crop} must be above 0 and at most 1: it is a share of the area")
         show(args)
 
 

@@ -749,17 +749,23 @@ class Lessons:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def make_model(lm: str | None, texts: list[str], N: int, C: int, seed: int) -> VisionLanguageModel:
-    """The language model asked for, and a projector of random weights. `texts`: all that a model from scratch must be
-    able to spell, and to read at once."""
+def put_together(lm: str | None, N: int, C: int, words: Words | None, length: int | None) -> VisionLanguageModel:
+    """A projector of random weights, and the language model asked for: one from the hub, which brings its own words,
+    or one of random weights that spells with `words` and reads `length` of them at once."""
+    if lm:
+        language = HuggingFaceLM(lm)
+        return VisionLanguageModel(language, language, C)
+    return VisionLanguageModel(LanguageModel(words.tokenizer.vocab_size, length, *SMALL), words, C, math.isqrt(N))
+
+
+def new_answerer(lm: str | None, texts: list[str], N: int, C: int, seed: int) -> VisionLanguageModel:
+    """`texts`: all that a language model from scratch must be able to spell, and to read at once."""
     torch.manual_seed(seed)
     if lm:
-        language = words = HuggingFaceLM(lm)
-        return VisionLanguageModel(language, words, C)
+        return put_together(lm, N, C, None, None)
     words = Words(Tokenizer.train(texts, 4096, vocab_size=1024))
     longest = min(2 * LONGEST, max(len(words.encode(text)) for text in texts))  # a question and its answer
-    language = LanguageModel(words.tokenizer.vocab_size, 1 + N + 2 * longest, *SMALL)
-    return VisionLanguageModel(language, words, C, math.isqrt(N))
+    return put_together(None, N, C, words, 1 + N + 2 * longest)
 
 
 def load_answerer(path: Path, encoder: str, command: str) -> tuple[VisionLanguageModel, dict]:
@@ -767,13 +773,8 @@ def load_answerer(path: Path, encoder: str, command: str) -> tuple[VisionLanguag
     `command`: what would make it."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        lm, (N, C) = state["lm"], state["space"]["mean"].shape
-        if lm:
-            language = words = HuggingFaceLM(lm)
-        else:
-            words = Words(Tokenizer.from_state(state["tokenizer"], 4096))
-            language = LanguageModel(words.tokenizer.vocab_size, state["length"], *SMALL)
-        model = VisionLanguageModel(language, words, C, 0 if lm else math.isqrt(N))
+        words = None if state["lm"] else Words(Tokenizer.from_state(state["tokenizer"], 4096))
+        model = put_together(state["lm"], *state["space"]["mean"].shape, words, state.get("length"))
         model.load_state_dict(state["model"])
     except UserError:
         raise
@@ -843,7 +844,7 @@ def run(args: argparse.Namespace) -> None:
     texts += [f"{question_prompt(q.text)} {word}" for q in examples for word in (q.answer, *q.options)]
     texts += [f"{question_prompt(q.text)} {word}" for _, q in pope + seed_bench for word in q.options]
     N, C = space.mean.shape
-    answerer = make_model(args.lm, texts, N, C, args.seed).to(device)
+    answerer = new_answerer(args.lm, texts, N, C, args.seed).to(device)
     lessons = Lessons(answerer, album, census, known["captions"], align, instruct, args.batch_size)
     if not (align or lessons.captioned):
         raise UserError("the alignment step needs captions, and this data set has none; bring some with --align")

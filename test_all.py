@@ -8,6 +8,7 @@ Run:    python -m pytest -q test_all.py
 """
 import argparse
 import ast
+import atexit
 import hashlib
 import http.server
 import importlib
@@ -19,18 +20,25 @@ import math
 import os
 import random
 import re
+import runpy
 import shutil
 import signal
 import statistics
 import subprocess
 import sys
 import tarfile
+import tempfile
 import threading
 import time
 import tokenize
 from collections import Counter
 from functools import partial
 from pathlib import Path
+
+# What must be equal to the bit is so on a CPU. Libraries read both when they are imported, programs started here too
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp()
+atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
 
 import datasets
 import numpy as np
@@ -59,6 +67,11 @@ OFFICIAL_NAMES = {
         "ln_1.weight", "ln_1.bias", "ln_2.weight", "ln_2.bias", "attn.in_proj_weight", "attn.in_proj_bias",
         "attn.out_proj.weight", "attn.out_proj.bias", "mlp.c_fc.weight", "mlp.c_fc.bias", "mlp.c_proj.weight",
         "mlp.c_proj.bias")}
+
+
+@pytest.fixture(autouse=True)
+def same_numbers_in_any_order() -> None:
+    torch.manual_seed(0)
 
 
 def shapes(count: int, resolution: int = 64, split: str = "test") -> torch.Tensor:
@@ -141,7 +154,6 @@ def test_vae_attention_against_a_loop():
 
 
 def test_unit_latents_change_the_code_and_not_the_picture():
-    torch.manual_seed(0)
     rough, x = vae.AutoencoderKL(**vae.TINY), shapes(8)
     vae.start_as_linear_codec(rough)
     even = vae.unit_latents(rough, x)
@@ -154,6 +166,17 @@ def test_unit_latents_change_the_code_and_not_the_picture():
             atol=1e-4, rtol=1e-3)
 
 
+def test_muon_turns_an_update_orthogonal():
+    for out, inside in ((8, 20), (20, 8)):
+        weight = torch.nn.Parameter(torch.zeros(out, inside))
+        weight.grad = torch.randn(out, inside) * torch.logspace(0, -1, inside)
+        before = torch.linalg.svdvals(weight.grad)
+        vae.Muon([weight], lr=1.0).step()
+        after = torch.linalg.svdvals(weight.detach()) / (0.2 * 20**0.5)
+        assert before.max() > 3 * before.min() and 0.6 < after.min() < after.max() < 1.3
+        assert (weight * weight.grad).sum() < 0  # downhill
+
+
 def test_vae_files(tmp_path):
     assert vae.TINY_PATH.stat().st_size <= 4e6
     codec = vae.load_vae("tiny")
@@ -161,25 +184,14 @@ def test_vae_files(tmp_path):
     vae.save_vae(codec, tmp_path / "a.safetensors")
     again = vae.load_vae(tmp_path / "a.safetensors")
     assert all(torch.equal(a, b) for a, b in zip(codec.state_dict().values(), again.state_dict().values()))
-    tensors = load_file(tmp_path / "a.safetensors")
-    for change, name in ((lambda t: t.pop("decoder.conv_in.bias"), "decoder.conv_in.bias"),
-                         (lambda t: t.update(extra=torch.zeros(1)), "extra"),
-                         (lambda t: t.update({"encoder.conv_in.bias": torch.zeros(3)}), "encoder.conv_in.bias")):
-        changed = dict(tensors)
-        change(changed)
-        save_file(changed, tmp_path / "b.safetensors", metadata={"config": json.dumps(codec.config)})
-        with pytest.raises(ValueError, match=name):
-            vae.load_vae(tmp_path / "b.safetensors")
-    (tmp_path / "c.safetensors").write_bytes(b"not a file of tensors")
-    with pytest.raises(ValueError, match="c.safetensors"):
-        vae.load_vae(tmp_path / "c.safetensors")
     with pytest.raises(FileNotFoundError, match="nowhere"):
         vae.load_vae("nowhere")
 
 
-def test_vae_trains(tmp_path):
-    done = command("vae.py", "--data", "procedural", "--steps", 2, "--batch-size", 2, "--workers", 0, "--out", tmp_path)
-    assert done.returncode == 0, done.stderr
+def test_vae_trains(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["vae.py", "--data", "procedural", "--steps", "2", "--batch-size", "2",
+                                      "--workers", "0", "--out", str(tmp_path)])
+    vae.main()
     assert vae.load_vae(tmp_path / "vae.safetensors").config["ch"] == vae.TINY["ch"]
     a, b = vae.Procedural(64, 10)[3], vae.Procedural(64, 10)[3]
     assert torch.equal(a, b) and a.shape == (3, 64, 64)
@@ -201,7 +213,6 @@ def test_base_encoder_is_the_released_one():
 
 @pytest.mark.parametrize("gelu", ["none", "tanh"])
 def test_block_against_pytorch(gelu):
-    torch.manual_seed(0)
     block = encoder.Block(128, 2, gelu)
     for p in block.parameters():
         torch.nn.init.normal_(p, std=0.1)
@@ -235,7 +246,6 @@ def stirred(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def test_image_encoder_outputs():
-    torch.manual_seed(0)
     model = encoder.ImageEncoder(8, width=64, depth=2, heads=1, embed_dim=32)
     latents = torch.randn(3, 16, 8, 8)
     patches = model.conv1(latents).flatten(2).transpose(1, 2)
@@ -247,6 +257,7 @@ def test_image_encoder_outputs():
         pooled, F.layer_norm(tokens.mean(1), (64,), model.ln_post.weight, model.ln_post.bias, 1e-6) @ model.proj)
     assert torch.equal(model.positional_embedding[0], torch.zeros(64))
     assert model(torch.randn(1, 16, 4, 12))[1].shape == (1, 12, 64)  # another size, not square
+    assert torch.equal(model.positions(2, 6)[1:], encoder.sincos_positions(2, 6, 64))
     swapped = latents.clone()
     swapped[:, :, :2, :2], swapped[:, :, 2:4, 2:4] = latents[:, :, 2:4, 2:4], latents[:, :, :2, :2]
     assert not torch.allclose(model(swapped)[0], pooled, atol=1e-5)  # positions matter
@@ -255,12 +266,17 @@ def test_image_encoder_outputs():
 
 
 def test_text_encoder_reads_its_last_position_and_sees_all():
-    torch.manual_seed(0)
     model = encoder.TextEncoder(50, 9, 64, 2, 1, 32)
     ids = torch.randint(50, (2, 9))
-    changed = ids.clone()
-    changed[:, 0] = (ids[:, 0] + 1) % 50
-    assert model(ids).shape == (2, 32) and not torch.allclose(model(ids), model(changed))
+    other = ids.clone()
+    other[:, -1] = (ids[:, -1] + 1) % 50
+    seen = []  # after the first block, then at the end, for each of the two texts
+    for part in (model.transformer.resblocks[0], model.transformer):
+        part.register_forward_hook(lambda *call: seen.append(call[-1]))
+    read, changed = model(ids), model(other)
+    assert read.shape == (2, 32) and not torch.allclose(read, changed)
+    assert not torch.allclose(seen[0][:, 0], seen[2][:, 0])  # the first position sees the last
+    torch.testing.assert_close(read, model.head(model.ln_final(seen[1][:, -1])))
     with pytest.raises(ValueError, match="at most 9"):
         model(torch.zeros(1, 10, dtype=torch.long))
 
@@ -275,12 +291,6 @@ def test_encoder_files(tmp_path):
     for source in (tmp_path, tmp_path / "encoder.safetensors", tmp_path / "open_clip_pytorch_model.bin"):
         again = encoder.load_encoder(source)
         assert all(torch.equal(a, b) for a, b in zip(model(latents), again(latents)))
-    save_file({k: v for k, v in tensors.items() if "ln_2.bias" not in k}, tmp_path / "less.safetensors")
-    with pytest.raises(ValueError, match="ln_2.bias"):
-        encoder.load_encoder(tmp_path / "less.safetensors")
-    (tmp_path / "text.bin").write_text("no weights")
-    with pytest.raises(ValueError, match="text.bin"):
-        encoder.load_encoder(tmp_path / "text.bin")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -315,7 +325,6 @@ def test_the_sum_through_the_blocks_stays_in_fp32():
 
 
 def test_noise_has_one_strength_per_image(monkeypatch):
-    torch.manual_seed(0)
     decoder, seen = decoders.LatentDecoder(64, 16, 64, 1, 1), []
     monkeypatch.setattr(decoder, "trunk", lambda x: seen.append(x) or torch.zeros(len(x), 64, 64))
     tokens = torch.randn(1000, 64, 64)
@@ -331,7 +340,6 @@ def test_noise_has_one_strength_per_image(monkeypatch):
 
 
 def test_captions_are_causal():
-    torch.manual_seed(0)
     decoder = decoders.CaptionDecoder(40, 10, 64, 64, 2, 1)
     tokens, ids = torch.randn(2, 5, 64), torch.randint(40, (2, 8))
     logits = decoder(tokens, ids)
@@ -347,13 +355,11 @@ def test_captions_are_causal():
 
 
 def test_generate_is_greedy_and_stops():
-    torch.manual_seed(0)
     decoder = decoders.CaptionDecoder(12, 10, 64, 64, 1, 1)
     torch.nn.init.normal_(decoder.head.weight)
-    ids = decoder.generate(torch.randn(6, 4, 64), bos=0, eos=1, max_length=9)
-    torch.manual_seed(0)
-    tokens = torch.randn(6, 4, 64)
+    tokens = torch.randn(20, 4, 64)
     ids = decoder.generate(tokens, bos=0, eos=1, max_length=9)
+    assert (ids[:, 1:-1] == 1).any()  # one ends early
     for row, image in zip(ids, tokens):
         text = [0]
         while len(text) < ids.shape[1]:
@@ -367,7 +373,6 @@ def test_generate_is_greedy_and_stops():
 
 
 def test_contrastive_by_hand_and_at_chance():
-    torch.manual_seed(0)
     a, b = torch.randn(5, 8), torch.randn(5, 8)
     total = 0.0
     for x, y in ((a, b), (b, a)):
@@ -380,7 +385,6 @@ def test_contrastive_by_hand_and_at_chance():
 
 
 def test_caption_loss_ignores_padding():
-    torch.manual_seed(0)
     logits, targets = torch.randn(3, 4, 7), torch.tensor([[1, 2, 6, 6], [3, 6, 6, 6], [1, 2, 3, 4]])
     expected = [-math.log(torch.softmax(logits[b, t], 0)[targets[b, t]])
                 for b in range(3) for t in range(4) if targets[b, t] != 6]
@@ -392,7 +396,6 @@ def test_caption_loss_ignores_padding():
 
 
 def test_lpips_formula_and_files(tmp_path):
-    torch.manual_seed(0)
     random_net = losses.PerceptualDistance()
     assert sum(p.numel() for p in random_net.features.parameters()) == 14_714_688
     assert sum(p.numel() for p in random_net.lin) == 1472
@@ -424,7 +427,6 @@ def test_lpips_formula_and_files(tmp_path):
 
 
 def test_the_sum_and_its_weights():
-    torch.manual_seed(0)
     x, y, z, w = torch.rand(4, 3, 32, 32), torch.rand(4, 3, 32, 32), torch.randn(4, 16, 4, 4), torch.randn(4, 16, 4, 4)
     logits, ids, a, b = torch.randn(4, 5, 9), torch.randint(8, (4, 5)), torch.randn(4, 6), torch.randn(4, 6)
     perceptual = losses.PerceptualDistance()
@@ -479,8 +481,15 @@ def test_every_wording_is_true_and_complete():
             for size, color, shape in re.findall(rf"(small|medium|large) (\w+) ({'|'.join(shapes)})", text):
                 assert any((o["size"], o["color"], o["shape"]) == (size, color, shape) for o in scene["objects"])
             assert sum(word in shapes for word in re.findall(r"\w+", text)) == len(scene["objects"])
+        if len(scene["objects"]) == 1:
+            (only,) = scene["objects"]
+            for text in wordings:
+                said = text.split(" at the ")[1].split() if " at the " in text else []
+                assert said or text.endswith(" in the middle")
+                for words, axis in ((("left", "right"), "x"), (("top", "bottom"), "y")):
+                    third = words[0] if only[axis] < 1 / 3 else words[1] if only[axis] >= 2 / 3 else None
+                    assert [word for word in said if word in words] == [third] * (third is not None)
         if len(scene["objects"]) == 2:
-            a, b = (f"{o['color']} {o['shape']}" for o in scene["objects"])
             for text in wordings:
                 relation = re.search(r"(left of|right of|above|below) an? |(left|right|above|below)(?: it)?$", text)
                 if relation:  # "a is left of b", or "a with b on its left"
@@ -494,12 +503,19 @@ def test_shapes_are_the_same_for_everyone_and_splits_differ():
     a, b = (data.shapes_example("train", 7, 64) for _ in range(2))
     assert a["text"] == b["text"] and a["image"].tobytes() == b["image"].tobytes()
     assert json.loads(data.shapes_example("train", 7, 128)["scene"]) == json.loads(a["scene"])
+    assert a["text"] == "there is a large blue slash at the left"  # in every version, for ever
     scenes = {split: {data.shapes_example(split, i, 16)["scene"] for i in range(500)} for split in ("train", "test")}
     assert len(scenes["train"]) == len(scenes["test"]) == 500 and not scenes["train"] & scenes["test"]
     red = data.draw_scene({
         "objects": [dict(shape="circle", color="red", size="large", x=0.5, y=0.5, turn=0.0, side=None)],
         "background": dict(kind="plain", seed=1)}, 64)
     assert red[32, 32, 0] > 150 > 60 > red[32, 32, 1] and (red[0, 0] == red[0, 63]).all()
+    bar = data.draw_scene({
+        "objects": [dict(shape="bar", color="red", size="large", x=0.3, y=0.7, turn=0.0, side=None)],
+        "background": dict(kind="plain", seed=1)}, 64)
+    rows, columns = np.nonzero((bar != bar[0, 0]).any(-1))
+    assert abs(rows.mean() / 64 - 0.7) < 0.05 and abs(columns.mean() / 64 - 0.3) < 0.05
+    assert np.ptp(columns) > 1.5 * np.ptp(rows)  # lying, where a pillar stands
 
 
 def encoded(image: Image.Image, format: str, **options) -> dict:
@@ -530,6 +546,24 @@ def test_odd_pictures_become_rgb():
         assert data.random_crop(image, 32, random.Random(0), 0.4).size == (32, 32)
     x = torch.randint(256, (3, 5, 5)).float() / 127.5 - 1
     torch.testing.assert_close(data.to_tensor(data.to_image(x)), x)
+
+
+def test_crops_keep_their_share_and_flips_mirror(tmp_path):
+    ramp = np.zeros((60, 60, 3), np.uint8)
+    ramp[..., 0], ramp[..., 1] = np.arange(60) * 4, np.arange(60)[:, None] * 4  # a pixel's colors are its place
+    for smallest in (0.04, 0.9):
+        shares = []
+        for i in range(100):
+            crop = np.asarray(data.random_crop(Image.fromarray(ramp), 32, random.Random(i), smallest)).astype(float)
+            shares.append(np.ptp(crop[..., 0]) * np.ptp(crop[..., 1]) / 236**2)
+        assert smallest * 0.8 < min(shares) < smallest + 0.1 and max(shares) > 0.8
+    for label in ("left", "right"):
+        (tmp_path / label).mkdir()
+        for i in range(20):
+            Image.fromarray(ramp).save(tmp_path / label / f"{i}.png")
+    pictures = data.open_data(str(tmp_path), 32, crop=1.0, flip=True).train
+    turned = [bool(pictures[(epoch, 0)]["image"][0, 0].diff().sum() < 0) for epoch in range(40)]
+    assert 8 < sum(turned) < 32 and not pictures[0]["image"][0, 0].diff().sum() < 0  # never in evaluation
 
 
 @pytest.fixture(scope="module")
@@ -797,17 +831,6 @@ def test_pixels_take_the_latents_place(tmp_path, monkeypatch):
     assert torch.allclose((small @ matrix).T.cov(), torch.eye(10), atol=0.15) and matrix[25:].abs().max() < 1e-1
 
 
-def test_a_frozen_encoder_stays_as_it_is(tmp_path, monkeypatch):
-    run_train(monkeypatch, *TINY_RUN, "--w-rec", 0, "--out", tmp_path / "one")
-    run_train(monkeypatch, *TINY_RUN, "--w-und", 0, "--init", tmp_path / "one", "--freeze-encoder",
-              "--out", tmp_path / "two")
-    one, two = (train.read_checkpoint(tmp_path / name)["model"] for name in ("one", "two"))
-    assert all(torch.equal(one[name], two[name]) for name in one if name.startswith("encoder."))
-    assert not torch.equal(one["latent_decoder.to_latents.weight"], two["latent_decoder.to_latents.weight"])
-    assert "--init" in complaint(monkeypatch, train, *TINY_RUN, "--freeze-encoder", "--out", tmp_path / "three")
-    assert "nothing to learn" in complaint(monkeypatch, train, *TINY_RUN, "--w-rec", 0, "--w-und", 0)
-
-
 def test_whitened_towers_see_everything_from_the_first_step():
     model, tokenizer = small_model()
     batch = shapes_batch(256, tokenizer, 64)
@@ -835,20 +858,31 @@ def test_whitened_towers_see_everything_from_the_first_step():
     assert losses.contrastive_loss(pooled, text, scale).item() == pytest.approx(expected, abs=0.35)
 
 
+def test_rates_and_decay():
+    c = train.Config(steps=110, warmup=10, lr=2.0)
+    rates = [train.learning_rate(step, c) for step in range(110)]
+    assert rates[0] == pytest.approx(0.2) and max(rates) == rates[9] == rates[10] == 2.0
+    assert rates[60] == pytest.approx(1.0) and 0 < rates[-1] < 1e-3 and rates[10:] == sorted(rates[10:], reverse=True)
+    args = argparse.Namespace(steps=100, lr=2.0)
+    rates = [generate.learning_rate(step, args) for step in range(100)]
+    assert rates[:2] == [1.0, 2.0] and rates[50] == 2.0 and rates[75] == pytest.approx(1.1) and rates[-1] < 0.25
+    model, _ = small_model()
+    decayed, others = train.make_optimizer(model, c).param_groups
+    names = {id(p): name for name, p in model.named_parameters()}
+    assert (decayed["weight_decay"], others["weight_decay"]) == (c.weight_decay, 0)
+    assert {names[id(p)].split(".")[-1] for p in decayed["params"]} == {"weight", "in_proj_weight", "proj"}
+    for p in others["params"]:
+        assert re.search(r"bias$|embedding|ln_|log_scale", names[id(p)]), names[id(p)]
+
+
 def test_sixteen_samples_are_learned_by_heart():
     model, tokenizer = small_model(resolution=32, tau=0.0)
     batch = shapes_batch(16, tokenizer, 32)
-    steps = 330
-    config = train.Config(steps=steps, warmup=20, lr=1.5e-3, weight_decay=0.0)
-    optimizer = train.make_optimizer(model, config)
-    for step in range(steps):
-        for group in optimizer.param_groups:
-            group["lr"] = train.learning_rate(step, config)
-        terms = model(batch["image"], batch["text"])
-        optimizer.zero_grad()
-        terms["loss"].backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+    vars(model.config).update(steps=330, warmup=20, lr=1.5e-3, weight_decay=0.0)
+    optimizer = train.make_optimizer(model, model.config)
+    for step in range(model.config.steps):
+        train.take_step(model, model, optimizer, batch["image"], batch["text"], step,
+                        train.Place(0, 1, torch.device("cpu"), torch.float32))
     model.eval()
     with torch.no_grad():
         latents = model.vae.encode(batch["image"])
@@ -871,8 +905,21 @@ def run_train(monkeypatch, *argv) -> None:
     train.main()
 
 
-def test_interrupted_and_resumed_is_bitwise_the_straight_run(monkeypatch, tmp_path, capsys):
-    run_train(monkeypatch, *TINY_RUN, "--out", tmp_path / "straight")
+@pytest.fixture(scope="module")
+def tiny_run(tmp_path_factory) -> Path:
+    """The folder of a finished TINY_RUN, to look at; `copied` has one to write into."""
+    out = tmp_path_factory.mktemp("tiny") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        run_train(patch, *TINY_RUN, "--out", out)
+    return out
+
+
+@pytest.fixture
+def copied(tiny_run, tmp_path) -> Path:
+    return shutil.copytree(tiny_run, tmp_path / "run")
+
+
+def test_interrupted_and_resumed_is_bitwise_the_straight_run(tiny_run, monkeypatch, tmp_path, capsys):
     save = train.save_checkpoint
 
     def save_then_die(*what):
@@ -885,13 +932,13 @@ def test_interrupted_and_resumed_is_bitwise_the_straight_run(monkeypatch, tmp_pa
             run_train(monkeypatch, *TINY_RUN, "--out", tmp_path / "broken")
     (tmp_path / "broken" / "log.jsonl").open("a").write('{"step": 3, "loss": 0}\n')  # a line past the checkpoint
     run_train(monkeypatch, *TINY_RUN, "--out", tmp_path / "broken", "--resume")
-    a, b = (torch.load(tmp_path / name / "last.pt", weights_only=True) for name in ("straight", "broken"))
+    a, b = (torch.load(folder / "last.pt", weights_only=True) for folder in (tiny_run, tmp_path / "broken"))
     assert a["step"] == b["step"] == 4
     assert all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"])
     for k, state in a["optimizer"]["state"].items():
         assert all(torch.equal(v, b["optimizer"]["state"][k][n]) for n, v in state.items())
-    logs = [[json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
-            for name in ("straight", "broken")]
+    logs = [[json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+            for folder in (tiny_run, tmp_path / "broken")]
     assert [r["step"] for r in logs[0]] == [1, 2, 3, 4] == [r["step"] for r in logs[1]]
     assert [r["loss"] for r in logs[0]] == [r["loss"] for r in logs[1]]
     before = (tmp_path / "broken" / "log.jsonl").read_text()
@@ -909,10 +956,9 @@ def test_interrupted_and_resumed_is_bitwise_the_straight_run(monkeypatch, tmp_pa
     assert encoder.load_encoder(tmp_path / "broken")(torch.randn(1, 16, 4, 4))[1].shape == (1, 4, 192)
 
 
-def test_two_processes_train_what_one_trains(tmp_path):
-    run = [*TINY_RUN, "--steps", 10, "--tau", 0, "--log-ids"]
-    one = command("train.py", *run, "--out", tmp_path / "one")
-    assert one.returncode == 0, one.stderr
+def test_two_processes_train_what_one_trains(monkeypatch, tmp_path):
+    run = [*TINY_RUN, "--tau", 0, "--log-ids"]
+    run_train(monkeypatch, *run, "--out", tmp_path / "one")
     two = command("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2,
                   "train.py", *run, "--out", tmp_path / "two")
     assert two.returncode == 0, two.stderr
@@ -921,7 +967,7 @@ def test_two_processes_train_what_one_trains(tmp_path):
     for a, b in zip(*logs, strict=True):
         for term in ("loss", "pixel", "latent", "caption", "contrastive", "grad_norm"):
             assert a[term] == pytest.approx(b[term], rel=1e-4), (a["step"], term)
-    ids = {name: [sorted(sum((json.loads(lines[step])["ids"] for lines in files), [])) for step in range(10)]
+    ids = {name: [sorted(sum((json.loads(lines[step])["ids"] for lines in files), [])) for step in range(4)]
            for name, files in (
                (name, [p.read_text().splitlines() for p in sorted((tmp_path / name).glob("ids-*.jsonl"))])
                for name in ("one", "two"))}
@@ -935,9 +981,8 @@ def test_two_processes_train_what_one_trains(tmp_path):
     (("--vae", "README.md"), "README.md"), (("--vae", "none.safetensors"), "none.safetensors"),
     (("--resume",), "no checkpoint"), (("--size", "XXL"), "Nano"), (("--tokenizer", "gpt3"), "gpt2"),
     (("--lpips-weight", "0.5"), "--lpips-vgg"), (("--crop", 0), "--crop"), (("--device", "tpu"), "cuda, mps, cpu"),
-    (("--tau", "-1"), "--tau"),
-    pytest.param(("--device", "cuda"), "--device cpu", marks=pytest.mark.skipif(
-        torch.cuda.is_available(), reason="this machine has a CUDA device")),
+    (("--tau", "-1"), "--tau"), (("--freeze-encoder",), "--init"), (("--w-rec", 0, "--w-und", 0), "nothing to learn"),
+    (("--device", "cuda"), "--device cpu"),
 ])
 def test_bad_settings_get_one_sentence(monkeypatch, tmp_path, argv, says):
     assert says in complaint(monkeypatch, train, "--out", tmp_path / "run", *argv)
@@ -952,7 +997,7 @@ def test_a_rate_that_is_given_overrules_a_presets_rule():
 
 
 @pytest.mark.parametrize("error, says", [
-    (ValueError("two\nlines"), "two\nlines"), (ValueError(), "ValueError"), (KeyboardInterrupt(), "interrupted"),
+    (ValueError("two\n  lines"), "two lines"), (ValueError(), "ValueError"), (KeyboardInterrupt(), "interrupted"),
     (torch.OutOfMemoryError("CUDA out of memory"), "--accumulate"),
     (RuntimeError("[enforce fail] . DefaultCPUAllocator: can't allocate memory: you tried"), "--accumulate"),
     (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), "lower --workers")])
@@ -960,8 +1005,11 @@ def test_errors_have_words_and_a_status(error, says):
     with pytest.raises(SystemExit) as stop, data.plain_errors():
         raise error
     assert says in stop.value.code
+
+
+def test_a_bug_keeps_its_traceback():
     with pytest.raises(RuntimeError, match="a bug"), data.plain_errors():
-        raise RuntimeError("a bug of ours keeps its traceback")
+        raise RuntimeError("a bug")
 
 
 def test_more_processes_than_gpus(monkeypatch):
@@ -1035,7 +1083,7 @@ def save_gradients(out: Path, parts: int, recompute: bool) -> None:
 
 def test_gradients_do_not_depend_on_processes_or_parts(tmp_path):
     results, file = [], tmp_path / "result.pt"
-    for world, parts, recompute in ((1, 1, False), (3, 1, False), (1, 4, False), (2, 3, True)):
+    for world, parts, recompute in ((1, 1, False), (1, 4, False), (2, 3, True)):
         if world == 1:
             save_gradients(file, parts, recompute)
         else:
@@ -1047,6 +1095,7 @@ def test_gradients_do_not_depend_on_processes_or_parts(tmp_path):
             assert done.returncode == 0, done.stderr
         results.append(torch.load(file, weights_only=True))
         whole = results[0]
+        assert whole["terms"]["lpips"] > 0
         for name, term in results[-1]["terms"].items():
             assert term.item() == pytest.approx(whole["terms"][name].item(), rel=1e-5), (world, parts, name)
         worst = max(((results[-1]["gradients"][n] - g).abs().max() / g.abs().max()).item()
@@ -1054,6 +1103,17 @@ def test_gradients_do_not_depend_on_processes_or_parts(tmp_path):
         print(f"{world} process(es), {parts} part(s): largest relative difference of a gradient {worst:.1e}")
         assert worst <= 1e-5
     assert all(g.any() for g in whole["gradients"].values())
+
+
+def test_recompute_and_accumulate_are_heard(monkeypatch):
+    model, tokenizer = small_model(resolution=32, pixel_every=2, recompute=True, accumulate=2, compile=False)
+    batch, runs = shapes_batch(8, tokenizer, 32), Counter()
+    for name, block in (("encoder", model.encoder.transformer.resblocks[0]), ("VAE", model.vae.decoder.up[0].block[0])):
+        block.register_forward_pre_hook(lambda *_, name=name: runs.update([name]))
+    train.make_ready(model, model.config, torch.device("cpu"))
+    train.take_step(model, model, train.make_optimizer(model, model.config), batch["image"], batch["text"], 0,
+                    train.Place(0, 1, torch.device("cpu"), torch.float32))
+    assert runs == {"encoder": 2 + 2 * 2, "VAE": 2 * 2}  # features first; then each part forward and, again, backward
 
 
 @pytest.fixture(scope="module")
@@ -1075,18 +1135,18 @@ def tars(tmp_path_factory) -> Path:
     return root
 
 
-def test_streamed_epoch_on_two_processes_of_two_workers(tars, tmp_path):
-    done = command("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, "train.py", "--data", tars,
-                   "--streaming", "--workers", 2, "--resolution", 16, "--steps", 51, "--batch-size", 100,
-                   "--pixel-every", 50, "--log-ids", "--sample-every", 51, "--save-every", 51,
-                   "--out", tmp_path / "run")
-    assert done.returncode == 0, done.stderr
-    rows = [json.loads(line) for path in sorted((tmp_path / "run").glob("ids-*.jsonl"))
-            for line in path.read_text().splitlines()]
-    first = [i for row in rows if row["step"] <= 50 for i in row["ids"]]
-    assert len(first) == 5000 == len(set(first)) and {row["epoch"] for row in rows if row["step"] <= 50} == {0}
-    again = [i for row in rows if row["step"] == 51 for i in row["ids"]]
-    assert len(again) == 100 and set(again) < set(first) and {row["epoch"] for row in rows if row["step"] == 51} == {1}
+def test_streamed_epoch_for_two_processes_of_two_workers(tars, monkeypatch, tmp_path):
+    opened = data.open_data(str(tars), 16, streaming=True)
+    tokenizer, first, again = data.Tokenizer.train(["picture 0 of 1"], 8), [], []
+    for rank in (0, 1):
+        loader = data.training_loader(opened, tokenizer, 100, 0, 0, 51, rank, 2, workers=2)
+        *batches, last = (batch for _, batch in zip(range(51), filter(None, loader)))
+        assert len(batches) == 50 and {batch["epochs"][0] for batch in batches} == {0} and last["epochs"][0] == 1
+        first, again = first + [i for batch in batches for i in batch["ids"]], again + last["ids"]
+    assert len(first) == 5000 == len(set(first)) and len(again) == 100 and set(again) < set(first)
+    run_train(monkeypatch, *TINY_RUN, "--resolution", 16, "--data", tars, "--streaming", "--steps", 2,
+              "--out", tmp_path / "run")
+    assert train.read_checkpoint(tmp_path / "run")["step"] == 2
 
 
 def test_stream_goes_on_where_it_stopped(tars, monkeypatch):
@@ -1146,6 +1206,7 @@ def test_loading_never_fails_silently(tars, tmp_path, monkeypatch):
             return 4
 
         def __getitem__(self, i):
+            time.sleep(2)  # until somebody waits for it
             os.kill(os.getpid(), signal.SIGKILL)
 
     # a label that the first rows do not have, and no captions
@@ -1163,59 +1224,51 @@ def test_loading_never_fails_silently(tars, tmp_path, monkeypatch):
         train.next_batch(loader, 5, tmp_path)
 
 
-def test_a_few_broken_pictures_are_named_and_many_are_an_error(tmp_path, monkeypatch, capsys):
-    names = [tmp_path / "few" / ("dark" if i < 500 else "light") / f"{i:04}.png" for i in range(1000)]
-    for i, name in enumerate(names):
-        name.parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (16, 16), (i % 256, i // 4, 90)).save(name)
-    for i in (5, 500, 900):
-        names[i].write_bytes(b"no picture")
-    run = ("--resolution", 16, "--steps", 9, "--batch-size", 99, "--pixel-every", 99, "--warmup", 1, "--log-ids")
-    run_train(monkeypatch, *run, "--data", tmp_path / "few", "--out", tmp_path / "run")
+def test_pictures_broken_beyond_those_looked_at_are_replaced_and_named(folder, tmp_path, capsys):
+    opened = data.open_data(str(folder), 32, look=0)  # none is looked at beforehand; one of 130 is broken
+    seen = [[part[i]["id"] for i in range(len(part))] for part in (opened.train, opened.test)]
     said = capsys.readouterr().out
-    assert all(f"{i:04}.png" in said for i in (5, 500, 900)) and "3 of the first 1000 pictures are broken" in said
-    ids = sum((json.loads(line)["ids"] for line in (tmp_path / "run" / "ids-0.jsonl").read_text().splitlines()), [])
-    assert len(ids) == len(set(ids)) == 891
-    for i in range(30):
-        names[i].write_bytes(b"no picture")
-    assert "more than 1 %" in complaint(monkeypatch, train, *run, "--data", tmp_path / "few", "--out", tmp_path / "no")
+    assert said.count("skipped") == 1 and "017.png" in said
+    assert sum(map(len, seen)) == 130 and sum(len(set(ids)) for ids in seen) == 129  # its neighbour stands in for it
+    for i in range(120):
+        (tmp_path / f"{i}.png").write_bytes(b"no picture")
+    (tmp_path / "metadata.jsonl").write_text("".join(
+        json.dumps({"file_name": f"{i}.png", "text": "?"}) + "\n" for i in range(120)))
+    with pytest.raises(data.UserError, match="is the disk still there"):
+        data.open_data(str(tmp_path), 32, look=0).train[(0, 0)]
 
 
-KILLS = 2  # each costs a start of the program
+def test_killed_while_it_writes_a_checkpoint_it_goes_on_bitwise(tiny_run, tmp_path, monkeypatch):
+    killed = f"""if True:
+        import os, signal, sys, train
+        def replace(source, target, rename=os.replace, written=[]):
+            written.append(os.path.basename(target) == "last.pt")
+            if sum(written) == 2:  # the second checkpoint has its other name yet
+                os.kill(os.getpid(), signal.SIGKILL)
+            rename(source, target)
+        os.replace = replace
+        sys.argv = ["train.py", *{[*map(str, TINY_RUN)]!r}, "--save-every", "1", "--out", {str(tmp_path / "run")!r}]
+        train.main()"""
+    assert command("-c", killed).returncode == -signal.SIGKILL
+    assert train.read_checkpoint(tmp_path / "run")["step"] == 1 and (tmp_path / "run" / "last.pt.tmp").exists()
+    run_train(monkeypatch, *TINY_RUN, "--out", tmp_path / "run", "--resume", "--save-every", 1)
+    a, b = (train.read_checkpoint(folder)["model"] for folder in (tiny_run, tmp_path / "run"))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    logged = [json.loads(line)["step"] for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert logged == [1, 2, 3, 4]
 
 
-def test_killed_at_any_moment_it_goes_on_bitwise(tmp_path):
-    run = [*TINY_RUN, "--steps", 12, "--save-every", 1, "--sample-every", 12]
-    assert command("train.py", *run, "--out", tmp_path / "straight").returncode == 0
-    out, rng = tmp_path / "killed", random.Random(0)
-    for kill in range(KILLS):
-        before = len((out / "log.jsonl").read_text().splitlines()) if (out / "log.jsonl").exists() else 0
-        process = subprocess.Popen([sys.executable, "train.py", *map(str, run), "--out", out,
-                                    *(["--resume"] if kill else [])],
-                                   cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        for line in process.stdout:  # some steps further, then at any moment of a step or of the checkpoint after it
-            if line.startswith("step") and int(line.split()[1]) > before:
-                break
-        time.sleep(rng.uniform(0, 0.4))
-        process.kill()
-        process.wait()
-    done = command("train.py", *run, "--out", out, "--resume")
-    assert done.returncode == 0, done.stderr
-    a, b = (torch.load(folder / "last.pt", weights_only=True) for folder in (tmp_path / "straight", out))
-    assert a["step"] == b["step"] == 12 and all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"])
-    assert [json.loads(line)["step"] for line in (out / "log.jsonl").read_text().splitlines()] == list(range(1, 13))
-
-
-def test_sigterm_saves_and_a_full_disk_harms_nothing(tmp_path):
+def test_a_group_s_sigterm_saves_and_a_full_disk_harms_nothing(tmp_path):
+    """A signal as torchrun and schedulers send it: to the loader processes too, which must not die first."""
     run = [*TINY_RUN, "--steps", 500, "--save-every", 500, "--sample-every", 500, "--out", tmp_path]
-    process = subprocess.Popen([sys.executable, "train.py", *map(str, run)], cwd=HERE, stdout=subprocess.PIPE,
-                               text=True)
+    process = subprocess.Popen([sys.executable, "train.py", *map(str, run), "--workers", "2"], cwd=HERE,
+                               stdout=subprocess.PIPE, text=True, start_new_session=True)
     for line in process.stdout:
         if line.startswith("step"):
-            process.terminate()
+            os.killpg(process.pid, signal.SIGTERM)
             break
-    said = process.stdout.read()
-    assert process.wait() == 0 and "--resume goes on" in said
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 0 and "--resume goes on" in said, said
     kept = (tmp_path / "last.pt").read_bytes()
     assert 1 <= train.read_checkpoint(tmp_path)["step"] < 500
     for room, name in ((1_000_000, "encoder.safetensors"), (10_000_000, "last.pt")):
@@ -1240,34 +1293,20 @@ def test_the_first_ctrl_c_asks_and_the_second_insists():
         signal.raise_signal(signal.SIGINT)
     assert before == {number: signal.getsignal(number) for number in before}
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    with train.stop_signal() as stop:
-        signal.raise_signal(signal.SIGINT)
-        assert not stop.is_set()  # what a shell has switched off stays off
-    signal.signal(signal.SIGINT, found)
+    try:
+        with train.stop_signal() as stop:
+            signal.raise_signal(signal.SIGINT)
+            assert not stop.is_set()  # what a shell has switched off stays off
+    finally:
+        signal.signal(signal.SIGINT, found)
 
 
-def test_a_group_s_sigterm_does_not_stop_the_loaders_first(tmp_path):
-    """As torchrun and schedulers send it: to the loader processes too."""
-    process = subprocess.Popen(
-        [sys.executable, "train.py", *map(str, TINY_RUN), "--steps", "500", "--save-every", "500",
-         "--sample-every", "500", "--workers", "2", "--out", tmp_path], cwd=HERE, stdout=subprocess.PIPE, text=True,
-        start_new_session=True)
-    for line in process.stdout:
-        if line.startswith("step"):
-            os.killpg(process.pid, signal.SIGTERM)
-            break
-    said = process.stdout.read()
-    assert process.wait(60) == 0 and "--resume goes on" in said, said
-    assert train.read_checkpoint(tmp_path)["step"] >= 1
-
-
-def test_second_stage_starts_from_the_first(tmp_path, monkeypatch, capsys):
-    run_train(monkeypatch, *TINY_RUN, "--out", tmp_path / "one")
-    second = (*TINY_RUN, "--resolution", 64, "--init", tmp_path / "one", "--base-lr", "8e-6", "--out", tmp_path / "two")
+def test_second_stage_starts_from_the_first(tiny_run, tmp_path, monkeypatch, capsys):
+    second = (*TINY_RUN, "--resolution", 64, "--init", tiny_run, "--base-lr", "8e-6", "--out", tmp_path / "two")
     capsys.readouterr()
     run_train(monkeypatch, *second)
     assert "peak learning rate 2.5e-07 = 8e-06 * 8 / 256" in capsys.readouterr().out
-    one, two = (train.read_checkpoint(tmp_path / name) for name in ("one", "two"))
+    one, two = (train.read_checkpoint(folder) for folder in (tiny_run, tmp_path / "two"))
     moved = (two["model"]["encoder.proj"] - one["model"]["encoder.proj"]).abs().max()
     assert 0 < moved < 1e-5 and two["model"]["encoder.positional_embedding"].shape == (17, 192)
     assert two["tokenizer"] == one["tokenizer"]
@@ -1281,8 +1320,9 @@ def test_second_stage_starts_from_the_first(tmp_path, monkeypatch, capsys):
 def test_cost_card(monkeypatch, capsys):
     run_train(monkeypatch, "--preset", "paper-b", "--resolution", 256, "--dry-run")
     rows = {line[:16].strip(): line[16:].split() for line in capsys.readouterr().out.splitlines()}
-    assert float(rows["VAE encode"][1]) == pytest.approx(270, rel=0.02)  # GFLOP at 256 px, see design.md
-    assert float(rows["VAE decode"][1]) == pytest.approx(2 * 620, rel=0.02)
+    assert float(rows["VAE encode"][1]) == pytest.approx(270, rel=0.02)  # GFLOP at 256 px
+    doubling = 18 * (512**2 * (64**2 + 128**2) + 256**2 * 256**2) / 1e9  # three convolutions of 3x3 on doubled maps
+    assert float(rows["VAE decode"][1]) == pytest.approx(2 * (620 - 5 / 9 * doubling), rel=0.02)
     assert float(rows["encoder"][0]) == 85.7
     by_hand = 2 * 257 * 12 * 12 * 768**2 + 12 * 4 * 257**2 * 768 + 2 * 256 * 64 * 768 + 2 * 768**2
     assert float(rows["encoder"][1]) == pytest.approx(3 * by_hand / 1e9, rel=1e-3)
@@ -1293,13 +1333,10 @@ def test_bench(monkeypatch, capsys, tmp_path):
     run_train(monkeypatch, *flags, "--accumulate", 2, "--freeze-encoder", "--init", "not read")
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert set(found) >= {"images_per_s", "step_ms", "peak_memory_gb", "tflops", "parts"}
-    assert found["images_per_s"] == pytest.approx(8 / found["step_ms"] * 1e3)
     assert list(found["parts"]) == ["data", "VAE encode", "encoder", "latent decoder", "VAE decode", "captions", "text",
                                     "backward", "optimizer"] and min(found["parts"].values()) > 0
-    run_train(monkeypatch, *flags, "--dry-run")
+    run_train(monkeypatch, *flags, "--dry-run", "--accumulate", 2, "--freeze-encoder", "--init", "not read")
     card = {line[:16].strip(): line[16:].split() for line in capsys.readouterr().out.splitlines()}
-    run_train(monkeypatch, *flags)
-    found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert found["tflops"] == pytest.approx(float(card["sum"][1]) * found["images_per_s"] / 1e3, rel=0.02)
     assert not (tmp_path / "run").exists()
 
@@ -1325,6 +1362,13 @@ def test_bench_composition_is_the_same_work():
         theirs, ours = bench.Composition(c, 2051), bench.made_up_model(c, vae.FLUX)
     ours = sum(p.numel() for part in (ours, ours.vae) for p in part.parameters())
     assert sum(p.numel() for p in theirs.parameters()) == pytest.approx(ours, rel=0.02)
+    c = train.parse_config(["--batch-size", "8", "--pixel-every", "4", "--lpips-weight", "0.5"])
+    reference("lpips")
+    model = bench.Composition(c, 500)
+    loss = model(shapes(8), torch.randint(3, 500, (8, 26)))
+    loss.backward()  # and nothing in it is idle
+    expected = math.log(500) + math.log(8)
+    assert abs(loss.item() - expected) < 1.5 and all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1354,7 +1398,6 @@ def test_reconstruction_metrics():
 
 
 def test_probes_on_known_data():
-    torch.manual_seed(0)
     centres = torch.randn(5, 16)
     labels = torch.arange(500) % 5
     features = centres[labels] + 0.05 * torch.randn(500, 16)
@@ -1364,7 +1407,7 @@ def test_probes_on_known_data():
     assert eval_probe.linear_probe(chance[:400], y, chance[400:], ty, 5) < 0.4
     found = eval_probe.retrieval(torch.eye(8), torch.eye(8)[[0, 1, 2, 3, 4, 5, 7, 6]])
     # the swapped pairs tie with everything else: last
-    assert found["i2t_r1"] == 0.75 and found["i2t_r5"] == 0.75 + 0.25 * 0
+    assert found["i2t_r1"] == 0.75 and found["i2t_r5"] == 0.75
     assert eval_probe.retrieval(torch.ones(8, 4), torch.ones(8, 4))["i2t_r1"] == 0  # a collapsed encoder earns nothing
 
 
@@ -1384,11 +1427,11 @@ def test_evaluation_keys_and_batch_size(monkeypatch):
             for size, order in zip((7, 40), orders))
     keys = ("linear_probe_top1 knn_top1 zero_shot_top1 i2t_r1 i2t_r5 t2i_r1 t2i_r5 caption_exact "
             "psnr ssim lpips rfid psnr_vae ssim_vae n_train n_test seconds").split()
-    assert set(keys) <= set(a)
+    assert set(keys) <= set(a) and {key for key in a if a[key] is None} == {"lpips", "rfid"}
     for key in a.keys() - {"seconds"}:  # neither the batches' size nor the order of loading makes a difference
         one_picture = 0.026 if "probe" in key else 1e-4  # on the very line between two classes
         assert a[key] == b[key] if a[key] is None else a[key] == pytest.approx(b[key], abs=one_picture), key
-    assert a["lpips"] is None and a["rfid"] is None and a["psnr_vae"] > a["psnr"]
+    assert a["psnr_vae"] > a["psnr"]
     assert all(torch.equal(v, model.state_dict()[k]) for k, v in before.items())
 
 
@@ -1430,9 +1473,10 @@ def test_table_is_trained_once_and_resumes(tmp_path, monkeypatch, capsys):
     assert first["rows"].keys() == eval_probe.ROWS.keys() and first["config"]["steps"] == 2
     assert first["rows"]["latents"]["psnr"] is None and first["rows"]["pixels"]["psnr_vae"] is None
     assert [value for value, _ in first["sweeps"]["tau"]] == [0.2, 1.0]
-    understanding, decoder = (load_file(tmp_path / "table" / f"{name}-0" / "encoder.safetensors")
-                              for name in ("understanding", "decoder"))
-    assert all(torch.equal(understanding[name], decoder[name]) for name in understanding)
+    one, two = (train.read_checkpoint(tmp_path / "table" / f"{name}-0")["model"]
+                for name in ("understanding", "decoder"))
+    assert all(torch.equal(one[name], two[name]) for name in one if name.startswith("encoder."))  # frozen
+    assert not torch.equal(one["latent_decoder.to_latents.weight"], two["latent_decoder.to_latents.weight"])
     for picture in ("branches.png", "sensitivity.png"):
         assert Image.open(tmp_path / "table" / picture).size[0] > 300
     (tmp_path / "table" / "joint-0.json").unlink()
@@ -1506,7 +1550,6 @@ def test_time_is_shifted_towards_noise():
 
 
 def test_sampler_follows_a_known_field():
-    torch.manual_seed(0)
     goal, start = torch.randn(3, 4, 24), torch.randn(3, 4, 24)
 
     def one_point(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:  # the velocity that leads everything to one point
@@ -1544,7 +1587,6 @@ def test_guidance_and_noise():
 
 
 def test_eight_token_maps_are_learned_by_heart():
-    torch.manual_seed(0)
     network = generate.DiTDH(token_dim=24, side=2, classes=8, base=(64, 2, 2), head=(96, 1, 2))
     x, labels, losses = torch.randn(8, 4, 24), torch.arange(8), []
     optimizer = torch.optim.AdamW(network.parameters(), 3e-3, weight_decay=0)
@@ -1561,7 +1603,6 @@ def test_eight_token_maps_are_learned_by_heart():
 
 
 def test_precision_and_recall_by_hand():
-    torch.manual_seed(0)
     real = torch.randn(400, 4)
     assert generate.precision_recall(real, real) == (1.0, 1.0)
     assert generate.precision_recall(real, real + 100) == (0.0, 0.0)
@@ -1569,8 +1610,7 @@ def test_precision_and_recall_by_hand():
     assert precision > 0.95 and recall < 0.3
 
 
-def test_generator_from_training_to_samples(tmp_path, monkeypatch, capsys):
-    run_train(monkeypatch, *TINY_RUN, "--out", tmp_path / "run")
+def test_generator_from_training_to_samples(copied, tmp_path, monkeypatch, capsys):
     flags = ["--ckpt", tmp_path / "run", "--steps", 4, "--batch-size", 8, "--pool", 96, "--n-samples", 10,
              "--points", 3, "--log-every", 1, "--save-every", 2, "--sample-every", 3]
 
@@ -1692,7 +1732,7 @@ def test_presence_questions_are_balanced_true_and_of_three_kinds():
     assert not eval_vlm.Census(["", ""], [0, 0], ["hat"]).askable
 
 
-def read_once_is_read_each_time(model, tokens, prompts, answers):
+def assert_questions_do_not_see_one_another(model, tokens, prompts, answers):
     """Two questions about a picture: the loss and its gradient are those of the picture shown twice."""
     model.projector.zero_grad()
     once = model.loss(tokens, prompts, answers)
@@ -1751,7 +1791,7 @@ def test_the_loss_is_on_answers_only():
         for place in range(len(prompts[row]), ids.shape[1]):
             by_hand.append(-logits[1 + 4 + place - 1, ids[0, place]])
     assert model.loss(tokens, prompts, answers).item() == pytest.approx(torch.stack(by_hand).mean().item(), rel=1e-5)
-    read_once_is_read_each_time(model, tokens, prompts + [[9], [1]], answers + answers)
+    assert_questions_do_not_see_one_another(model, tokens, prompts + [[9], [1]], answers + answers)
     fresh = eval_vlm.VisionLanguageModel(eval_vlm.LanguageModel(500, 64, 64, 2, 1), Letters(), 12)
     assert fresh.loss(tokens, prompts, answers).item() == pytest.approx(math.log(500), abs=0.1)
 
@@ -1811,24 +1851,18 @@ def test_presence_metrics():
 
 def test_a_few_questions_are_learned_by_heart():
     """The answers depend on the picture alone: the question is the same."""
-    torch.manual_seed(0)
     model, tokens = small_answerer(), torch.randn(8, 4, 12)
-    optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
-    answers = [[i, 31] for i in range(8)]
-    for _ in range(150):
-        loss = model.loss(tokens, [[9, 9]] * 8, answers)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    assert loss < 0.05 and model.eval().generate(tokens, [[9, 9]] * 8, 4) == [[i] for i in range(8)]
+    batch = (tokens, [[9, 9]] * 8, [[i, 31] for i in range(8)])
+    eval_vlm.fit(model, [model], lambda *_: batch, "by heart", 150, 3e-3,
+                 argparse.Namespace(lm=None, seed=0, log_every=150))
+    assert model.loss(*batch) < 0.05 and model.eval().generate(tokens, [[9, 9]] * 8, 4) == [[i] for i in range(8)]
 
 
-def test_questions_from_training_to_chat(tmp_path, monkeypatch, capsys):
-    run_train(monkeypatch, *TINY_RUN, "--out", tmp_path / "run")
+def test_questions_from_training_to_chat(copied, tmp_path, monkeypatch, capsys):
     weights = (tmp_path / "run" / "encoder.safetensors").read_bytes()
     flags = ["--ckpt", tmp_path / "run", "--steps", 2, 2, "--batch-size", 8, "--pool", 40, "--n-pictures", 16]
 
-    def go(*more) -> dict:
+    def go(*more) -> str:
         monkeypatch.setattr(sys, "argv", ["eval_vlm.py", *map(str, (*flags, *more))])
         eval_vlm.main()
         return capsys.readouterr().out
@@ -1848,7 +1882,7 @@ def test_questions_from_training_to_chat(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "run" / "vlm_latents.png").is_file() and (tmp_path / "run" / "vlm_random.json").is_file()
     assert "reads no encoder" in complaint(monkeypatch, eval_vlm, *flags, "--space", "latents", "--random-init")
     Image.new("RGB", (50, 40), "red").save(tmp_path / "a.png")
-    go("--chat", tmp_path / "a.png", "What color is the circle?")
+    assert go("--chat", tmp_path / "a.png", "What color is the circle?").strip()
     assert "cannot be read as a picture" in complaint(monkeypatch, eval_vlm, *flags, "--chat", HERE / "train.py", "Is?")
     (tmp_path / "run" / "vlm_latents.pt").unlink()
     assert "--space latents" in complaint(monkeypatch, eval_vlm, *flags, "--space", "latents",
@@ -1872,6 +1906,9 @@ def test_questions_from_training_to_chat(tmp_path, monkeypatch, capsys):
     one.write_text(pope.read_text().splitlines()[0])
     none.write_text("")
     assert [q.answer for _, q in eval_vlm.read_pope(one, tmp_path)] == ["yes"]
+    assert [q.answer for _, q in eval_vlm.read_pope(pope, tmp_path)] == ["yes", "no", "no"]
+    assert eval_vlm.read_seed_bench(seed, tmp_path) == [(tmp_path / "a.png", eval_vlm.Question(
+        "instances_counting", "How many towels are in the image?", "Two", ("One", "Two", "Three", "Four")))]
     with pytest.raises(train.UserError, match="no question"):
         eval_vlm.read_pope(none, tmp_path)
     none.write_text(json.dumps({"questions": [{"data_type": "video"}]}))
@@ -1912,7 +1949,6 @@ def test_a_language_model_of_transformers(tmp_path):
     transformers, tokenizers = reference("transformers"), reference("tokenizers")
     config = transformers.LlamaConfig(vocab_size=40, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
                                       num_attention_heads=2, num_key_value_heads=1, bos_token_id=30, eos_token_id=31)
-    torch.manual_seed(0)
     transformers.LlamaForCausalLM(config).save_pretrained(tmp_path)
     letters = tokenizers.Tokenizer(tokenizers.models.WordLevel({letter: i for i, letter in enumerate(
         "abcdefghijklmnopqrstuvwxyz ?:.")} | {"<s>": 30, "</s>": 31}, unk_token="?"))
@@ -1922,7 +1958,8 @@ def test_a_language_model_of_transformers(tmp_path):
     language = eval_vlm.HuggingFaceLM(str(tmp_path))
     assert (language.bos, language.eos, language.width) == (30, 31, 32) and language.encode("ab c") == [0, 1, 26, 2]
     model, tokens = eval_vlm.VisionLanguageModel(language, language, 12).eval(), torch.randn(2, 4, 12)
-    read_once_is_read_each_time(model, tokens, [[0, 1], [2], [3], [4, 5]], [[6, 31], [7, 31], [8, 9, 31], [1, 31]])
+    assert_questions_do_not_see_one_another(model, tokens, [[0, 1], [2], [3], [4, 5]],
+                                            [[6, 31], [7, 31], [8, 9, 31], [1, 31]])
     prompts, options = [[1, 2, 3, 4], [5]], [[[6, 31], [7, 8, 31]], [[9, 31], [10, 11, 31]]]
     scores = model.score(tokens, prompts, options)
     for b in range(2):  # the model's own loss, one row, nothing cached, nothing padded
@@ -1956,8 +1993,11 @@ RELEASED = {"base-patch2-32": (32, 768, 12, 12, 768), "base-patch2-28": (28, 768
 @torch.no_grad()
 @pytest.mark.parametrize("name", RELEASED)
 def test_encoder_is_open_clips(name, tmp_path):
-    torch.manual_seed(0)
     grid, width, depth, heads, embed_dim = RELEASED[name]
+    with torch.device("meta"):
+        assert sum(p.numel() for p in open_clip_tower(*RELEASED[name]).parameters()) == sum(
+            p.numel() for p in encoder.ImageEncoder(grid, 2, 16, width, depth, heads, embed_dim).state_dict().values())
+    depth = depth if name == "base-patch2-32" else 2  # one of them whole; the depth is read off the tensors' names
     theirs = open_clip_tower(grid, width, depth, heads, embed_dim)
     theirs.positional_embedding[0] = 0  # the released table: sin-cos, and a class token without a place
     theirs.positional_embedding[1:] = encoder.sincos_positions(grid // 2, grid // 2, width)
@@ -1977,8 +2017,6 @@ def test_encoder_is_open_clips(name, tmp_path):
     theirs.load_state_dict(load_file(tmp_path / "encoder.safetensors"))
     for a, b in zip(ours(latents), theirs(latents)):
         assert_same(a, b, 1e-4)
-    if name == "large-patch2-32":  # the rest does not depend on the size
-        return
     torch.save(load_file(tmp_path / "encoder.safetensors"), tmp_path / "bare.bin")
     assert all(torch.equal(a, b) for a, b in zip(encoder.load_encoder(tmp_path / "bare.bin")(latents), ours(latents)))
 
@@ -2026,7 +2064,6 @@ def test_vae_is_diffusers(layout, tmp_path):
 @pytest.mark.filterwarnings("ignore::UserWarning")  # the package calls torchvision in an old way
 def test_lpips_is_the_package(tmp_path):
     package = reference("lpips")
-    torch.manual_seed(0)
     theirs = package.LPIPS(net="vgg", pnet_rand=True, verbose=False)  # random trunk, the published linear heads
     trunk = {f"features.{name.split('.', 1)[1]}": t for name, t in theirs.net.state_dict().items()}
     torch.save(trunk | {"classifier.0.weight": torch.zeros(4, 4)}, tmp_path / "vgg16.pth")
@@ -2039,16 +2076,6 @@ def test_lpips_is_the_package(tmp_path):
     x.requires_grad_()
     gradients = [torch.autograd.grad(net(x, y).sum(), x)[0] for net in (ours, theirs)]
     assert_same(*gradients, 1e-4)
-
-
-class Trap:
-    """A pickle that, once loaded, creates a file."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def __reduce__(self):
-        return Path.touch, (self.path,)
 
 
 def test_metrics_are_the_libraries():
@@ -2076,7 +2103,6 @@ def test_metrics_are_the_libraries():
 
 def test_inception_is_fids(tmp_path, monkeypatch):
     theirs = reference("pytorch_fid.inception")
-    torch.manual_seed(0)
     monkeypatch.setattr(theirs, "load_state_dict_from_url", lambda *_, **__: random_weights)
     random_weights = theirs._inception_v3(num_classes=1008, aux_logits=False, weights=None).state_dict()
     for name, tensor in random_weights.items():  # each layer as loud as the one before; no two norms alike
@@ -2098,18 +2124,27 @@ def test_inception_is_fids(tmp_path, monkeypatch):
             eval_probe.Inception(tmp_path / path)
 
 
+class Trap:
+    """A pickle that, once loaded, creates a file."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
 def test_files_that_are_none(tmp_path):
     """Missing, extra, misshapen, truncated, no checkpoint at all, code: one sentence that names file and tensor."""
     tower = encoder.ImageEncoder(8, width=64, depth=1, heads=1, embed_dim=64).state_dict()
     net = losses.PerceptualDistance()
     vgg = {f"features.{n}": p for n, p in net.features.state_dict().items()}
     lin = {f"lin{i}.model.1.weight": p.data for i, p in enumerate(net.lin)}
-    torch.save(vgg, tmp_path / "vgg16.pth")
     codec = vae.load_vae("tiny").state_dict()
     save = {"encoder": torch.save, "lpips": torch.save,
             "vae": lambda tensors, path: save_file(tensors, path, {"config": json.dumps(vae.load_vae("tiny").config)})}
     load = {"encoder": encoder.load_encoder, "vae": vae.load_vae,
-            "lpips": lambda path: losses.LPIPS(tmp_path / "vgg16.pth", path)}
+            "lpips": lambda path: losses.LPIPS(vgg, path)}
     for kind, tensors, name in (("encoder", tower, "transformer.resblocks.0.ln_1.bias"), ("encoder", tower, "proj"),
                                 ("vae", codec, "decoder.conv_in.bias"), ("lpips", lin, "lin2.model.1.weight")):
         path = tmp_path / f"{kind}.bin"
@@ -2155,7 +2190,8 @@ def test_encoder_weights_are_not_copied(tmp_path):
     for name in ("encoder.safetensors", "open_clip_pytorch_model.bin"):
         done = command("-c", program, tmp_path / name)
         assert done.returncode == 0, done.stderr
-        assert float(done.stdout) < 328 * 1.4, name  # MiB; the weights are 328
+        # MiB, of 328: a safetensors file's pages stay the file's, a pickle's tensors are read once
+        assert float(done.stdout) < (328 * 0.4 if name.endswith(".safetensors") else 328 * 1.4), name
 
 
 def point_hub_at(address: str, folder: Path, monkeypatch) -> None:
@@ -2284,7 +2320,7 @@ def test_readme_commands_exist(monkeypatch, capsys):
 
     text = (HERE / "README.md").read_text()
     blocks = "\n".join(re.findall(r"```bash\n(.*?)```", text, re.S))
-    lines = re.findall(r"(?:python|torchrun[^\n]*?) (\w+\.py)([^\n#|&]*)", blocks)
+    lines = re.findall(r"(?:python|torchrun[^\n]*?) (\w+\.py)([^\n#|&]*)", blocks.replace("\\\n", " "))
     assert len(lines) >= 6
     helps = {}
     for file, rest in lines:
@@ -2294,7 +2330,7 @@ def test_readme_commands_exist(monkeypatch, capsys):
             if program not in helps:  # bench.py hands all other flags on
                 helps[program] = help_page(program) + (help_page("train.py") if program == "bench.py" else "")
             for flag in re.findall(r"--[a-z][a-z-]*", part):
-                assert flag in helps[program], f"{program} has no {flag}"
+                assert re.search(flag + r"(?![\w-])", helps[program]), f"{program} has no {flag}"
     sections = {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in re.findall(r"(?m)^## (.*)$", text)}
     for name in re.findall(r"\]\(([^)]+)\)", text):
         there = name[1:] in sections if name[0] == "#" else name.startswith("https:") or (HERE / name).is_file()
@@ -2358,17 +2394,28 @@ def test_readme_block_for_llava(tmp_path):
     assert not any("codec" in name for name in tower.state_dict()) and tower.dummy_feature.shape == (1, 192)
 
 
+def test_files_import_only_those_above_them():
+    order = re.findall(r"(?m)^\| \[(\w+)\.py\]", (HERE / "README.md").read_text())
+    for i, name in enumerate(order):
+        tree = ast.parse((HERE / f"{name}.py").read_text())
+        imported = {alias.name for node in tree.body if isinstance(node, ast.Import) for alias in node.names}
+        imported |= {node.module for node in tree.body if isinstance(node, ast.ImportFrom)}
+        later = imported & set(order[i:])
+        assert not later - ({"data"} if name == "vae" else set()), f"{name}.py imports {later}, which come after it"
+
+
 def test_every_setting_is_read_and_every_deviation_listed():
     code = {p.name: p.read_text() for p in HERE.glob("*.py") if p.name != "test_all.py"}
     for name in train.Config.__dataclass_fields__:
         assert re.search(rf"\b(?:c|config|model\.config)\.{name}\b", code["train.py"]), f"{name} is read nowhere"
     deviations = (HERE / "README.md").read_text().split("## Where we differ")[1].split("\n## ")[0]
     for name, text in code.items():
-        for _ in re.findall("DIFFERS:", text):
+        if "DIFFERS:" in text:
             assert f"`{name}`" in deviations, f"{name} differs from the paper; say so in the README"
 
 
 @pytest.mark.parametrize("file", ["encoder.py", "decoders.py", "losses.py", "vae.py"])
-def test_model_files_run_alone(file):
-    done = command(file)
-    assert done.returncode == 0 and done.stdout, done.stderr
+def test_model_files_run_alone(file, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [file])
+    runpy.run_path(str(HERE / file), run_name="__main__")
+    assert capsys.readouterr().out

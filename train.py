@@ -175,8 +175,6 @@ def check_config(c: Config) -> None:
         raise UserError(f"--resolution {c.resolution} is not a multiple of 16: one token covers 16x16 pixels")
     if c.size not in SIZES:
         raise UserError(f"--size {c.size} is unknown; there are {', '.join(SIZES)}")
-    if not 0 < c.crop <= 1:
-        raise UserError(f"--crop {c.crop} must be above 0 and at most 1: it is a share of the area")
     if c.freeze_encoder and not c.init:
         raise UserError("--freeze-encoder keeps the encoder of an earlier run: name that run with --init")
     if c.w_rec == c.w_und == 0:
