@@ -113,16 +113,21 @@ def count(c: Config) -> tuple[dict[str, tuple[float, float]], int, int, float]:
             trained += parameters
         else:
             frozen += parameters
-    kept: dict[int, int] = {}  # by storage
 
-    def keep(tensor: Tensor) -> Tensor:
-        kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
-        return tensor
+    def kept(pictures: int) -> int:
+        found: dict[int, int] = {}  # bytes by storage
 
-    weights = {p.untyped_storage()._cdata for part in (model, *model.frozen) if part for p in part.parameters()}
-    with no_content, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        model(images.expand(c.pixel_every, -1, -1, -1), ids.expand(c.pixel_every, -1))["loss"]
-    return rows, trained, frozen, sum(size for s, size in kept.items() if s not in weights) / c.pixel_every
+        def keep(tensor: Tensor) -> Tensor:
+            found[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with no_content, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = model(images.expand(pictures, -1, -1, -1), ids.expand(pictures, -1))["loss"]
+        del loss  # until here the graph keeps the storages, so that none's number is given out again
+        return sum(found.values())
+
+    n = c.pixel_every  # weights and whatever else does not grow with the batch are in both
+    return rows, trained, frozen, (kept(2 * n) - kept(n)) / n
 
 
 def state_bytes(trained: int, frozen: int) -> int:

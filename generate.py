@@ -367,7 +367,7 @@ def wanted_labels(count: int, classes: int, seed: int) -> Tensor:
 
 
 def save_sheet(rows_of_pictures: list[Tensor], captions: list[str], path: Path, rows: tuple[str, ...] = (),
-               cell: int = 96, lines: int = 2) -> None:
+               cell: int = 96, lines: int = 3) -> None:
     """Eight columns a strip; `rows_of_pictures` are [M,3,R,R] each, 0 to 255, shown one under another."""
     columns = [[to_image(picture / 127.5 - 1) for picture in column] for column in zip(*rows_of_pictures)]
     strips = [picture_grid(columns[i : i + 8], captions[i : i + 8], rows, cell, lines)

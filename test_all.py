@@ -469,7 +469,7 @@ def test_shapes_are_well_posed():
 
 
 def test_every_wording_is_true_and_complete():
-    shapes = {**data.SHAPES, **data.COMPANIONS}
+    names = {**data.SHAPES, **data.COMPANIONS}
     for i in range(60):
         example = data.shapes_example("test", i, 16)
         scene = json.loads(example["scene"])
@@ -478,9 +478,9 @@ def test_every_wording_is_true_and_complete():
         for text in wordings:
             for o in scene["objects"]:
                 assert f"{o['color']} {o['shape']}" in text
-            for size, color, shape in re.findall(rf"(small|medium|large) (\w+) ({'|'.join(shapes)})", text):
+            for size, color, shape in re.findall(rf"(small|medium|large) (\w+) ({'|'.join(names)})", text):
                 assert any((o["size"], o["color"], o["shape"]) == (size, color, shape) for o in scene["objects"])
-            assert sum(word in shapes for word in re.findall(r"\w+", text)) == len(scene["objects"])
+            assert sum(word in names for word in re.findall(r"\w+", text)) == len(scene["objects"])
         if len(scene["objects"]) == 1:
             (only,) = scene["objects"]
             for text in wordings:
