@@ -369,6 +369,11 @@ def centre_crop(image: Image.Image, resolution: int) -> Image.Image:
     return image.resize((resolution, resolution), Image.BICUBIC, box=(left, top, left + side, top + side))
 
 
+def check_crop(crop: float) -> None:
+    if not 0 < crop <= 1:
+        raise UserError(f"--crop {crop} must be above 0 and at most 1: it is a share of the area")
+
+
 def random_crop(image: Image.Image, resolution: int, rng: random.Random, smallest: float) -> Image.Image:
     """Random resized crop: a share smallest..1 of the area, aspect ratio 3:4 to 4:3; the centre where none fits.
 
@@ -732,8 +737,6 @@ def open_data(name: str, resolution: int, config: str | None = None, split: str 
               streaming: bool = False, look: int = 1000) -> Data:
     """Opens a data set by name (`shapes`, a folder or file, a hub id), both splits; of each, the first `look` pictures
     are tried. Errors are UserErrors of one sentence."""
-    if not 0 < crop <= 1:
-        raise UserError(f"--crop {crop} must be above 0 and at most 1: it is a share of the area")
     stream, held_out = None, set()
     if name == "shapes":
         useless = dict(streaming=streaming, flip=flip, config=config, split=split, image_col=image_col,
@@ -1087,6 +1090,7 @@ def main() -> None:
     args = parser.parse_args()
     with plain_errors():
         at_least(args, resolution=1, context_length=4)
+        check_crop(args.crop)
         show(args)
 
 

@@ -48,8 +48,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from data import (Data, Pictures, Tokenizer, UserError, at_least, evaluation_loader, first_line, is_main, open_data,
-                  picture_grid, plain_errors, to_image, training_loader, write_atomically)
+from data import (Data, Pictures, Tokenizer, UserError, at_least, check_crop, evaluation_loader, first_line, is_main,
+                  open_data, picture_grid, plain_errors, to_image, training_loader, write_atomically)
 from decoders import CaptionDecoder, LatentDecoder
 from encoder import SIZES, ImageEncoder, TextEncoder, save_encoder
 from losses import LPIPS, contrastive_loss, openvision3_loss, words_per_process
@@ -175,6 +175,7 @@ def check_config(c: Config) -> None:
         raise UserError(f"--resolution {c.resolution} is not a multiple of 16: one token covers 16x16 pixels")
     if c.size not in SIZES:
         raise UserError(f"--size {c.size} is unknown; there are {', '.join(SIZES)}")
+    check_crop(c.crop)
     if c.freeze_encoder and not c.init:
         raise UserError("--freeze-encoder keeps the encoder of an earlier run: name that run with --init")
     if c.w_rec == c.w_und == 0:
