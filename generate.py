@@ -729,8 +729,8 @@ def generate(args: argparse.Namespace) -> None:
     if setup.place.device.type == "cuda":
         result["peak_memory_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
     result |= {"n_samples": args.n_samples, "seconds": round(time.time() - began, 1), "guidance": args.guidance,
-               "bad": args.bad,
-               "points": args.points, "shift": args.shift, **{key: getattr(args, key) for key in KEPT}}
+               "bad": args.bad, "points": args.points, "shift": args.shift,
+               **{key: getattr(args, key) for key in KEPT}}
     print_table(f"{args.ckpt}, {args.space}", result)
     save_json(result, setup.out / f"generate{setup.tag}.json")
 
