@@ -1,128 +1,120 @@
 """
-decoders.py: stage 2, the two readers of the tokens: one paints the picture back, one writes its caption.
+decoders.py: stage 2, the two decoders of the tokens: one predicts the latents, one the caption.
 
-If the tokens z_u of encoder.py really hold the picture, a small transformer must be able to turn them back into VAE
-latents; if they really mean something, another must be able to write the caption from nothing but them. Both are
-trained together with the encoder (paper sec 3.2) and send their gradients into it. The latent decoder sees the tokens
-through noise of a random strength (eq 3), which teaches it to decode tokens that a generator will later make slightly
-wrong (generate.py).
+One small transformer turns the tokens z_u of encoder.py back into VAE latents; another generates
+the caption from them. Both are trained together with the encoder (paper sec 3.2). During training
+the latent decoder sees noisy tokens (eq 3), so that it tolerates the errors of a token generator.
 
-    tokens [B,N,W] + sigma * noise, sigma ~ U[0,tau] per image -> ViT on 1x1 patches -> linear to 2*2*16 -> unpatchify
-        -> latents^ [B,16,h,w]
-    [image tokens | caption so far]: N + T positions -> blocks, image fully visible, text causal -> next-word logits
+    tokens [B,N,W] + sigma * noise, sigma ~ U[0,tau] per image -> ViT on 1x1 patches
+        -> linear to P*P*C -> unpatchify -> latents^ [B,C,h,w]
+    [image tokens | caption], N + T positions -> blocks, image fully visible, text causal
+        -> LayerNorm -> head -> next-token logits [B,T,V]
 
-Letters: B batch, N image tokens, T text length, W width (of the tokens, then of the part at hand), V vocabulary,
-         h w latent map, P patch side (2), C latent channels.
-
-Run:    python decoders.py     # parameters, shape trace, an untrained caption
-Source: paper sec 3.2, eq 3 and sec 5.3 (decoder size B). The paper says the captioner follows OpenVision; its form
-        here is close to OpenVision 2's (arXiv 2509.01644): teacher-forced, causal, image tokens as a prefix.
+Shapes: B batch, N image tokens, T text length, W width, V vocab size, h w latent map, P patch side
+        (2), C latent channels (16).
+Run:    python decoders.py    # parameters, and a shape trace
+Source: paper sec 3.2, eq 3, sec 5.3; captions as in OpenVision 2 (arXiv 2509.01644)
 Next:   losses.py
 """
 import math
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from encoder import SIZES, Transformer, VisionTransformer
+from encoder import Transformer, VisionTransformer
 
 
-class LatentDecoder(VisionTransformer):
-    """tokens [B,N,token_dim] -> latents [B,out_channels,h,w]: the encoder's trunk on 1x1 patches, then one linear
-    layer. `grid` is the side of the latent map, as for ImageEncoder; a token stands for patch_size x patch_size
-    latents."""
+class LatentDecoder(nn.Module):
+    """tokens [B,N,token_dim] -> latents [B,out_channels,h,w]. `grid`: side of the latent map, as in
+    ImageEncoder; one token stands for patch_size x patch_size latents."""
 
-    def __init__(self, token_dim: int, grid: int, width: int, depth: int, heads: int, patch_size: int = 2,
-                 out_channels: int = 16):
-        super().__init__(grid // patch_size, 1, token_dim, width, depth, heads)
-        self.out_patch, self.out_channels = patch_size, out_channels
+    def __init__(self, token_dim, grid, width, depth, heads, patch_size=2, out_channels=16):
+        super().__init__()
+        self.vit = VisionTransformer(grid // patch_size, 1, token_dim, width, depth, heads)
+        self.patch_size, self.out_channels = patch_size, out_channels
         self.to_latents = nn.Linear(width, patch_size * patch_size * out_channels)
         nn.init.normal_(self.to_latents.weight, std=0.02)
         nn.init.zeros_(self.to_latents.bias)
 
-    def unpatchify(self, x: Tensor, side: int) -> Tensor:
-        """[B, side*side, P*P*C] -> [B, C, side*P, side*P]. Within a token: row, column, channel (ours; unpublished)."""
-        B, P, C = len(x), self.out_patch, self.out_channels
-        x = x.reshape(B, side, side, P, P, C)                  # (B, h/P, w/P, P, P, C)
-        x = x.permute(0, 5, 1, 3, 2, 4)                        # (B, C, h/P, P, w/P, P)
-        return x.reshape(B, C, side * P, side * P)             # (B, C, h, w)
+    def unpatchify(self, x):
+        """[B,N,P*P*C] -> [B,C,h,w]. Order within a token (unpublished): row, column, channel."""
+        B, N, _ = x.shape
+        side, P, C = math.isqrt(N), self.patch_size, self.out_channels
+        x = x.reshape(B, side, side, P, P, C)                      # (B, h/P, w/P, P, P, C)
+        x = x.permute(0, 5, 1, 3, 2, 4)                            # (B, C, h/P, P, w/P, P)
+        return x.reshape(B, C, side * P, side * P)                 # (B, C, h, w)
 
-    def forward(self, tokens: Tensor, tau: float = 0.0) -> Tensor:
-        """tau > 0 adds noise: one strength per image, drawn from U[0,tau], in z_u's own units. In eval mode too: who
-        trains passes a tau, who evaluates passes none."""
-        B, N, W = tokens.shape
-        side = math.isqrt(N)
-        if side * side != N:
-            raise ValueError(f"{N} tokens are no square map")
+    def forward(self, tokens, tau=0.0):
+        """tau > 0 adds noise, in eval mode too: one std per image, from U[0,tau], in units of z_u.
+        N must be a square number."""
         if tau > 0:
-            sigma = tau * torch.rand(B, 1, 1, device=tokens.device, dtype=tokens.dtype)  # (B, 1, 1)
+            sigma = tau * torch.rand_like(tokens[:, :1, :1])       # (B, 1, 1)
             tokens = tokens + sigma * torch.randn_like(tokens)
-        x = tokens.transpose(1, 2).reshape(B, W, side, side)   # (B, W, h/P, w/P)
-        x = self.to_latents(self.trunk(x))                     # (B, N, P*P*C)
-        return self.unpatchify(x, side)                        # (B, C, h, w)
+        side = math.isqrt(tokens.shape[1])
+        x = tokens.transpose(1, 2).unflatten(2, (side, side))      # (B, W, h/P, w/P)
+        x = self.to_latents(self.vit.forward_features(x))          # (B, N, P*P*C)
+        return self.unpatchify(x)                                  # (B, C, h, w)
 
 
 class CaptionDecoder(nn.Module):
-    """Predicts each caption token from the image tokens and the caption tokens before it.
+    """Causal language model with an image prefix: predicts each text token from all image tokens
+    and the text tokens before it.
 
-    DIFFERS: OpenVision 2 drops two thirds of the image tokens, masks the rest causally too and has no text
-    positions; here all tokens are read and see one another, and text positions are learned (captions are about
-    places: every token matters)."""
+    DIFFERS: OpenVision 2 drops two thirds of the image tokens, masks the rest causally too, and has
+    no text positions. Here all image tokens see each other, and text positions are learned."""
 
-    def __init__(self, vocab_size: int, context_length: int, token_dim: int, width: int, depth: int, heads: int):
+    def __init__(self, vocab_size, context_length, token_dim, width, depth, heads):
         super().__init__()
         self.context_length = context_length
         self.image_projection = nn.Linear(token_dim, width, bias=False)
         self.token_embedding = nn.Embedding(vocab_size, width)
         self.positional_embedding = nn.Parameter(torch.randn(context_length, width) * 0.01)
-        self.transformer = Transformer(width, depth, heads, text=True)
+        self.transformer = Transformer(width, depth, heads, init="clip", approximate="tanh")
         self.ln_final = nn.LayerNorm(width, eps=1e-6)
         self.head = nn.Linear(width, vocab_size, bias=False)
-        for weight in (self.image_projection.weight, self.token_embedding.weight, self.head.weight):
-            nn.init.normal_(weight, std=0.02)
+        for module in (self.image_projection, self.token_embedding, self.head):
+            nn.init.normal_(module.weight, std=0.02)
 
-    @staticmethod
-    def prefix_mask(N: int, T: int, device: torch.device) -> Tensor:
-        """[N+T,N+T], True where a row may look: everyone sees the image, words also see the words before them.
-        Without the triangle the caption loss would leak the answer."""
-        mask = torch.ones(N + T, N + T, dtype=torch.bool, device=device).tril()
-        mask[:, :N] = True
-        return mask
-
-    def forward(self, tokens: Tensor, ids: Tensor) -> Tensor:
-        """tokens [B,N,token_dim], ids [B,T] beginning with bos -> logits [B,T,V]; row t predicts the token after
-        ids[:, t]."""
+    def forward_features(self, tokens, ids):
+        """tokens [B,N,token_dim], ids [B,T] -> [B,T,W] in fp32: the input of the head. T is at most
+        context_length."""
         N, T = tokens.shape[1], ids.shape[1]
-        if T > self.context_length:
-            raise ValueError(f"{T} text tokens, but this caption decoder writes at most {self.context_length}")
-        words = self.token_embedding(ids) + self.positional_embedding[:T]           # (B, T, W)
-        image = self.image_projection(tokens).to(words.dtype)                       # (B, N, W), fp32 as in trunk
-        x = torch.cat([image, words], dim=1)                                        # (B, N+T, W)
-        x = self.transformer(x, self.prefix_mask(N, T, x.device))                   # (B, N+T, W)
-        with torch.autocast(x.device.type, enabled=False):                          # logits in fp32
-            return self.head(self.ln_final(x[:, N:].float()))                       # (B, T, V)
+        text_embeds = self.token_embedding(ids) + self.positional_embedding[:T]  # (B, T, W)
+        image_embeds = self.image_projection(tokens).float()       # (B, N, W), fp32 under autocast
+        x = torch.cat([image_embeds, text_embeds], dim=1)          # (B, N+T, W)
+        # True where a query (row) may see a key: without tril the loss would see the answer
+        mask = torch.ones(N + T, N + T, dtype=torch.bool, device=x.device).tril()  # important!
+        mask[:, :N] = True
+        return self.ln_final(self.transformer(x, mask)[:, N:])     # (B, T, W)
+
+    def logits(self, hidden):
+        """[...,W] -> [...,V] in fp32, also under autocast."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            return self.head(hidden)
+
+    def forward(self, tokens, ids):
+        """tokens [B,N,token_dim], ids [B,T], bos first -> logits [B,T,V] of the next tokens."""
+        return self.logits(self.forward_features(tokens, ids))
 
     @torch.no_grad()
-    def generate(self, tokens: Tensor, bos: int, eos: int, max_length: int) -> Tensor:
-        """Greedy captions [B, at most max_length], bos first; a row that has ended is filled up with eos."""
-        ids = torch.full((len(tokens), 1), bos, dtype=torch.long, device=tokens.device)  # (B, 1)
-        while ids.shape[1] < min(max_length, self.context_length):
-            following = self(tokens, ids)[:, -1].argmax(-1)                         # (B,)
-            ended = (ids == eos).any(dim=1)
-            ids = torch.cat([ids, following.masked_fill(ended, eos)[:, None]], dim=1)  # (B, T+1)
-            if (ids == eos).any(dim=1).all():
-                break
+    def generate(self, tokens, bos, eos, max_length):
+        """Greedy captions [B, at most max_length], bos first; shorter ones are padded with eos."""
+        ids = torch.full((len(tokens), 1), bos, device=tokens.device)            # (B, 1)
+        finished = torch.zeros_like(ids, dtype=torch.bool)         # (B, 1)
+        while ids.shape[1] < min(max_length, self.context_length) and not finished.all():
+            hidden = self.forward_features(tokens, ids)[:, -1:]    # (B, 1, W)
+            next_ids = self.logits(hidden).argmax(dim=-1)          # (B, 1)
+            next_ids = next_ids.masked_fill(finished, eos)
+            ids = torch.cat([ids, next_ids], dim=1)                # (B, T+1)
+            finished |= next_ids == eos
         return ids
 
 
 if __name__ == "__main__":
-    size, tokens = SIZES["Nano"], torch.randn(2, 16, 192)  # the tokens of two 64x64 pictures
-    width, depth = size["decoder"]
-    painter = LatentDecoder(192, 8, width, depth, width // 64)
-    width, depth = size["caption"]
-    writer = CaptionDecoder(500, 32, 192, width, depth, width // 64)
-    for name, model in (("LatentDecoder", painter), ("CaptionDecoder", writer)):
-        print(f"{name}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters")
-    print(f"tokens {tuple(tokens.shape)} -> latents {tuple(painter(tokens).shape)}")
-    print(f"tokens + ids (2, 7) -> logits {tuple(writer(tokens, torch.zeros(2, 7, dtype=torch.long)).shape)}")
-    print(f"an untrained caption: {writer.generate(tokens[:1], bos=1, eos=2, max_length=8)[0].tolist()}")
+    latent_decoder = LatentDecoder(token_dim=192, grid=8, width=192, depth=2, heads=3)
+    caption_decoder = CaptionDecoder(500, 32, token_dim=192, width=192, depth=1, heads=3)
+    tokens, ids = torch.randn(2, 16, 192), torch.ones(2, 8).long()  # two images of 64x64 pixels
+    print(f"{sum(p.numel() for p in latent_decoder.parameters()) / 1e6:.1f} M parameters: "
+          f"tokens (2, 16, 192) -> latents {tuple(latent_decoder(tokens).shape)}")
+    print(f"{sum(p.numel() for p in caption_decoder.parameters()) / 1e6:.1f} M parameters: "
+          f"tokens, ids (2, 8) -> logits {tuple(caption_decoder(tokens, ids).shape)}")

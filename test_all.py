@@ -1,12 +1,11 @@
 """
 test_all.py: the proof, in the order of the files.
 
-Parity with independent references, properties that must hold, a few samples learned by heart, a run resumed bit for
-bit, two processes against one, bad input, and the README's own commands. No test times anything.
+Parity with independent references, properties that must hold, a few samples overfit, a run resumed
+bitwise, two processes against one, bad input, and the README's commands. No test times anything.
 
 Run:    python -m pytest -q test_all.py
 """
-import argparse
 import ast
 import atexit
 import hashlib
@@ -23,22 +22,27 @@ import re
 import runpy
 import shutil
 import signal
-import statistics
 import subprocess
 import sys
 import tarfile
 import tempfile
 import threading
 import time
-import tokenize
 from collections import Counter
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
-# What must be equal to the bit is so on a CPU. Libraries read both when they are imported, programs started here too
+# Bitwise equality holds on a CPU. Libraries read these at import, also in programs started here
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
+os.environ["OMP_WAIT_POLICY"] = "passive"
 os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp()
 atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
+
+import inspect
+import shlex
+import zlib
+from contextlib import nullcontext
 
 import datasets
 import numpy as np
@@ -47,26 +51,31 @@ import tiktoken
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import load_file, save_file
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-import bench
+import cost
 import data
 import decoders
 import encoder
 import eval_probe
 import eval_vlm
+import folders
 import generate
 import losses
+import openvision3
+import runtime
+import shapes as shapes_module
+import sources
+import tokenizer as tokenizer_module
 import train
+import train_vae
 import vae
 
+MAX_LINES, MAX_NODES = 6300, 53500
 HERE = Path(__file__).parent
-OFFICIAL_NAMES = {
-    "class_embedding", "positional_embedding", "conv1.weight", "ln_post.weight", "ln_post.bias", "proj"} | {
-    f"transformer.resblocks.{i}.{name}" for i in range(12) for name in (
-        "ln_1.weight", "ln_1.bias", "ln_2.weight", "ln_2.bias", "attn.in_proj_weight", "attn.in_proj_bias",
-        "attn.out_proj.weight", "attn.out_proj.bias", "mlp.c_fc.weight", "mlp.c_fc.bias", "mlp.c_proj.weight",
-        "mlp.c_proj.bias")}
 
 
 @pytest.fixture(autouse=True)
@@ -75,2140 +84,115 @@ def same_numbers_in_any_order() -> None:
 
 
 def shapes(count: int, resolution: int = 64, split: str = "test") -> torch.Tensor:
-    return torch.stack([data.to_tensor(data.shapes_example(split, i, resolution)["image"]) for i in range(count)])
+    """Drawn images, float [count,3,R,R] in [-1,1]."""
+    images = [shapes_module.shapes_example(split, i, resolution)["image"] for i in range(count)]
+    return vae.scale_images(torch.stack([data.to_tensor(image) for image in images]))
 
 
-def command(*argv: str, timeout: int = 300) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, *map(str, argv)], cwd=HERE, capture_output=True, text=True, timeout=timeout,
-                          env=os.environ | {"PYTHONPATH": str(HERE)})
+def command(*argv: str, timeout: int = 300, **env: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, *map(str, argv)],
+        cwd=HERE,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env=os.environ | {"PYTHONPATH": str(HERE)} | env,
+    )
 
 
-def complaint(monkeypatch, program, *argv: str) -> str:
+def run_main(monkeypatch, program, *argv) -> None:
+    """Runs a program's main() in this process."""
+    monkeypatch.setattr(sys, "argv", [f"{program.__name__}.py", *map(str, argv)])
+    program.main()
+
+
+def error_message(monkeypatch, program, *argv) -> str:
     """Runs a program's main() in this process; returns its one-sentence error."""
-    monkeypatch.setattr(sys, "argv", ["program", *map(str, argv)])
     with pytest.raises(SystemExit) as stop:
-        program.main()
-    assert (isinstance(stop.value.code, str) and stop.value.code.startswith("error: ")
-            and "\n" not in stop.value.code), stop.value.code
-    return stop.value.code
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# vae.py
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def test_flux_has_the_published_size():
-    with torch.device("meta"):
-        flux = vae.AutoencoderKL(**vae.FLUX)
-    assert sum(p.numel() for p in flux.parameters()) == 83_819_683
-    assert sum(p.numel() for p in flux.encoder.parameters()) == 34_274_208
-    assert len(flux.state_dict()) == 244
-    assert all(m.num_groups == 32 for m in flux.modules() if isinstance(m, torch.nn.GroupNorm))
-    assert {"decoder.up.3.block.2.conv1.weight", "encoder.down.1.block.0.nin_shortcut.weight",
-            "decoder.up.1.upsample.conv.bias", "encoder.mid.attn_1.proj_out.weight",
-            "decoder.up.0.block.0.nin_shortcut.bias"} <= set(flux.state_dict())
-
-
-def test_vae_convention_and_round_trip():
-    codec = vae.load_vae("tiny")
-    x = shapes(8)
-    mean, logvar = codec.moments(x)
-    z = codec.encode(x)
-    assert z.shape == (8, 16, 8, 8)
-    torch.testing.assert_close(z, 0.3611 * mean)  # no shift
-    torch.testing.assert_close(codec.decode(z), codec.decoder(mean))
-    assert not torch.equal(codec.encode(x, sample=True), z)
-    assert codec.decode(codec.encode(x[:, :, :40, :56])).shape == (8, 3, 40, 56)
-    assert vae.psnr(codec.decode(z), x).mean() > 27
-    assert 0.7 < z.std() < 1.4
-    shifted = vae.AutoencoderKL(**{**vae.TINY, "shift_factor": 0.1159})
-    shifted.load_state_dict(codec.state_dict())
-    torch.testing.assert_close(shifted.encode(x), 0.3611 * (mean - 0.1159))
-    torch.testing.assert_close(shifted.decode(shifted.encode(x)), codec.decode(z), atol=1e-5, rtol=1e-4)
-    with pytest.raises(ValueError, match="multiples of 8"):
-        codec.encode(torch.zeros(1, 3, 60, 64))
-
-
-def test_upsampling_is_doubling_and_a_convolution():
-    up = vae.Upsample(6).double()
-    x = torch.randn(2, 6, 3, 5, dtype=torch.float64, requires_grad=True)
-    plain = up.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
-    torch.testing.assert_close(up(x), plain)
-    seen = torch.randn_like(plain)
-    for ours, true in zip(*(torch.autograd.grad((y * seen).sum(), [x, *up.parameters()]) for y in (up(x), plain))):
-        torch.testing.assert_close(ours, true)
-
-
-def test_vae_attention_against_a_loop():
-    block = vae.AttnBlock(32)
-    x = torch.randn(2, 32, 3, 5)
-    h = block.norm(x)
-    q, k, v = (conv(h).reshape(2, 32, 15) for conv in (block.q, block.k, block.v))
-    mixed = torch.zeros_like(v)
-    for b in range(2):
-        for i in range(15):
-            weights = torch.softmax(torch.stack([q[b, :, i] @ k[b, :, j] for j in range(15)]) / 32**0.5, 0)
-            mixed[b, :, i] = sum(w * v[b, :, j] for j, w in enumerate(weights))
-    torch.testing.assert_close(block(x), x + block.proj_out(mixed.view(2, 32, 3, 5)), atol=1e-5, rtol=1e-4)
-
-
-def test_unit_latents_change_the_code_and_not_the_picture():
-    rough, x = vae.AutoencoderKL(**vae.TINY), shapes(8)
-    vae.start_as_linear_codec(rough)
-    even = vae.unit_latents(rough, x)
-    with torch.no_grad():
-        torch.testing.assert_close(even.encode(x).std((0, 2, 3)), torch.ones(16), atol=1e-4, rtol=1e-4)
-        torch.testing.assert_close(even.decode(even.encode(x)), rough.decode(rough.encode(x)), atol=1e-4, rtol=1e-3)
-        torch.testing.assert_close(
-            even.moments(x)[1].exp().sqrt() / even.moments(x)[0].std((0, 2, 3)).view(16, 1, 1),
-            rough.moments(x)[1].exp().sqrt() / rough.moments(x)[0].std((0, 2, 3)).view(16, 1, 1),
-            atol=1e-4, rtol=1e-3)
-
-
-def test_muon_turns_an_update_orthogonal():
-    for out, inside in ((8, 20), (20, 8)):
-        weight = torch.nn.Parameter(torch.zeros(out, inside))
-        weight.grad = torch.randn(out, inside) * torch.logspace(0, -1, inside)
-        before = torch.linalg.svdvals(weight.grad)
-        vae.Muon([weight], lr=1.0).step()
-        after = torch.linalg.svdvals(weight.detach()) / (0.2 * 20**0.5)
-        assert before.max() > 3 * before.min() and 0.6 < after.min() < after.max() < 1.3
-        assert (weight * weight.grad).sum() < 0  # downhill
-
-
-def test_vae_files(tmp_path):
-    assert vae.TINY_PATH.stat().st_size <= 4e6
-    codec = vae.load_vae("tiny")
-    assert not codec.training and not any(p.requires_grad for p in codec.parameters())
-    vae.save_vae(codec, tmp_path / "a.safetensors")
-    again = vae.load_vae(tmp_path / "a.safetensors")
-    assert all(torch.equal(a, b) for a, b in zip(codec.state_dict().values(), again.state_dict().values()))
-    with pytest.raises(FileNotFoundError, match="nowhere"):
-        vae.load_vae("nowhere")
-
-
-def test_vae_trains(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["vae.py", "--data", "procedural", "--steps", "2", "--batch-size", "2",
-                                      "--workers", "0", "--out", str(tmp_path)])
-    vae.main()
-    assert vae.load_vae(tmp_path / "vae.safetensors").config["ch"] == vae.TINY["ch"]
-    a, b = vae.Procedural(64, 10)[3], vae.Procedural(64, 10)[3]
-    assert torch.equal(a, b) and a.shape == (3, 64, 64)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# encoder.py
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def test_base_encoder_is_the_released_one():
-    with torch.device("meta"):
-        base = encoder.ImageEncoder()
-    assert set(base.state_dict()) == OFFICIAL_NAMES and len(OFFICIAL_NAMES) == 150
-    assert sum(t.numel() for t in base.state_dict().values()) == 85_893_120
-    assert base.conv1.bias is None and base.ln_post.eps == base.transformer.resblocks[0].ln_1.eps == 1e-6
-    assert all(row["width"] == 64 * row["heads"] for row in encoder.SIZES.values())
-
-
-@pytest.mark.parametrize("gelu", ["none", "tanh"])
-def test_block_against_pytorch(gelu):
-    block = encoder.Block(128, 2, gelu)
-    for p in block.parameters():
-        torch.nn.init.normal_(p, std=0.1)
-    reference = torch.nn.TransformerEncoderLayer(128, 2, 512, 0.0, lambda x: F.gelu(x, approximate=gelu), 1e-6,
-                                                 batch_first=True, norm_first=True)
-    names = {"self_attn": "attn", "linear1": "mlp.c_fc", "linear2": "mlp.c_proj", "norm1": "ln_1", "norm2": "ln_2"}
-    ours = block.state_dict()
-    reference.load_state_dict({n: ours[n.replace(a, b)] for n in reference.state_dict()
-                               for a, b in names.items() if n.startswith(a)})
-    x = torch.randn(3, 7, 128)
-    torch.testing.assert_close(block(x), reference(x), atol=1e-5, rtol=1e-4)
-    mask = torch.ones(7, 7, dtype=torch.bool).tril()
-    torch.testing.assert_close(block(x, mask), reference(x, src_mask=~mask), atol=1e-5, rtol=1e-4)
-
-
-def test_positions_by_hand():
-    table = encoder.sincos_positions(3, 5, 16)
-    for row in range(3):
-        for column in range(5):
-            omega = [10000 ** -(k / 3) for k in range(4)]
-            expected = [f(p * w) for p in (column, row) for f in (math.sin, math.cos) for w in omega]
-            torch.testing.assert_close(table[row * 5 + column], torch.tensor(expected))
-
-
-def stirred(model: torch.nn.Module) -> torch.nn.Module:
-    """With weights where there were zeros: the blocks of a fresh image tower add nothing, and would prove nothing."""
-    for parameter in model.parameters():
-        if not parameter.any():
-            torch.nn.init.normal_(parameter, std=0.05)
-    return model
-
-
-def test_image_encoder_outputs():
-    model = encoder.ImageEncoder(8, width=64, depth=2, heads=1, embed_dim=32)
-    latents = torch.randn(3, 16, 8, 8)
-    patches = model.conv1(latents).flatten(2).transpose(1, 2)
-    torch.testing.assert_close(model(latents)[1], patches + model.positional_embedding[1:])  # before training
-    pooled, tokens = stirred(model)(latents)
-    assert not torch.allclose(tokens, patches + model.positional_embedding[1:], atol=0.1)
-    assert pooled.shape == (3, 32) and tokens.shape == (3, 16, 64)
-    torch.testing.assert_close(
-        pooled, F.layer_norm(tokens.mean(1), (64,), model.ln_post.weight, model.ln_post.bias, 1e-6) @ model.proj)
-    assert torch.equal(model.positional_embedding[0], torch.zeros(64))
-    assert model(torch.randn(1, 16, 4, 12))[1].shape == (1, 12, 64)  # another size, not square
-    assert torch.equal(model.positions(2, 6)[1:], encoder.sincos_positions(2, 6, 64))
-    swapped = latents.clone()
-    swapped[:, :, :2, :2], swapped[:, :, 2:4, 2:4] = latents[:, :, 2:4, 2:4], latents[:, :, :2, :2]
-    assert not torch.allclose(model(swapped)[0], pooled, atol=1e-5)  # positions matter
-    with pytest.raises(ValueError, match="patches"):
-        model(torch.randn(1, 16, 5, 8))
-
-
-def test_text_encoder_reads_its_last_position_and_sees_all():
-    model = encoder.TextEncoder(50, 9, 64, 2, 1, 32)
-    ids = torch.randint(50, (2, 9))
-    other = ids.clone()
-    other[:, -1] = (ids[:, -1] + 1) % 50
-    seen = []  # after the first block, then at the end, for each of the two texts
-    for part in (model.transformer.resblocks[0], model.transformer):
-        part.register_forward_hook(lambda *call: seen.append(call[-1]))
-    read, changed = model(ids), model(other)
-    assert read.shape == (2, 32) and not torch.allclose(read, changed)
-    assert not torch.allclose(seen[0][:, 0], seen[2][:, 0])  # the first position sees the last
-    torch.testing.assert_close(read, model.head(model.ln_final(seen[1][:, -1])))
-    with pytest.raises(ValueError, match="at most 9"):
-        model(torch.zeros(1, 10, dtype=torch.long))
-
-
-def test_encoder_files(tmp_path):
-    model = stirred(encoder.ImageEncoder(8, width=128, depth=2, heads=2, embed_dim=96))
-    latents = torch.randn(2, 16, 8, 8)
-    encoder.save_encoder(model, tmp_path / "encoder.safetensors")
-    tensors = load_file(tmp_path / "encoder.safetensors")
-    torch.save({"visual." + k: v for k, v in tensors.items()} | {"logit_scale": torch.zeros(())},
-               tmp_path / "open_clip_pytorch_model.bin")
-    for source in (tmp_path, tmp_path / "encoder.safetensors", tmp_path / "open_clip_pytorch_model.bin"):
-        again = encoder.load_encoder(source)
-        assert all(torch.equal(a, b) for a, b in zip(model(latents), again(latents)))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# decoders.py
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def test_unpatchify_is_patchify_undone():
-    decoder = decoders.LatentDecoder(64, 8, 64, 1, 1)
-    latents = torch.randn(2, 16, 8, 8)
-    rows = torch.stack([latents[:, :, i : i + 2, j : j + 2].permute(0, 2, 3, 1).flatten(1)
-                        for i in range(0, 8, 2) for j in range(0, 8, 2)], 1)
-    assert torch.equal(decoder.unpatchify(rows, 4), latents)
-    assert decoder(torch.randn(2, 16, 64)).shape == (2, 16, 8, 8)
-    with pytest.raises(ValueError, match="12 tokens"):
-        decoder(torch.randn(2, 12, 64))
-
-
-def test_the_sum_through_the_blocks_stays_in_fp32():
-    """Under autocast the tokens that the blocks add to are fp32 in every tower; bf16 would swallow small additions."""
-    towers = {"encoder": (encoder.ImageEncoder(4, 2, 16, 64, 2, 1, 64), torch.randn(2, 16, 4, 4)),
-              "painter": (decoders.LatentDecoder(64, 4, 64, 2, 1), torch.randn(2, 4, 64)),
-              "writer": (decoders.CaptionDecoder(20, 8, 64, 64, 2, 1), torch.randn(2, 4, 64), torch.ones(2, 5).long()),
-              "reader": (encoder.TextEncoder(20, 8, 64, 2, 1, 64), torch.ones(2, 8).long())}
-    for name, (tower, *given) in towers.items():
-        types = []
-        for block in tower.transformer.resblocks:
-            block.register_forward_hook(lambda block, x, result: types.append((x[0].dtype, result.dtype)))
-        with torch.autocast("cpu", torch.bfloat16):
-            tower(*given)
-        assert types == [(torch.float32, torch.float32)] * 2, name
-
-
-def test_noise_has_one_strength_per_image(monkeypatch):
-    decoder, seen = decoders.LatentDecoder(64, 16, 64, 1, 1), []
-    monkeypatch.setattr(decoder, "trunk", lambda x: seen.append(x) or torch.zeros(len(x), 64, 64))
-    tokens = torch.randn(1000, 64, 64)
-    decoder(tokens)
-    decoder(tokens, tau=0.5)
-    as_tokens = [x.flatten(2).transpose(1, 2) for x in seen]
-    assert torch.equal(as_tokens[0], tokens)  # none unless asked for
-    noise = as_tokens[1] - tokens
-    strength = noise.std((1, 2))
-    # U[0, 0.5]
-    assert 0 < strength.min() < 0.05 and 0.48 < strength.max() < 0.53 and abs(strength.mean() - 0.25) < 0.03
-    assert torch.allclose(noise.std(2).mean(1), strength, rtol=0.05)  # the same for all tokens of an image
-
-
-def test_captions_are_causal():
-    decoder = decoders.CaptionDecoder(40, 10, 64, 64, 2, 1)
-    tokens, ids = torch.randn(2, 5, 64), torch.randint(40, (2, 8))
-    logits = decoder(tokens, ids)
-    later = ids.clone()
-    later[:, 5:] = (ids[:, 5:] + 1) % 40
-    torch.testing.assert_close(decoder(tokens, later)[:, :5], logits[:, :5])
-    assert not torch.allclose(decoder(tokens, later)[:, 5:], logits[:, 5:])
-    other = tokens.clone()
-    other[:, -1] += 1
-    assert ((decoder(other, ids) - logits).abs().amax(2) > 1e-6).all()  # every word sees every image token
-    mask = decoder.prefix_mask(2, 3, torch.device("cpu"))
-    assert mask.int().tolist() == [[1, 1, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]
-
-
-def test_generate_is_greedy_and_stops():
-    decoder = decoders.CaptionDecoder(12, 10, 64, 64, 1, 1)
-    torch.nn.init.normal_(decoder.head.weight)
-    tokens = torch.randn(20, 4, 64)
-    ids = decoder.generate(tokens, bos=0, eos=1, max_length=9)
-    assert (ids[:, 1:-1] == 1).any()  # one ends early
-    for row, image in zip(ids, tokens):
-        text = [0]
-        while len(text) < ids.shape[1]:
-            text.append(1 if 1 in text else decoder(image[None], torch.tensor([text]))[0, -1].argmax().item())
-        assert row.tolist() == text
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# losses.py
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def test_contrastive_by_hand_and_at_chance():
-    a, b = torch.randn(5, 8), torch.randn(5, 8)
-    total = 0.0
-    for x, y in ((a, b), (b, a)):
-        for i in range(5):
-            scores = [10 * float(x[i] @ y[j] / (x[i].norm() * y[j].norm())) for j in range(5)]
-            total += math.log(sum(math.exp(s) for s in scores)) - scores[i]
-    assert abs(losses.contrastive_loss(a, b, 10.0).item() - total / 10) < 1e-5
-    assert losses.contrastive_loss(torch.ones(64, 8), torch.ones(64, 8), 14.0).item() == pytest.approx(
-        math.log(64), abs=1e-5)
-
-
-def test_caption_loss_ignores_padding():
-    logits, targets = torch.randn(3, 4, 7), torch.tensor([[1, 2, 6, 6], [3, 6, 6, 6], [1, 2, 3, 4]])
-    expected = [-math.log(torch.softmax(logits[b, t], 0)[targets[b, t]])
-                for b in range(3) for t in range(4) if targets[b, t] != 6]
-    assert losses.caption_loss(logits, targets, pad_id=6).item() == pytest.approx(
-        sum(expected) / len(expected), rel=1e-5)
-    assert losses.caption_loss(logits, torch.full((3, 4), 6), pad_id=6).item() == 0
-    assert losses.caption_loss(torch.zeros(3, 4, 500), targets, pad_id=6).item() == pytest.approx(
-        math.log(500), rel=1e-5)
-
-
-def test_lpips_formula_and_files(tmp_path):
-    random_net = losses.PerceptualDistance()
-    assert sum(p.numel() for p in random_net.features.parameters()) == 14_714_688
-    assert sum(p.numel() for p in random_net.lin) == 1472
-    vgg = {f"features.{n}": p for n, p in random_net.features.state_dict().items()}
-    lin = {f"lin{i}.model.1.weight": p.data for i, p in enumerate(random_net.lin)}
-    torch.save(vgg | {"classifier.0.weight": torch.zeros(2)}, tmp_path / "vgg16.pth")
-    torch.save(lin, tmp_path / "vgg.pth")
-    net = losses.LPIPS(tmp_path / "vgg16.pth", tmp_path / "vgg.pth")
-    x, y = shapes(4).chunk(2)
-    shift, scale = (torch.tensor(v).view(3, 1, 1) for v in ((-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)))
-    for b in range(2):  # the formula once more, for one pair, with plain functions
-        total, maps = 0.0, [((v[b] - shift) / scale)[None] for v in (x, y)]
-        layer = 0
-        for i, width, count in ((0, 64, 2), (1, 128, 2), (2, 256, 3), (3, 512, 3), (4, 512, 3)):
-            if i:
-                maps, layer = [F.max_pool2d(m, 2) for m in maps], layer + 1
-            for _ in range(count):
-                w, bias = vgg[f"features.{layer}.weight"], vgg[f"features.{layer}.bias"]
-                maps, layer = [F.conv2d(m, w, bias, padding=1).relu() for m in maps], layer + 2
-            p, q = (m / m.norm(dim=1, keepdim=True) for m in maps)
-            total += ((p - q) ** 2 * lin[f"lin{i}.model.1.weight"]).sum(1).nan_to_num().mean().item()
-        assert net(x, y)[b].item() == pytest.approx(total, rel=1e-3)
-    assert net(x, x).abs().max() < 1e-6
-    flat = torch.zeros(1, 3, 32, 32, requires_grad=True)
-    net(flat, torch.ones(1, 3, 32, 32)).sum().backward()
-    assert torch.isfinite(flat.grad).all() and not any(p.requires_grad for p in net.parameters())
-    with pytest.raises(ValueError, match="--lpips-weight 0"):
-        losses.LPIPS()
-
-
-def test_the_sum_and_its_weights():
-    x, y, z, w = torch.rand(4, 3, 32, 32), torch.rand(4, 3, 32, 32), torch.randn(4, 16, 4, 4), torch.randn(4, 16, 4, 4)
-    logits, ids, a, b = torch.randn(4, 5, 9), torch.randint(8, (4, 5)), torch.randn(4, 6), torch.randn(4, 6)
-    perceptual = losses.PerceptualDistance()
-    t = losses.openvision3_loss(x, y, z, w, logits, ids, 8, a, b, 14.0, perceptual, lpips_weight=0.5)
-    assert t["pixel"] == (x - y).abs().mean() and t["latent"] == (z - w).abs().mean()
-    torch.testing.assert_close(t["lpips"], perceptual(y, x).mean())
-    expected = 0.5 * (t["pixel"] + 0.4 * t["latent"] + 0.5 * t["lpips"]) + 1.0 * (t["caption"] + 1.0 * t["contrastive"])
-    torch.testing.assert_close(t["loss"], expected)
-    assert losses.openvision3_loss(x, y, z, w, logits, ids, 8, a, b, 14.0)["lpips"] == 0
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# data.py
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def test_shapes_are_well_posed():
-    classes, counts = set(), set()
-    for i in range(400):
-        example = data.shapes_example("train", i, 16)
-        scene = json.loads(example["scene"])
-        first, *others = scene["objects"]
-        classes.add(example["label"])
-        counts.add(len(scene["objects"]))
-        assert data.CLASS_NAMES[example["label"]] == f"{first['color']} {first['shape']}"
-        assert len({(o["color"], o["shape"]) for o in scene["objects"]}) == len(scene["objects"])
-        for j, other in enumerate(others, 1):
-            assert data.RADIUS[other["size"]] < data.RADIUS[first["size"]]
-            dx, dy = other["x"] - first["x"], other["y"] - first["y"]
-            true = {"left": dx < -2 * abs(dy), "right": dx > 2 * abs(dy),
-                    "above": dy < -2 * abs(dx), "below": dy > 2 * abs(dx)}
-            assert true[other["side"]]
-            for p in scene["objects"][:j]:
-                assert (math.dist((p["x"], p["y"]), (other["x"], other["y"]))
-                        > data.RADIUS[p["size"]] + data.RADIUS[other["size"]])
-        for o in scene["objects"]:
-            assert (data.RADIUS[o["size"]] < o["x"] < 1 - data.RADIUS[o["size"]]
-                    and data.RADIUS[o["size"]] < o["y"] < 1 - data.RADIUS[o["size"]])
-    assert counts == {1, 2, 3} and len(classes) > 60 and len(data.CLASS_NAMES) == 8 * len(data.SHAPES)
-
-
-def test_every_wording_is_true_and_complete():
-    names = {**data.SHAPES, **data.COMPANIONS}
-    for i in range(60):
-        example = data.shapes_example("test", i, 16)
-        scene = json.loads(example["scene"])
-        wordings = data.all_wordings(scene)
-        assert example["text"] in wordings
-        for text in wordings:
-            for o in scene["objects"]:
-                assert f"{o['color']} {o['shape']}" in text
-            for size, color, shape in re.findall(rf"(small|medium|large) (\w+) ({'|'.join(names)})", text):
-                assert any((o["size"], o["color"], o["shape"]) == (size, color, shape) for o in scene["objects"])
-            assert sum(word in names for word in re.findall(r"\w+", text)) == len(scene["objects"])
-        if len(scene["objects"]) == 1:
-            (only,) = scene["objects"]
-            for text in wordings:
-                said = text.split(" at the ")[1].split() if " at the " in text else []
-                assert said or text.endswith(" in the middle")
-                for words, axis in ((("left", "right"), "x"), (("top", "bottom"), "y")):
-                    third = words[0] if only[axis] < 1 / 3 else words[1] if only[axis] >= 2 / 3 else None
-                    assert [word for word in said if word in words] == [third] * (third is not None)
-        if len(scene["objects"]) == 2:
-            for text in wordings:
-                relation = re.search(r"(left of|right of|above|below) an? |(left|right|above|below)(?: it)?$", text)
-                if relation:  # "a is left of b", or "a with b on its left"
-                    one, two = scene["objects"] if relation[1] else scene["objects"][::-1]
-                    word = (relation[1] or relation[2]).removesuffix(" of")
-                    assert {"left": one["x"] < two["x"], "right": one["x"] > two["x"],
-                            "above": one["y"] < two["y"], "below": one["y"] > two["y"]}[word]
-
-
-def test_shapes_are_the_same_for_everyone_and_splits_differ():
-    a, b = (data.shapes_example("train", 7, 64) for _ in range(2))
-    assert a["text"] == b["text"] and a["image"].tobytes() == b["image"].tobytes()
-    assert json.loads(data.shapes_example("train", 7, 128)["scene"]) == json.loads(a["scene"])
-    assert a["text"] == "there is a large blue slash at the left"  # changes with SHAPES only
-    scenes = {split: {data.shapes_example(split, i, 16)["scene"] for i in range(500)} for split in ("train", "test")}
-    assert len(scenes["train"]) == len(scenes["test"]) == 500 and not scenes["train"] & scenes["test"]
-    red = data.draw_scene({
-        "objects": [dict(shape="circle", color="red", size="large", x=0.5, y=0.5, turn=0.0, side=None)],
-        "background": dict(kind="plain", seed=1)}, 64)
-    assert red[32, 32, 0] > 150 > 60 > red[32, 32, 1] and (red[0, 0] == red[0, 63]).all()
-    bar = data.draw_scene({
-        "objects": [dict(shape="bar", color="red", size="large", x=0.3, y=0.7, turn=0.0, side=None)],
-        "background": dict(kind="plain", seed=1)}, 64)
-    rows, columns = np.nonzero((bar != bar[0, 0]).any(-1))
-    assert abs(rows.mean() / 64 - 0.7) < 0.05 and abs(columns.mean() / 64 - 0.3) < 0.05
-    assert np.ptp(columns) > 1.5 * np.ptp(rows)  # lying, where a pillar stands
-
-
-def encoded(image: Image.Image, format: str, **options) -> dict:
-    buffer = io.BytesIO()
-    image.save(buffer, format, **options)
-    return {"bytes": buffer.getvalue(), "path": None}
-
-
-def test_odd_pictures_become_rgb():
-    half = Image.fromarray(np.full((8, 6), 32768, np.uint16))
-    # 16 bits scaled, not clipped
-    assert abs(np.asarray(data.decode_image(encoded(half, "PNG"))).astype(int) - 127).max() <= 1
-    clear = Image.new("RGBA", (8, 8), (255, 0, 0, 0))
-    assert data.decode_image(encoded(clear, "PNG")).getpixel((0, 0)) == (255, 255, 255)
-    assert data.decode_image(encoded(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG")).getpixel((4, 4))[0] > 200
-    palette = Image.new("RGB", (8, 8), (0, 128, 0)).convert("P")
-    assert data.decode_image(encoded(palette, "PNG")).getpixel((0, 0))[1] > 100
-    frames = [Image.new("RGB", (8, 8), c) for c in ("red", "blue")]
-    assert data.decode_image(
-        encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])).getpixel((0, 0))[0] > 200
-    turned = Image.new("RGB", (20, 10))
-    exif = turned.getexif()
-    exif[0x0112] = 6
-    assert data.decode_image(encoded(turned, "JPEG", exif=exif)).size == (10, 20)
-    for size in ((1, 1), (1, 3000), (3000, 2)):
-        image = data.decode_image(encoded(Image.new("L", size, 128), "PNG"))
-        assert data.to_tensor(data.centre_crop(image, 32)).shape == (3, 32, 32)
-        assert data.random_crop(image, 32, random.Random(0), 0.4).size == (32, 32)
-    x = torch.randint(256, (3, 5, 5)).float() / 127.5 - 1
-    torch.testing.assert_close(data.to_tensor(data.to_image(x)), x)
-
-
-def test_crops_keep_their_share_and_flips_mirror(tmp_path):
-    ramp = np.zeros((60, 60, 3), np.uint8)
-    ramp[..., 0], ramp[..., 1] = np.arange(60) * 4, np.arange(60)[:, None] * 4  # a pixel's colors are its place
-    for smallest in (0.04, 0.9):
-        shares = []
-        for i in range(100):
-            crop = np.asarray(data.random_crop(Image.fromarray(ramp), 32, random.Random(i), smallest)).astype(float)
-            shares.append(np.ptp(crop[..., 0]) * np.ptp(crop[..., 1]) / 236**2)
-        assert smallest * 0.8 < min(shares) < smallest + 0.1 and max(shares) > 0.8
-    for label in ("left", "right"):
-        (tmp_path / label).mkdir()
-        for i in range(20):
-            Image.fromarray(ramp).save(tmp_path / label / f"{i}.png")
-    pictures = data.open_data(str(tmp_path), 32, crop=1.0, flip=True).train
-    turned = [bool(pictures[(epoch, 0)]["image"][0, 0].diff().sum() < 0) for epoch in range(40)]
-    assert 8 < sum(turned) < 32 and not pictures[0]["image"][0, 0].diff().sum() < 0  # never in evaluation
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    """130 pictures with captions and labels; one is broken, which is under 1 %."""
-    root = tmp_path_factory.mktemp("pictures")
-    rows = []
-    for i in range(130):
-        example = data.shapes_example("train", i, 40)
-        example["image"].save(root / f"{i:03}.png")
-        rows.append({"file_name": f"{i:03}.png", "text": example["text"],
-                     "label": data.CLASS_NAMES[example["label"]].split()[0]})
-    (root / "017.png").write_bytes(b"broken")
-    rows[3]["text"], rows[4]["text"] = "", "very long " * 500
-    (root / "metadata.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    return root
-
-
-def test_folder_with_captions(folder, capsys):
-    opened = data.open_data(str(folder), 32)
-    assert len(opened.train) + len(opened.test) == 129 and opened.class_names == sorted(data.COLORS)
-    assert "017.png" in capsys.readouterr().out and len(opened.test) == 13
-    example = opened.train[(0, 5)]
-    assert (example["image"].shape == (3, 32, 32) and example["image"].abs().max() <= 1
-            and example["caption"] and example["label"] >= 0)
-    assert torch.equal(opened.train[(0, 5)]["image"], example["image"])  # keyed by (seed, epoch, sample)
-    assert not torch.equal(opened.train[(1, 5)]["image"], example["image"])
-    again = data.open_data(str(folder), 32)  # the held-out part is fixed
-    assert [again.test[i]["caption"] for i in range(13)] == [opened.test[i]["caption"] for i in range(13)]
-
-
-def test_shards_called_test_are_not_trained_on(tmp_path):
-    """The layout of published parquet files, in a folder whose name would be a pattern."""
-    folder = tmp_path / "trip [2023]"
-    folder.mkdir()
-    for name, count in (("train-00000-of-00001", 6), ("test-00000-of-00001", 3), ("validation-00000-of-00001", 2)):
-        rows = [data.shapes_example(name[:4], i, 32) for i in range(count)]
-        datasets.Dataset.from_list([{"image": row["image"], "text": row["text"]} for row in rows]).cast_column(
-            "image", datasets.Image()).to_parquet(folder / f"{name}.parquet")
-    opened = data.open_data(str(folder), 32)
-    assert (len(opened.train), len(opened.test)) == (6, 3)
-    (folder / "train-00000-of-00001.parquet").unlink()
-    (folder / "test-00000-of-00001.parquet").unlink()
-    assert len(data.open_data(str(folder), 32).test) == 1  # nothing else is there: it is split itself
-    with pytest.raises(data.UserError, match="--config"):
-        data.open_data(str(folder), 32, config="small")
-
-
-def test_held_out_pictures_stay_held_out(tmp_path):
-    def held_out(folder: Path) -> set[str]:
-        return {Path(row["image"]["path"]).name for row in data.open_data(str(folder), 32).test.rows}
-
-    for i in range(60):
-        (tmp_path / "a" / str(i % 2)).mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (40, 40), (4 * i, 0, 0)).save(tmp_path / "a" / str(i % 2) / f"{i}.png")
-    before = held_out(tmp_path / "a")
-    shutil.copy(tmp_path / "a" / "0" / "0.png", tmp_path / "a" / "0" / "new.png")
-    assert len(before) == 6 and len(before ^ held_out(tmp_path / "a")) <= 2
-    (tmp_path / "a" / "0" / "new.png").unlink()
-    (tmp_path / "a").rename(tmp_path / "b")
-    assert held_out(tmp_path / "b") == before
-    parts = []
-    for cache in ("a/deep/cache", "another"):  # from the hub, wherever its cache lies
-        rows = datasets.Dataset.from_dict({"image": [{"bytes": b"", "path": str(tmp_path / cache / f"{i}.png")}
-                                                     for i in range(60)]})
-        parts.append({Path(row["image"]["path"]).name for row in data.hold_out(rows, "image", "owner/name")[1]})
-    assert parts[0] == parts[1] and len(parts[0]) == 6
-
-
-def test_an_empty_part_is_named(monkeypatch):
-    rows = datasets.Dataset.from_dict({"image": [Image.new("RGB", (32, 32))] * 3, "text": ["a thing"] * 3})
-    monkeypatch.setattr(data, "load_source", lambda *_: datasets.DatasetDict(train=rows, test=rows.select([])))
-    with pytest.raises(data.UserError, match="none of its test pictures"):
-        data.open_data("owner/name", 32)
-
-
-def test_check_reports_a_folder(tmp_path):
-    for i in range(24):
-        kind = tmp_path / "own" / ("cat" if i % 3 else "dog")
-        kind.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (40 + i, 90), (10 * i, 0, 0)).save(kind / f"{i}.png")
-    done = command("data.py", "--check", tmp_path / "own", "--out", tmp_path / "grid.png")
-    assert "22 good pictures, 0 broken" in done.stdout and "2 of 2 classes" in done.stdout, done.stdout
-    assert "median 5" in done.stdout and "made of the class names: 4.0 a picture" in done.stdout
-    assert Image.open(tmp_path / "grid.png").width > 500
-    (tmp_path / "own" / "cat" / "broken.png").write_bytes(b"no picture")
-    (tmp_path / "grid.png").unlink()
-    done = command("data.py", "--check", tmp_path / "own", "--crop", 0.8, "--out", tmp_path / "grid.png")
-    assert done.returncode == 1 and "broken.png" in done.stdout + done.stderr, done.stderr
-    assert "1 of 25 pictures are broken" in done.stderr, done.stderr
-    assert Image.open(tmp_path / "grid.png").width > 500  # of the others
-
-
-def test_captions_under_pictures_are_drawn_and_not_guessed():
-    def drawn(caption: str) -> bytes:
-        return data.picture_grid([[Image.new("RGB", (8, 8))]], [caption]).tobytes()
-
-    assert drawn("grün") != drawn("gr?n") == drawn("gr\N{CJK UNIFIED IDEOGRAPH-7DA0}n")
-
-
-def test_class_folders_parquet_and_splits(tmp_path):
-    for split, count in (("train", 6), ("test", 3)):
-        for color in ("red", "dark_blue"):
-            (tmp_path / split / color).mkdir(parents=True)
-            for i in range(count):
-                Image.new("RGB", (20, 20), "red").save(tmp_path / split / color / f"{i}.jpg")
-    opened = data.open_data(str(tmp_path), 16)
-    assert (len(opened.train), len(opened.test), opened.class_names) == (12, 6, ["dark_blue", "red"])
-    assert "a photo of a dark blue" in {opened.train[(e, i)]["caption"] for e in range(9) for i in range(12)}
-    table = datasets.Dataset.from_list([
-        {"img": encoded(Image.new("RGB", (20, 20)), "PNG"), "captions": ["one", "two"], "cls": i % 3}
-        for i in range(20)])
-    (tmp_path / "pq").mkdir()
-    table.to_parquet(str(tmp_path / "pq" / "part.parquet"))
-    opened = data.open_data(str(tmp_path / "pq"), 16)
-    assert ({opened.train[(e, 0)]["caption"] for e in range(20)} == {"one", "two"}
-            and opened.class_names == ["0", "1", "2"])
-    assert opened.test[0]["captions"] == ["one", "two"]
-
-
-def test_bad_folders(tmp_path, monkeypatch):
-    with pytest.raises(data.UserError, match="no such file or folder"):
-        data.open_data(str(tmp_path / "missing"), 32)
-    with pytest.raises(data.UserError, match="no such file or folder"):
-        data.open_data("shpaes", 32)
-    for flags in (("--resolution", 0), ("--context-length", 1)):
-        assert flags[0] in complaint(monkeypatch, data, *flags)
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(data.UserError, match="empty"):
-        data.open_data(str(tmp_path / "empty"), 32)
-    (tmp_path / "bare").mkdir()
-    for i in range(4):
-        Image.new("RGB", (8, 8)).save(tmp_path / "bare" / f"{i}.png")
-    with pytest.raises(data.UserError, match="neither captions nor labels"):
-        data.open_data(str(tmp_path / "bare"), 32)
-    with pytest.raises(data.UserError, match="no text column 'words'"):
-        data.open_data(str(tmp_path / "bare"), 32, text_col="words")
-    for name in "ab":
-        (tmp_path / "broken" / name).mkdir(parents=True)
-        for i in range(25):
-            Image.new("RGB", (8, 8)).save(tmp_path / "broken" / name / f"{i}.png")
-    (tmp_path / "broken" / "a" / "3.png").write_bytes(b"")
-    (tmp_path / "broken" / "b" / "4.png").write_bytes(b"\x89PNG but not for long")
-    with pytest.raises(data.UserError, match="more than 1 %.*png"):
-        data.open_data(str(tmp_path / "broken"), 32)
-
-
-def test_tokenizer():
-    texts = [data.shapes_example("train", i, 16)["text"] for i in range(300)]
-    tokenizer = data.Tokenizer.train(texts, context_length=26)
-    assert len({tokenizer.bos, tokenizer.eos, tokenizer.pad}) == 3 and tokenizer.vocab_size == tokenizer.pad + 1
-    for text in [*texts, "", "Ünïcode 漢字 🙂\n\ttabs  and   spaces", "<|endoftext|>"]:
-        wide = data.Tokenizer(tokenizer.encoding, 200)
-        ids = wide.encode(text)
-        assert wide.decode(ids) == text and ids[0] == wide.bos and ids[-1] == wide.eos
-        assert len(tokenizer.encode(text)) <= 26 and tokenizer.encode(text)[-1] == tokenizer.eos  # eos survives the cut
-    # no caption of shapes is cut
-    assert max(len(data.Tokenizer(tokenizer.encoding, 200).encode(t)) for t in texts) <= 26
-    batch = tokenizer.batch(["a red circle", ""])
-    assert batch.shape == (2, 26) and batch[1].tolist() == [tokenizer.bos, tokenizer.eos] + 24 * [tokenizer.pad]
-    again = data.Tokenizer.from_state(json.loads(json.dumps(tokenizer.state())), 26)
-    assert all(again.encode(t) == tokenizer.encode(t) for t in texts)
-    with pytest.raises(data.UserError, match="bpe"):
-        data.Tokenizer.named("gpt3", 26)
-
-
-def test_tiktokens_own_encodings(monkeypatch):
-    ranks = {bytes([b]): b for b in range(256)} | {b" red": 300}  # ids 256 to 299 stand for nothing, as in cl100k_base
-    theirs = tiktoken.Encoding("gpt2", pat_str=data.WORD_PATTERN, mergeable_ranks=ranks,
-                               special_tokens={"<|endoftext|>": 301})
-    monkeypatch.setitem(tiktoken.registry.ENCODINGS, "gpt2", theirs)
-    tokenizer = data.Tokenizer.named("gpt2", 20)
-    assert (tokenizer.bos, tokenizer.eos, tokenizer.pad, tokenizer.vocab_size) == (302, 303, 304, 305)
-    assert tokenizer.decode(tokenizer.encode("a red bar")) == "a red bar"
-    assert tokenizer.decode([tokenizer.bos, ord("a"), 270, 301, 300, tokenizer.eos, 5]) == "a red"  # as if untrained
-    assert tokenizer.state() == {"name": "gpt2"}
-    assert data.Tokenizer.from_state({"name": "gpt2"}, 20).encoding is theirs
-    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: (_ for _ in ()).throw(ConnectionError("no route")))
-    with pytest.raises(data.UserError, match="TIKTOKEN_CACHE_DIR"):
-        data.Tokenizer.named("cl100k_base", 20)
-
-
-def test_order_is_that_of_one_process():
-    def batches(world, start=0):
-        orders = [iter(data.TrainingOrder(50, 8, seed=3, start=start, stop=15, rank=r, world=world))
-                  for r in range(world)]
-        return [[key for order in orders for key in next(order)] for _ in range(start, 15)]
-
-    one = batches(1)
-    assert batches(2) == one and batches(4) == one and batches(2, start=7) == one[7:]
-    first_epoch = [key for batch in one[:6] for key in batch]
-    assert len(set(first_epoch)) == 48 and {e for e, _ in first_epoch} == {0} and one[6][0][0] == 1
-    with pytest.raises(data.UserError, match="--batch-size"):
-        data.TrainingOrder(5, 8, 0, 0, 1)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# train.py
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def small_model(**changes) -> tuple[train.OpenVision3, data.Tokenizer]:
+        run_main(monkeypatch, program, *argv)
+    message = stop.value.code
+    assert isinstance(message, str) and message.startswith("error: ") and "\n" not in message, (
+        message
+    )
+    return message
+
+
+def small_model(**changes):
+    """(an untrained OpenVision3 of the laptop preset with changes, its tokenizer)"""
     config = train.Config(**changes)
-    tokenizer = data.Tokenizer.train([data.shapes_example("train", i, 16)["text"] for i in range(200)],
-                                     config.context_length)
+    captions = [shapes_module.shapes_example("train", i, 16)["text"] for i in range(200)]
+    tokenizer = tokenizer_module.Tokenizer.train(captions, config.context_length)
     torch.manual_seed(0)
-    return train.OpenVision3(config, tokenizer, vae.load_vae("tiny")), tokenizer
+    return openvision3.OpenVision3(config, tokenizer, vae.load_vae("tiny")), tokenizer
 
 
-def shapes_batch(count: int, tokenizer: data.Tokenizer, resolution: int) -> dict:
-    opened = data.open_data("shapes", resolution)
-    return data.Collate(tokenizer)([opened.train[i] for i in range(count)])
+def shapes_batch(count: int, tokenizer, resolution: int) -> dict:
+    """The first training images, centre-cropped, as a batch."""
+    splits = data.load_data("shapes", resolution)
+    return next(iter(data.eval_loader(splits.train, tokenizer, count, limit=count)))
 
 
-def test_losses_start_where_they_should_and_reach_the_encoder():
-    model, tokenizer = small_model()
-    batch = shapes_batch(32, tokenizer, 64)
-    terms = model(batch["image"], batch["text"])
-    assert terms["contrastive"].item() == pytest.approx(math.log(32), abs=0.35)
-    assert terms["caption"].item() == pytest.approx(math.log(tokenizer.vocab_size), abs=0.35)
-    for name in ("pixel", "latent", "caption", "contrastive"):
-        model.zero_grad()
-        terms[name].backward(retain_graph=True)
-        assert model.encoder.conv1.weight.grad.abs().sum() > 0, name
-    model.zero_grad()
-    terms["loss"].backward()
-    assert all(p.grad is not None for p in model.parameters())  # nothing is idle
-    assert all(p.grad is None and not p.requires_grad for p in model.vae.parameters())
-    assert not any("frozen" in name or "vae" in name for name in model.state_dict())
-    model.train()
-    assert not model.vae.training
+TINY_RUN = (
+    "--device",
+    "cpu",
+    "--steps",
+    4,
+    "--batch-size",
+    8,
+    "--pixel-loss-every",
+    4,
+    "--resolution",
+    32,
+    "--warmup",
+    1,
+    "--log-every",
+    1,
+    "--save-every",
+    2,
+    "--sample-every",
+    4,
+)
 
 
-def test_a_branch_of_weight_zero_only_watches():
-    def gradients(only: str | None = None, **weights) -> dict:
-        model, tokenizer = small_model(resolution=32, tau=0.0, pixel_every=1, **weights)
-        model.encoder.transformer.resblocks[0].mlp.c_proj.weight.data.normal_(std=0.02)  # or most of it sleeps
-        batch = shapes_batch(8, tokenizer, 32)
-        terms = model(batch["image"], batch["text"])
-        parts = {"rec": 0.5 * (terms["pixel"] + 0.4 * terms["latent"]), "und": terms["caption"] + terms["contrastive"]}
-        assert terms["loss"].item() == pytest.approx(sum(parts.values()).item(), rel=1e-5)
-        (parts[only] if only else terms["loss"]).backward()
-        return {name: p.grad for name, p in model.named_parameters()}
-
-    for off, on in (("w_rec", "und"), ("w_und", "rec")):
-        watched, alone = gradients(**{off: 0.0}), gradients(only=on)
-        assert all(grad is not None for grad in watched.values())  # its own part still learns
-        trunk = [name for name in watched if name.startswith(("encoder.conv1", "encoder.class", "encoder.transformer"))]
-        for name in trunk:  # and the encoder gets the other branch's gradient alone
-            assert torch.allclose(watched[name], alone[name], rtol=1e-4, atol=1e-7), name
-        joint = gradients()
-        assert not torch.allclose(joint["encoder.conv1.weight"], watched["encoder.conv1.weight"], rtol=1e-2)
-
-
-def test_pixels_take_the_latents_place(tmp_path, monkeypatch):
-    x = shapes(2, 32)
-    run_train(monkeypatch, *TINY_RUN, "--vae", "pixels", "--out", tmp_path / "run")
-    model, tokenizer, _ = train.load_run(tmp_path / "run", torch.device("cpu"))
-    assert model.encoder.conv1.weight.shape == (192, 3, 16, 16)
-    pooled, tokens = encoder.load_encoder(tmp_path / "run")(x)
-    assert torch.equal(tokens, model.encoder(x)[1]) and tokens.shape == (2, 4, 192)
-    small = torch.randn(4000, 40, generator=torch.Generator().manual_seed(0)) * torch.logspace(0, -2, 40)
-    torch.manual_seed(0)
-    _, matrix = encoder.whitening(small, 10)  # fewer directions than numbers: those of most variance, white
-    assert torch.allclose((small @ matrix).T.cov(), torch.eye(10), atol=0.15) and matrix[25:].abs().max() < 1e-1
-
-
-def test_whitened_towers_see_everything_from_the_first_step():
-    model, tokenizer = small_model()
-    batch = shapes_batch(256, tokenizer, 64)
-    latents = model.vae.encode(batch["image"])
-
-    def spread(x: torch.Tensor) -> float:
-        """Largest variance in any direction over the smallest of those that 2x2x16 numbers can fill."""
-        variances = torch.linalg.eigvalsh(x.double().T.cov()).flip(0)
-        return (variances[0] / variances[63]).item()
-
-    def patches() -> torch.Tensor:
-        return model.encoder.conv1(latents).detach().flatten(2).transpose(1, 2).flatten(0, 1)
-
-    before = spread(patches())
-    model.encoder.whiten(latents)
-    model.text_encoder.whiten(batch["text"])
-    print(f"patches: largest over smallest variance {before:.0f} before, {spread(patches()):.1f} after")
-    assert before > 100 and spread(patches()) < 5
-    with torch.no_grad():
-        pooled, text = model.encoder(latents)[0], model.text_encoder(batch["text"])
-    for x in (pooled, text):  # nothing in common any more, where it was most of each vector
-        assert x.mean(0).norm() < 0.02 * x.norm(dim=1).mean()
-    scale = model.log_scale.exp()
-    expected = math.log(256) + scale.item() ** 2 / (2 * pooled.shape[1])
-    assert losses.contrastive_loss(pooled, text, scale).item() == pytest.approx(expected, abs=0.35)
-
-
-def test_rates_and_decay():
-    c = train.Config(steps=110, warmup=10, lr=2.0)
-    rates = [train.learning_rate(step, c) for step in range(110)]
-    assert rates[0] == pytest.approx(0.2) and max(rates) == rates[9] == rates[10] == 2.0
-    assert rates[60] == pytest.approx(1.0) and 0 < rates[-1] < 1e-3 and rates[10:] == sorted(rates[10:], reverse=True)
-    args = argparse.Namespace(steps=100, lr=2.0)
-    rates = [generate.learning_rate(step, args) for step in range(100)]
-    assert rates[:2] == [1.0, 2.0] and rates[50] == 2.0 and rates[75] == pytest.approx(1.1) and rates[-1] < 0.25
-    model, _ = small_model()
-    decayed, others = train.make_optimizer(model, c).param_groups
-    names = {id(p): name for name, p in model.named_parameters()}
-    assert (decayed["weight_decay"], others["weight_decay"]) == (c.weight_decay, 0)
-    assert {names[id(p)].split(".")[-1] for p in decayed["params"]} == {"weight", "in_proj_weight", "proj"}
-    for p in others["params"]:
-        assert re.search(r"bias$|embedding|ln_|log_scale", names[id(p)]), names[id(p)]
-
-
-def test_sixteen_samples_are_learned_by_heart():
-    model, tokenizer = small_model(resolution=32, tau=0.0)
-    batch = shapes_batch(16, tokenizer, 32)
-    vars(model.config).update(steps=330, warmup=20, lr=1.5e-3, weight_decay=0.0)
-    optimizer = train.make_optimizer(model, model.config)
-    for step in range(model.config.steps):
-        train.take_step(model, model, optimizer, batch["image"], batch["text"], step,
-                        train.Place(0, 1, torch.device("cpu"), torch.float32))
-    model.eval()
-    with torch.no_grad():
-        latents = model.vae.encode(batch["image"])
-        pooled, tokens = model.encoder(latents)
-        written = model.caption_decoder.generate(tokens, tokenizer.bos, tokenizer.eos, 26).tolist()
-        found = eval_probe.retrieval(pooled, model.text_encoder(batch["text"]))
-        error = F.l1_loss(model.latent_decoder(tokens), latents) / latents.std()
-    print(f"latent L1 is {error:.4f} of the latents' standard deviation")
-    assert [tokenizer.decode(ids) for ids in written] == batch["captions"]
-    assert found["i2t_r1"] == found["t2i_r1"] == 1.0
-    assert error < 0.05
-
-
-TINY_RUN = ("--device", "cpu", "--steps", 4, "--batch-size", 8, "--pixel-every", 4, "--resolution", 32, "--warmup", 1,
-            "--log-every", 1, "--save-every", 2, "--sample-every", 4)
-
-
-def run_train(monkeypatch, *argv) -> None:
-    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, argv)])
-    train.main()
-
-
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory) -> Path:
-    """The folder of a finished TINY_RUN, to look at; `copied` has one to write into."""
+    """The folder of a finished TINY_RUN, to look at; `copied_run` has one to write into."""
     out = tmp_path_factory.mktemp("tiny") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        run_train(patch, *TINY_RUN, "--out", out)
+        run_main(patch, train, *TINY_RUN, "--out", out)
     return out
 
 
 @pytest.fixture
-def copied(tiny_run, tmp_path) -> Path:
+def copied_run(tiny_run, tmp_path) -> Path:
     return shutil.copytree(tiny_run, tmp_path / "run")
 
 
-def test_interrupted_and_resumed_is_bitwise_the_straight_run(tiny_run, monkeypatch, tmp_path, capsys):
-    save = train.save_checkpoint
-
-    def save_then_die(*what):
-        save(*what)
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "save_checkpoint", save_then_die)
-        with pytest.raises(SystemExit, match="interrupted"):
-            run_train(monkeypatch, *TINY_RUN, "--out", tmp_path / "broken")
-    (tmp_path / "broken" / "log.jsonl").open("a").write('{"step": 3, "loss": 0}\n')  # a line past the checkpoint
-    run_train(monkeypatch, *TINY_RUN, "--out", tmp_path / "broken", "--resume")
-    a, b = (torch.load(folder / "last.pt", weights_only=True) for folder in (tiny_run, tmp_path / "broken"))
-    assert a["step"] == b["step"] == 4
-    assert all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"])
-    for k, state in a["optimizer"]["state"].items():
-        assert all(torch.equal(v, b["optimizer"]["state"][k][n]) for n, v in state.items())
-    logs = [[json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-            for folder in (tiny_run, tmp_path / "broken")]
-    assert [r["step"] for r in logs[0]] == [1, 2, 3, 4] == [r["step"] for r in logs[1]]
-    assert [r["loss"] for r in logs[0]] == [r["loss"] for r in logs[1]]
-    before = (tmp_path / "broken" / "log.jsonl").read_text()
-    run_train(monkeypatch, *TINY_RUN, "--out", tmp_path / "broken", "--resume")  # a finished run
-    assert "finished" in capsys.readouterr().out and (tmp_path / "broken" / "log.jsonl").read_text() == before
-    assert "--lr 0.5" in complaint(
-        monkeypatch, train, *TINY_RUN, "--out", tmp_path / "broken", "--resume", "--lr", "0.5")
-    # nothing is overwritten
-    assert "--resume" in complaint(monkeypatch, train, *TINY_RUN, "--out", tmp_path / "broken")
-    for name in ("config.json", "curves.png", "recon_000000.png", "recon_000004.png", "encoder.safetensors"):
-        assert (tmp_path / "broken" / name).is_file()
-    saved = json.loads((tmp_path / "broken" / "config.json").read_text())
-    assert saved["commit"] is None or re.fullmatch(r"[0-9a-f]{40}\+?", saved["commit"])
-    assert saved["command"].endswith(f"--out {tmp_path / 'broken'} --resume")  # the last start's
-    assert encoder.load_encoder(tmp_path / "broken")(torch.randn(1, 16, 4, 4))[1].shape == (1, 4, 192)
-
-
-def test_two_processes_train_what_one_trains(monkeypatch, tmp_path):
-    run = [*TINY_RUN, "--tau", 0, "--log-ids"]
-    run_train(monkeypatch, *run, "--out", tmp_path / "one")
-    two = command("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2,
-                  "train.py", *run, "--out", tmp_path / "two")
-    assert two.returncode == 0, two.stderr
-    logs = [[json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
-            for name in ("one", "two")]
-    for a, b in zip(*logs, strict=True):
-        for term in ("loss", "pixel", "latent", "caption", "contrastive", "grad_norm"):
-            assert a[term] == pytest.approx(b[term], rel=1e-4), (a["step"], term)
-    ids = {name: [sorted(sum((json.loads(lines[step])["ids"] for lines in files), [])) for step in range(4)]
-           for name, files in (
-               (name, [p.read_text().splitlines() for p in sorted((tmp_path / name).glob("ids-*.jsonl"))])
-               for name in ("one", "two"))}
-    assert ids["one"] == ids["two"]
-
-
-@pytest.mark.parametrize("argv, says", [
-    (("--data", "nowhere/at/all"), "no such file or folder"), (("--resolution", 100), "multiple of 16"),
-    (("--batch-size", 1), "contrastive"), (("--batch-size", 24), "--pixel-every"),
-    (("--steps", 0), "--steps 0"), (("--lr", "nan"), "--lr is nan"),
-    (("--vae", "README.md"), "README.md"), (("--vae", "none.safetensors"), "none.safetensors"),
-    (("--resume",), "no checkpoint"), (("--size", "XXL"), "Nano"), (("--tokenizer", "gpt3"), "gpt2"),
-    (("--lpips-weight", "0.5"), "--lpips-vgg"), (("--crop", 0), "--crop"), (("--device", "tpu"), "cuda, mps, cpu"),
-    (("--tau", "-1"), "--tau"), (("--freeze-encoder",), "--init"), (("--w-rec", 0, "--w-und", 0), "nothing to learn"),
-    (("--device", "cuda"), "--device cpu"),
-])
-def test_bad_settings_get_one_sentence(monkeypatch, tmp_path, argv, says):
-    assert says in complaint(monkeypatch, train, "--out", tmp_path / "run", *argv)
-    assert not (tmp_path / "run").exists()
-
-
-def test_a_rate_that_is_given_overrules_a_presets_rule():
-    assert train.parse_config(["--preset", "paper-b"]).lr == pytest.approx(8e-6 * 8192 / 256)
-    given = train.parse_config(["--preset", "paper-b", "--lr", "1e-4"])
-    assert (given.lr, given.base_lr) == (1e-4, None)
-    assert train.parse_config(["--base-lr", "1e-4", "--lr", "1", "--batch-size", "128"]).lr == pytest.approx(5e-5)
-
-
-@pytest.mark.parametrize("error, says", [
-    (ValueError("two\n  lines"), "two lines"), (ValueError(), "ValueError"), (KeyboardInterrupt(), "interrupted"),
-    (torch.OutOfMemoryError("CUDA out of memory"), "--accumulate"),
-    (RuntimeError("[enforce fail] . DefaultCPUAllocator: can't allocate memory: you tried"), "--accumulate"),
-    (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), "lower --workers")])
-def test_errors_have_words_and_a_status(error, says):
-    with pytest.raises(SystemExit) as stop, data.plain_errors():
-        raise error
-    assert says in stop.value.code
-
-
-def test_a_bug_keeps_its_traceback():
-    with pytest.raises(RuntimeError, match="a bug"), data.plain_errors():
-        raise RuntimeError("a bug")
-
-
-def test_more_processes_than_gpus(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setenv("WORLD_SIZE", "3")
-    for rank, device in (("0", "cuda:0"), ("1", "cuda:1")):
-        monkeypatch.setenv("LOCAL_RANK", rank)
-        assert str(train.choose_device("auto")) == device
-    monkeypatch.setenv("LOCAL_RANK", "2")
-    with pytest.raises(data.UserError, match="--nproc-per-node 2"):
-        train.choose_device("auto")
-
-
-def test_unknown_flags_and_presets_fail(capsys):
-    for argv in (["--stepz", "3"], ["--preset", "huge"], ["--step", "3"]):  # the last: no abbreviations
-        with pytest.raises(SystemExit) as stop:
-            train.parse_config(argv)
-        assert stop.value.code == 2
-    for preset in train.PRESETS:
-        assert train.parse_config(["--preset", preset]).batch_size > 0
-
-
-def test_a_non_finite_term_is_named(monkeypatch, tmp_path):
-    assert "contrastive" in complaint(
-        monkeypatch, train, *TINY_RUN, "--lr", 1e30, "--clip", 1e30, "--out", tmp_path / "run")
-
-
-def test_checkpoints_that_are_none(monkeypatch, tmp_path):
-    (tmp_path / "last.pt").write_bytes(b"half a file")
-    assert "last.pt" in complaint(monkeypatch, eval_probe, "--ckpt", tmp_path)
-    assert "last.pt" in complaint(monkeypatch, train, "--resume", "--out", tmp_path)
-    assert (tmp_path / "last.pt").read_bytes() == b"half a file"
-    assert "train.py" in complaint(monkeypatch, eval_probe, "--ckpt", tmp_path / "nowhere")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Several processes, parts of a batch, streams, kills: the same training every way
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def save_gradients(out: Path, parts: int, recompute: bool) -> None:
-    """Those of the whole objective over 24 pictures, in as many processes as torchrun has started; run by the test
-    below, in this process and in others."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    model, tokenizer = small_model(resolution=32, pixel_every=1, tau=0.0, lpips_weight=0.0)
-    stirred(model)
-    model.config.lpips_weight = 0.5  # on a network of random weights
-    model.frozen[1] = losses.PerceptualDistance()
-    for part in (model.encoder, model.latent_decoder, model.caption_decoder, model.text_encoder):
-        part.transformer.recompute = recompute
-    model.vae.decoder.recompute = recompute
-    batch = shapes_batch(24, tokenizer, 32)
-    batch["text"][3:12, 5:] = tokenizer.pad  # words spread unevenly over processes and parts
-    parallel = model
-    if world > 1:
-        torch.distributed.init_process_group("gloo")
-        parallel = torch.nn.parallel.DistributedDataParallel(model)
-    images, ids = (batch[key].chunk(world)[rank] for key in ("image", "text"))
-    terms = train.backward_in_parts(parallel, model, images, ids, parts, partial(torch.autocast, "cpu", enabled=False))
-    if world > 1:
-        values = torch.stack([term.detach() for term in terms.values()])
-        torch.distributed.all_reduce(values)
-        terms = dict(zip(terms, values / world))
-    if rank == 0:
-        torch.save({"gradients": {n: p.grad for n, p in model.named_parameters()},
-                    "terms": {n: t.detach() for n, t in terms.items() if n != "token_std"}}, out)
-    if world > 1:
-        train.end_group()
-
-
-def test_gradients_do_not_depend_on_processes_or_parts(tmp_path):
-    results, file = [], tmp_path / "result.pt"
-    for world, parts, recompute in ((1, 1, False), (1, 4, False), (2, 3, True)):
-        if world == 1:
-            save_gradients(file, parts, recompute)
-        else:
-            (tmp_path / "gradients.py").write_text(
-                f"import test_all, torch\ntorch.set_num_threads(1)\n"
-                f"test_all.save_gradients({str(file)!r}, {parts}, {recompute})")
-            done = command("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", world,
-                           tmp_path / "gradients.py")
-            assert done.returncode == 0, done.stderr
-        results.append(torch.load(file, weights_only=True))
-        whole = results[0]
-        assert whole["terms"]["lpips"] > 0
-        for name, term in results[-1]["terms"].items():
-            assert term.item() == pytest.approx(whole["terms"][name].item(), rel=1e-5), (world, parts, name)
-        worst = max(((results[-1]["gradients"][n] - g).abs().max() / g.abs().max()).item()
-                    for n, g in whole["gradients"].items())
-        print(f"{world} process(es), {parts} part(s): largest relative difference of a gradient {worst:.1e}")
-        assert worst <= 1e-5
-    assert all(g.any() for g in whole["gradients"].values())
-
-
-def test_recompute_and_accumulate_are_heard():
-    model, tokenizer = small_model(resolution=32, pixel_every=2, recompute=True, accumulate=2, compile=False)
-    batch, runs = shapes_batch(8, tokenizer, 32), Counter()
-    for name, block in (("encoder", model.encoder.transformer.resblocks[0]), ("VAE", model.vae.decoder.up[0].block[0])):
-        block.register_forward_pre_hook(lambda *_, name=name: runs.update([name]))
-    train.make_ready(model, model.config, torch.device("cpu"))
-    train.take_step(model, model, train.make_optimizer(model, model.config), batch["image"], batch["text"], 0,
-                    train.Place(0, 1, torch.device("cpu"), torch.float32))
-    assert runs == {"encoder": 2 + 2 * 2, "VAE": 2 * 2}  # features first; then each part forward and, again, backward
-
-
-@pytest.fixture(scope="module")
-def tars(tmp_path_factory) -> Path:
-    """5,000 small pictures in eight webdataset tars, and 100 more to test on."""
-    root = tmp_path_factory.mktemp("tars")
-    for split, shards, count in (("train", 8, 625), ("test", 1, 100)):
-        (root / split).mkdir()
-        for shard in range(shards):
-            with tarfile.open(root / split / f"{shard:03}.tar", "w") as tar:
-                for i in range(count):
-                    png = io.BytesIO()
-                    color = tuple(random.Random(f"{split} {shard} {i}").choices(range(256), k=3))
-                    Image.new("RGB", (16, 16), color).save(png, "png")
-                    for ending, content in (("png", png.getvalue()), ("txt", f"picture {i} of {shard}".encode())):
-                        entry = tarfile.TarInfo(f"{i:05}.{ending}")
-                        entry.size = len(content)
-                        tar.addfile(entry, io.BytesIO(content))
-    return root
-
-
-def test_streamed_epoch_for_two_processes_of_two_workers(tars, monkeypatch, tmp_path):
-    opened = data.open_data(str(tars), 16, streaming=True)
-    tokenizer, first, again = data.Tokenizer.train(["picture 0 of 1"], 8), [], []
-    for rank in (0, 1):
-        loader = data.training_loader(opened, tokenizer, 100, 0, 0, 51, rank, 2, workers=2)
-        *batches, last = (batch for _, batch in zip(range(51), filter(None, loader)))
-        assert len(batches) == 50 and {batch["epochs"][0] for batch in batches} == {0} and last["epochs"][0] == 1
-        first, again = first + [i for batch in batches for i in batch["ids"]], again + last["ids"]
-    assert len(first) == 5000 == len(set(first)) and len(again) == 100 and set(again) < set(first)
-    run_train(monkeypatch, *TINY_RUN, "--resolution", 16, "--data", tars, "--streaming", "--steps", 2,
-              "--out", tmp_path / "run")
-    assert train.read_checkpoint(tmp_path / "run")["step"] == 2
-
-
-def test_stream_goes_on_where_it_stopped(tars, monkeypatch):
-    opened = data.open_data(str(tars), 16, streaming=True)
-    assert len(opened.test) == 100 and len(opened.train) == 2000 and opened.stream.rows.num_shards == 8
-    tokenizer = data.Tokenizer.train(["picture 0 of 1"], 8)
-
-    def ids(start: int, stop: int, workers: int) -> list:
-        loader = data.training_loader(opened, tokenizer, 30, 0, start, stop, workers=workers)
-        return [batch["ids"] for batch, _ in zip(filter(None, loader), range(start, stop))]
-
-    for workers in (0, 2):
-        assert ids(7, 12, workers) == ids(0, 12, workers)[7:]
-    assert ids(0, 3, 0) != [[f"000.tar:{i:05}" for i in range(30 * k, 30 * k + 30)] for k in range(3)]  # shuffled
-    with pytest.raises(data.UserError, match="lower --workers"):
-        opened.stream.part(10, 0, 0, 3, 3)
-    with pytest.raises(data.UserError, match="leave it out"):
-        data.open_data("shapes", 16, streaming=True)
-    with pytest.raises(data.UserError, match="--text-col does nothing for shapes"):
-        data.open_data("shapes", 16, text_col="caption")
-
-
-def test_stream_without_a_test_part_holds_some_rows_out(tmp_path):
-    rows = [{"image": encoded(Image.new("RGB", (16, 16), (i, 7, i // 2)), "PNG"), "text": f"number {i}"}
-            for i in range(200)]
-    features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
-    datasets.Dataset.from_list(rows, features=features).to_parquet(tmp_path / "a.parquet")
-    opened = data.open_data(str(tmp_path), 16, streaming=True)
-    tokenizer = data.Tokenizer.train(["number 1"], 8)
-    epoch = next(iter(data.training_loader(opened, tokenizer, 180, 0, 0, 1)))
-    tested = {opened.test[i]["caption"] for i in range(len(opened.test))}
-    assert len(tested) == 20 and len(set(epoch["captions"])) == 180 and not tested & set(epoch["captions"])
-
-
-def test_loading_never_fails_silently(tars, tmp_path, monkeypatch):
-    bad = tmp_path / "bad"
-    shutil.copytree(tars, bad)
-    shard = bad / "train" / "007.tar"
-    opened = data.open_data(str(bad), 16, streaming=True)
-    loader = data.training_loader(opened, data.Tokenizer.train(["picture"], 8), 100, 0, 0, 60)
-    whole = shard.read_bytes()
-    shard.unlink()
-    with pytest.raises(train.UserError, match=r"step 1: the data could not be loaded .*007.tar"):
-        batches = iter(loader)
-        for _ in range(60):
-            train.next_batch(batches, 0, tmp_path)
-    shard.write_bytes(whole[: len(whole) // 2])
-    other = (bad / "train" / "000.tar").read_bytes()
-    damaged = whole[:409_600] + b"\1" * 512 + whole[410_112:]  # the header of the 201st picture
-    for content in (whole[: len(whole) // 2], whole + other, damaged):
-        shard.write_bytes(content)
-        with pytest.raises(data.UserError, match="007.tar has no proper end"):
-            data.open_data(str(bad), 16, streaming=True)
-
-    class Killed(torch.utils.data.Dataset):
-        def __len__(self):
-            return 4
-
-        def __getitem__(self, i):
-            time.sleep(2)  # until somebody waits for it
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    # a label that the first rows do not have, and no captions
-    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("string")})
-    rows = [{"image": encoded(Image.new("RGB", (16, 16)), "PNG"), "label": "cat" if i < 2100 else "dog"}
-            for i in range(2200)]
-    datasets.Dataset.from_list(rows, features=features).to_parquet(tmp_path / "sorted" / "a.parquet")
-    opened = data.open_data(str(tmp_path / "sorted"), 16, streaming=True)
-    with pytest.raises(data.UserError, match="'dog' is not among those"):
-        opened.stream.held_out = set()
-        list(itertools.islice(opened.stream.part(100, 0, 0, 1, 0), 22))
-
-    loader = iter(torch.utils.data.DataLoader(Killed(), num_workers=1))
-    with pytest.raises(train.UserError, match="step 6: the data could not be loaded .*exited unexpectedly"):
-        train.next_batch(loader, 5, tmp_path)
-
-
-def test_pictures_broken_beyond_those_looked_at_are_replaced_and_named(folder, tmp_path, capsys):
-    opened = data.open_data(str(folder), 32, look=0)  # none is looked at beforehand; one of 130 is broken
-    seen = [[part[i]["id"] for i in range(len(part))] for part in (opened.train, opened.test)]
-    said = capsys.readouterr().out
-    assert said.count("skipped") == 1 and "017.png" in said
-    assert sum(map(len, seen)) == 130 and sum(len(set(ids)) for ids in seen) == 129  # its neighbour stands in for it
-    for i in range(120):
-        (tmp_path / f"{i}.png").write_bytes(b"no picture")
-    (tmp_path / "metadata.jsonl").write_text("".join(
-        json.dumps({"file_name": f"{i}.png", "text": "?"}) + "\n" for i in range(120)))
-    with pytest.raises(data.UserError, match="is the disk still there"):
-        data.open_data(str(tmp_path), 32, look=0).train[(0, 0)]
-
-
-def test_killed_while_it_writes_a_checkpoint_it_goes_on_bitwise(tiny_run, tmp_path, monkeypatch):
-    killed = f"""if True:
-        import os, signal, sys, train
-        def replace(source, target, rename=os.replace, written=[]):
-            written.append(os.path.basename(target) == "last.pt")
-            if sum(written) == 2:  # the second checkpoint has its other name yet
-                os.kill(os.getpid(), signal.SIGKILL)
-            rename(source, target)
-        os.replace = replace
-        sys.argv = ["train.py", *{[*map(str, TINY_RUN)]!r}, "--save-every", "1", "--out", {str(tmp_path / "run")!r}]
-        train.main()"""
-    assert command("-c", killed).returncode == -signal.SIGKILL
-    assert train.read_checkpoint(tmp_path / "run")["step"] == 1 and (tmp_path / "run" / "last.pt.tmp").exists()
-    run_train(monkeypatch, *TINY_RUN, "--out", tmp_path / "run", "--resume", "--save-every", 1)
-    a, b = (train.read_checkpoint(folder)["model"] for folder in (tiny_run, tmp_path / "run"))
-    assert all(torch.equal(a[name], b[name]) for name in a)
-    logged = [json.loads(line)["step"] for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
-    assert logged == [1, 2, 3, 4]
-
-
-def test_a_group_s_sigterm_saves_and_a_full_disk_harms_nothing(tmp_path):
-    """A signal as torchrun and schedulers send it: to the loader processes too, which must not die first."""
-    run = [*TINY_RUN, "--steps", 500, "--save-every", 500, "--sample-every", 500, "--out", tmp_path]
-    process = subprocess.Popen([sys.executable, "train.py", *map(str, run), "--workers", "2"], cwd=HERE,
-                               stdout=subprocess.PIPE, text=True, start_new_session=True)
-    try:
-        for line in process.stdout:
-            if line.startswith("step") and int(line.split()[1]) >= 2:  # both loaders have worked
-                os.killpg(process.pid, signal.SIGTERM)
-                break
-        said, _ = process.communicate(timeout=60)
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-    assert process.returncode == 0 and "--resume goes on" in said, said
-    kept = (tmp_path / "last.pt").read_bytes()
-    assert 1 <= train.read_checkpoint(tmp_path)["step"] < 500
-    for room, name in ((1_000_000, "encoder.safetensors"), (10_000_000, "last.pt")):
-        limited = f"""if True:
-            import resource, sys, train
-            resource.setrlimit(resource.RLIMIT_FSIZE, ({room}, {room}))  # as on a disk with so many bytes left
-            sys.argv = ["train.py", *{[*map(str, run)]!r}, "--resume", "--save-every", "1"]
-            train.main()"""
-        done = command("-c", limited)
-        assert done.returncode == 1 and "Traceback" not in done.stderr
-        assert f"{name} could not be written" in done.stderr.splitlines()[-1]
-        assert (tmp_path / "last.pt").read_bytes() == kept and not list(tmp_path.glob("*.tmp"))
-
-
-def test_the_first_ctrl_c_asks_and_the_second_insists():
-    found = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    with pytest.raises(KeyboardInterrupt), train.stop_signal() as stop:
-        assert not stop.is_set()
-        signal.raise_signal(signal.SIGINT)
-        assert stop.is_set()
-        signal.raise_signal(signal.SIGINT)
-    assert before == {number: signal.getsignal(number) for number in before}
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        with train.stop_signal() as stop:
-            signal.raise_signal(signal.SIGINT)
-            assert not stop.is_set()  # what a shell has switched off stays off
-    finally:
-        signal.signal(signal.SIGINT, found)
-
-
-def test_second_stage_starts_from_the_first(tiny_run, tmp_path, monkeypatch, capsys):
-    second = (*TINY_RUN, "--resolution", 64, "--init", tiny_run, "--base-lr", "8e-6", "--out", tmp_path / "two")
-    capsys.readouterr()
-    run_train(monkeypatch, *second)
-    assert "peak learning rate 2.5e-07 = 8e-06 * 8 / 256" in capsys.readouterr().out
-    one, two = (train.read_checkpoint(folder) for folder in (tiny_run, tmp_path / "two"))
-    moved = (two["model"]["encoder.proj"] - one["model"]["encoder.proj"]).abs().max()
-    assert 0 < moved < 1e-5 and two["model"]["encoder.positional_embedding"].shape == (17, 192)
-    assert two["tokenizer"] == one["tokenizer"]
-    assert "--size" in complaint(monkeypatch, train, *second, "--size", "Ti", "--out", tmp_path / "three")
-    for name, steps, batch, lr in (("paper-b", 4000 * 1_281_167 // 8192, 8192, 2.56e-4),
-                                   ("paper-l-finetune", 400 * 1_281_167 // 4096, 4096, 6.4e-6)):
-        config = train.parse_config(["--preset", name])
-        assert (config.steps, config.batch_size) == (steps, batch) and config.lr == pytest.approx(lr)
-
-
-def test_cost_card(monkeypatch, capsys):
-    run_train(monkeypatch, "--preset", "paper-b", "--resolution", 256, "--dry-run")
-    rows = {line[:16].strip(): line[16:].split() for line in capsys.readouterr().out.splitlines()}
-    assert float(rows["VAE encode"][1]) == pytest.approx(270, rel=0.02)  # GFLOP at 256 px
-    doubling = 18 * (512**2 * (64**2 + 128**2) + 256**2 * 256**2) / 1e9  # three convolutions of 3x3 on doubled maps
-    assert float(rows["VAE decode"][1]) == pytest.approx(2 * (620 - 5 / 9 * doubling), rel=0.02)
-    assert float(rows["encoder"][0]) == 85.7
-    by_hand = 2 * 257 * 12 * 12 * 768**2 + 12 * 4 * 257**2 * 768 + 2 * 256 * 64 * 768 + 2 * 768**2
-    assert float(rows["encoder"][1]) == pytest.approx(3 * by_hand / 1e9, rel=1e-3)
-
-
-def test_bench(monkeypatch, capsys, tmp_path):
-    flags = ("--preset", "smoke", "--bench", "--steps", 2, "--out", tmp_path / "run")
-    run_train(monkeypatch, *flags, "--accumulate", 2, "--freeze-encoder", "--init", "not read")
-    found = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert set(found) >= {"images_per_s", "step_ms", "peak_memory_gb", "tflops", "parts"}
-    assert list(found["parts"]) == ["data", "VAE encode", "encoder", "latent decoder", "VAE decode", "captions", "text",
-                                    "backward", "optimizer"] and min(found["parts"].values()) > 0
-    run_train(monkeypatch, *flags, "--dry-run", "--accumulate", 2, "--freeze-encoder", "--init", "not read")
-    card = {line[:16].strip(): line[16:].split() for line in capsys.readouterr().out.splitlines()}
-    assert found["tflops"] == pytest.approx(float(card["sum"][1]) * found["images_per_s"] / 1e3, rel=0.02)
-    assert not (tmp_path / "run").exists()
-
-
-def test_bench_growth(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(bench, "GROWTH", {"batch-size": (8,)})
-    monkeypatch.setattr(sys, "argv", ["bench.py", "--growth", str(tmp_path / "new" / "growth.png"), "--preset", "smoke",
-                                      "--steps", "1"])
-    bench.main()
-    (row,) = json.loads((tmp_path / "new" / "growth.json").read_text())["rows"]["batch-size"]
-    assert min(row.values()) > 0 and row["peak_memory_gb"] > row["counted_gb"]
-    run_train(monkeypatch, "--preset", "smoke", "--dry-run")
-    assert f"{row['gflop']:.2f}" in capsys.readouterr().out.split("sum")[1].splitlines()[0]
-    assert Image.open(tmp_path / "new" / "growth.png").size[0] > 500
-    assert "nothing" in complaint(monkeypatch, bench, "--growth", tmp_path / "no.png", "--vae", "nothing")
-
-
-def test_bench_composition_is_the_same_work():
-    """What bench.py times beside ours is no smaller: its parts have as many parameters, within 2 %."""
-    reference("diffusers"), reference("open_clip")
-    c = train.parse_config(["--vae", "flux", "--size", "B"])
-    with torch.device("meta"):
-        theirs, ours = bench.Composition(c, 2051), bench.made_up_model(c, vae.FLUX)
-    ours = sum(p.numel() for part in (ours, ours.vae) for p in part.parameters())
-    assert sum(p.numel() for p in theirs.parameters()) == pytest.approx(ours, rel=0.02)
-
-
-@pytest.mark.filterwarnings("ignore::UserWarning")  # lpips calls torchvision in an old way
-def test_bench_composition_computes_the_objective():
-    reference("diffusers"), reference("open_clip"), reference("lpips")
-    c = train.parse_config(["--batch-size", "8", "--pixel-every", "4", "--lpips-weight", "0.5"])
-    model = bench.Composition(c, 500)
-    loss = model(shapes(8), torch.randint(3, 500, (8, 26)))
-    loss.backward()  # and nothing in it is idle
-    expected = math.log(500) + math.log(8)
-    assert abs(loss.item() - expected) < 1.5 and all(p.grad is not None for p in model.parameters() if p.requires_grad)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# eval_probe.py
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def test_reconstruction_metrics():
-    x = shapes(3, 32)
-    y = (x + 0.1 * torch.randn_like(x)).clamp(-1, 1)
-    a, b = ((v + 1) / 2 for v in (x, y))
-    assert vae.psnr(x, y)[1].item() == pytest.approx(
-        10 * math.log10(1 / (a[1] - b[1]).square().mean().item()), rel=1e-5)
-    line = np.exp(-((np.arange(11) - 5) ** 2) / 4.5)
-    window = np.outer(line, line) / np.outer(line, line).sum()
-    scores = []
-    for c in range(3):
-        for i in range(22):
-            for j in range(22):
-                p, q = (v[0, c, i : i + 11, j : j + 11].double().numpy() for v in (a, b))
-                mp, mq = (window * p).sum(), (window * q).sum()
-                vp, vq, cov = ((window * p * p).sum() - mp**2, (window * q * q).sum() - mq**2,
-                               (window * p * q).sum() - mp * mq)
-                scores.append((2 * mp * mq + 1e-4) * (2 * cov + 9e-4) / ((mp**2 + mq**2 + 1e-4) * (vp + vq + 9e-4)))
-    assert eval_probe.ssim(x, y)[0].item() == pytest.approx(np.mean(scores), abs=1e-5)
-    assert eval_probe.ssim(x, x).min() > 0.9999
-
-
-def test_probes_on_known_data():
-    centres = torch.randn(5, 16)
-    labels = torch.arange(500) % 5
-    features = centres[labels] + 0.05 * torch.randn(500, 16)
-    x, y, tx, ty = features[:400], labels[:400], features[400:], labels[400:]
-    assert eval_probe.linear_probe(x, y, tx, ty, 5) == eval_probe.knn(x, y, tx, ty, 5) == 1.0
-    chance = torch.randn(500, 16)
-    assert eval_probe.linear_probe(chance[:400], y, chance[400:], ty, 5) < 0.4
-    found = eval_probe.retrieval(torch.eye(8), torch.eye(8)[[0, 1, 2, 3, 4, 5, 7, 6]])
-    # the swapped pairs tie with everything else: last
-    assert found["i2t_r1"] == 0.75 and found["i2t_r5"] == 0.75
-    assert eval_probe.retrieval(torch.ones(8, 4), torch.ones(8, 4))["i2t_r1"] == 0  # a collapsed encoder earns nothing
-
-
-def test_evaluation_keys_and_batch_size(monkeypatch):
-    model, tokenizer = small_model(resolution=32)
-    model.eval()
-    before = {k: v.clone() for k, v in model.state_dict().items()}
-    opened = data.open_data("shapes", 32)
-    monkeypatch.setattr(eval_probe, "RETRIEVAL_PAIRS", 16)
-    few = {"train": 128, "test": 40}
-    parts = {name: torch.utils.data.Subset(getattr(opened, name), range(few[name])) for name in few}
-    orders = [{name: range(n) for name, n in few.items()},
-              {name: random.Random(0).sample(range(n), n) for name, n in few.items()}]
-    a, b = (eval_probe.evaluate(
-        model, tokenizer, data.Data(*(torch.utils.data.Subset(parts[name], list(order[name])) for name in few),
-                                    opened.class_names), n_train=128, n_test=40, n_reconstruct=40, batch_size=size)
-            for size, order in zip((7, 40), orders))
-    keys = ("linear_probe_top1 knn_top1 zero_shot_top1 i2t_r1 i2t_r5 t2i_r1 t2i_r5 caption_exact "
-            "psnr ssim lpips rfid psnr_vae ssim_vae n_train n_test seconds").split()
-    assert set(keys) <= set(a)
-    assert {key for key in a if a[key] is None} == {"lpips", "lpips_vae", "rfid", "rfid_vae"}
-    for key in a.keys() - {"seconds"}:  # neither the batches' size nor the order of loading makes a difference
-        one_picture = 0.026 if "probe" in key else 1e-4  # on the very line between two classes
-        assert a[key] == b[key] if a[key] is None else a[key] == pytest.approx(b[key], abs=one_picture), key
-    assert a["psnr_vae"] > a["psnr"]
-    assert all(torch.equal(v, model.state_dict()[k]) for k, v in before.items())
-
-
-def test_harder_questions_have_the_scenes_answers():
-    for i in range(50):
-        scene = json.loads(data.shapes_example("test", i, 16)["scene"])
-        found = {name: (*options, None)[answer] for (name, options), answer in zip(
-            eval_probe.QUESTIONS.items(), eval_probe.answers(json.dumps(scene)).values())}
-        second = scene["objects"][1] if len(scene["objects"]) == 2 else {}
-        assert found == {"probe_count": len(scene["objects"]), "probe_second_color": second.get("color"),
-                         "probe_second_shape": second.get("shape"), "probe_relation": second.get("side")}
-
-
-def test_frechet_distance_of_known_gaussians():
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(4000, 6, generator=generator, dtype=torch.double)
-    x = (x - x.mean(0)) @ torch.linalg.inv(torch.linalg.cholesky(x.T.cov())).T  # exactly white
-    scales, shift = torch.tensor([[0.5, 1, 2, 3, 1, 0.1], [1, 0, 0, -2, 0, 0]], dtype=torch.double)
-    turn = torch.linalg.qr(torch.randn(6, 6, generator=generator, dtype=torch.double))[0]
-    expected = shift.square().sum() + (scales - 1).square().sum()  # against the white one
-    found = eval_probe.frechet_distance(x @ turn, (x * scales + shift) @ turn)
-    assert found == pytest.approx(expected.item(), rel=1e-9)
-    assert abs(eval_probe.frechet_distance(x, x)) < 1e-9
-    other = x[:, :1] * torch.ones(6)  # one direction only: its root is singular
-    assert eval_probe.frechet_distance(other, other + 1) == pytest.approx(6, rel=1e-6)
-
-
-def test_table_is_trained_once_and_resumes(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(eval_probe, "RETRIEVAL_PAIRS", 16)
-    monkeypatch.setattr(eval_probe, "SWEEPS", {"tau": (1.0,)})
-    monkeypatch.setattr(train, "whiten", lambda *_: None)  # not what is tested here, and slow
-    monkeypatch.setattr(eval_probe, "linear_probe", lambda *_: 0.5)
-    flags = " ".join(map(str, TINY_RUN)).replace("--steps 4", "--steps 2")
-    asked = ["eval_probe.py", "--table", str(tmp_path / "table"), "--seeds", "1", "--sweep", "--flags", flags,
-             "--n-train", "64", "--n-test", "32", "--n-reconstruct", "8"]
-    monkeypatch.setattr(sys, "argv", asked)
-    eval_probe.main()
-    first = json.loads((tmp_path / "table" / "results.json").read_text())
-    assert first["rows"].keys() == eval_probe.ROWS.keys() and first["config"]["steps"] == 2
-    assert first["rows"]["latents"]["psnr"] is None and first["rows"]["pixels"]["psnr_vae"] is None
-    assert [value for value, _ in first["sweeps"]["tau"]] == [0.2, 1.0]
-    one, two = (train.read_checkpoint(tmp_path / "table" / f"{name}-0")["model"]
-                for name in ("understanding", "decoder"))
-    assert all(torch.equal(one[name], two[name]) for name in one if name.startswith("encoder."))  # frozen
-    assert not torch.equal(one["latent_decoder.to_latents.weight"], two["latent_decoder.to_latents.weight"])
-    for picture in ("branches.png", "sensitivity.png"):
-        assert Image.open(tmp_path / "table" / picture).size[0] > 300
-    (tmp_path / "table" / "joint-0.json").unlink()
-    capsys.readouterr()
-    measured = []
-    evaluate = eval_probe.evaluate
-    monkeypatch.setattr(eval_probe, "evaluate", lambda *a, **k: measured.append(1) or evaluate(*a, **k))
-    eval_probe.main()
-    again, said = json.loads((tmp_path / "table" / "results.json").read_text()), capsys.readouterr().out
-    assert said.count("is finished: 2 steps") == 5 and len(measured) == 1 and "| joint |" in said
-    assert again["rows"] == first["rows"]
-    assert "--steps 1 (was 2)" in complaint(monkeypatch, eval_probe, *asked[1:], "--flags", flags + " --steps 1")
-    assert "--sweep" in complaint(monkeypatch, eval_probe, "--ckpt", tmp_path / "table" / "joint-0", "--sweep")
-    for wrong in (("--seeds", 0), ("--data", "shapes"), ("--random-init",)):
-        assert wrong[0] in complaint(monkeypatch, eval_probe, *asked[1:], *wrong)
-
-
-def test_one_folder_from_training_to_one_picture(folder, tmp_path, monkeypatch, capsys):
-    run_train(monkeypatch, *TINY_RUN, "--data", folder, "--out", tmp_path / "run")
-    monkeypatch.setattr(sys, "argv", ["eval_probe.py", "--ckpt", str(tmp_path / "run")])
-    eval_probe.main()
-    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
-    assert metrics["n_test"] == 13 and 0 <= metrics["linear_probe_top1"] <= 1 and metrics["psnr_vae"] > 15
-    Image.new("RGB", (50, 30), "red").save(tmp_path / "photo.png")
-    monkeypatch.setattr(sys, "argv", ["eval_probe.py", "--ckpt", str(tmp_path / "run"),
-                                      "--image", str(tmp_path / "photo.png")])
-    eval_probe.main()
-    assert "nearest labels" in capsys.readouterr().out and (tmp_path / "photo_recon.png").is_file()
-    assert "photo.txt" in complaint(
-        monkeypatch, eval_probe, "--ckpt", tmp_path / "run", "--image", tmp_path / "photo.txt")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# generate.py
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def small_generator(awake: bool = False) -> generate.DiTDH:
-    torch.manual_seed(0)
-    network = generate.DiTDH(token_dim=24, side=2, classes=3, base=(32, 2, 2), head=(48, 1, 2))
-    if awake:  # as after some training: nothing that starts at zero is zero any more
-        for name, p in network.named_parameters():
-            torch.nn.init.normal_(p, std=0.2) if "modulation" in name or name.startswith("out.") else None
-    return network
-
-
-def test_generator_has_raes_size_and_starts_at_its_expectation():
-    with torch.device("meta"):
-        large = generate.DiTDH(768, 16, 1000, generate.SIZES["XL"]["base"], generate.SIZES["XL"]["head"])
-    assert sum(p.numel() for p in large.parameters()) == pytest.approx(838.7e6, rel=2e-3)
-    network, x = small_generator(), torch.randn(512, 4, 24)
-    assert network(x, torch.rand(512), torch.zeros(512).long()).abs().max() == 0
-    assert generate.flow_loss(network, x, torch.zeros(512).long(), 3, 1.0).item() == pytest.approx(2, abs=0.1)
-
-
-def test_rotary_positions_depend_on_distance_alone():
-    angles = generate.rotary_angles(4, 16)
-    q, k = torch.randn(16), torch.randn(16)
-    turned = [generate.rotate(v.expand(1, 1, 16, 16), angles)[0, 0] for v in (q, k)]
-    products = turned[0] @ turned[1].T                                             # (16, 16) by place
-    assert torch.allclose(products[0, 5], products[5, 10], atol=1e-5)              # one row and one column further
-    assert torch.allclose(products[1, 2], products[13, 14], atol=1e-5) and not torch.allclose(
-        products[0, 1], products[0, 4], atol=1e-3)
-
-
-def test_time_is_shifted_towards_noise():
-    t = torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0])
-    assert generate.shift_time(t, generate.shift_for(256 * 768)).tolist() == pytest.approx(
-        [0, 0.698, 0.874, 0.954, 1], abs=1e-3)
-    assert torch.equal(generate.shift_time(t, generate.shift_for(16 * 192)), t)  # small ones not the other way
-
-
-def test_sampler_follows_a_known_field():
-    goal, start = torch.randn(3, 4, 24), torch.randn(3, 4, 24)
-
-    def one_point(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:  # the velocity that leads everything to one point
-        return (x - goal) / t[:, None, None]
-
-    for points in (2, 5, 50):
-        end = generate.euler(one_point, start, points, 1.0)
-        assert torch.allclose(end, goal, atol=1e-3 * (start - goal).abs().max().item() * 2)
-
-    def curved(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:  # x(t) = x(1) exp(t - t^2)
-        return x * (1 - 2 * t[:, None, None])
-
-    last = generate.shift_time(torch.tensor(0.001), 1.0).item()
-    exact = start * math.exp(last - last**2)
-    errors = [(generate.euler(curved, start, points, 1.0) - exact).abs().max().item() for points in (3, 6, 12, 24, 48)]
-    assert all(b < 0.7 * a for a, b in zip(errors, errors[1:])), errors
-
-
-def test_guidance_and_noise():
-    network, labels = small_generator(awake=True).eval(), torch.tensor([0, 1, 2, 0, 1])
-    bad = small_generator().eval()
-    noise = generate.noise_for(range(5), (4, 24), seed=3)
-    with torch.no_grad():
-        plain = generate.euler(lambda x, t: network(x, t, labels), noise, 5, 1.0)
-        assert torch.equal(generate.euler(generate.guided(network, labels, 1.0), noise, 5, 1.0), plain)
-        t, nobody = torch.full((5,), 0.5), torch.full((5,), 3)
-        free, auto = (generate.guided(network, labels, 2.0, worse)(noise, t) for worse in (None, bad))
-        good = network(noise, t, labels)
-        assert torch.allclose(free, 2 * good - network(noise, t, nobody), atol=1e-5) and not torch.allclose(free, good)
-        assert torch.allclose(auto, 2 * good, atol=1e-5)  # a network fresh from its constructor says 0
-        parts = [generate.euler(generate.guided(network, labels[i : i + 2], 1.0),
-                                generate.noise_for(range(i, min(i + 2, 5)), (4, 24), seed=3), 5, 1.0)
-                 for i in (0, 2, 4)]
-        assert torch.allclose(torch.cat(parts), plain, atol=1e-5)
-
-
-def test_eight_token_maps_are_learned_by_heart():
-    network = generate.DiTDH(token_dim=24, side=2, classes=8, base=(64, 2, 2), head=(96, 1, 2))
-    x, labels, losses = torch.randn(8, 4, 24), torch.arange(8), []
-    optimizer = torch.optim.AdamW(network.parameters(), 3e-3, weight_decay=0)
-    for step in range(400):
-        optimizer.param_groups[0]["lr"] = 3e-3 * min(1, (400 - step) / 200)
-        loss = generate.flow_loss(network, x.repeat(8, 1, 1), labels.repeat(8), 8, 1.0, drop=0.0)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses[0] == pytest.approx(2, abs=0.2) and np.mean(losses[-20:]) < 0.1
-    samples = generate.euler(generate.guided(network, labels, 1.0), generate.noise_for(range(8), (4, 24), 0), 50, 1.0)
-    assert ((samples - x).flatten(1).norm(dim=1) / x.flatten(1).norm(dim=1)).max() < 0.1
-
-
-def test_precision_and_recall_by_hand():
-    real = torch.randn(400, 4)
-    assert generate.precision_recall(real, real) == (1.0, 1.0)
-    assert generate.precision_recall(real, real + 100) == (0.0, 0.0)
-    precision, recall = generate.precision_recall(real, 0.1 * torch.randn(400, 4))  # true ones, but all alike
-    assert precision > 0.95 and recall < 0.3
-
-
-def test_generator_from_training_to_samples(copied, tmp_path, monkeypatch, capsys):
-    flags = ["--ckpt", tmp_path / "run", "--device", "cpu", "--steps", 4, "--batch-size", 8, "--pool", 96,
-             "--n-samples", 10, "--points", 3, "--log-every", 1, "--save-every", 2, "--sample-every", 3]
-
-    def go(*more) -> None:
-        monkeypatch.setattr(sys, "argv", ["generate.py", *map(str, (*flags, *more))])
-        generate.main()
-
-    monkeypatch.setattr(generate, "JUDGE_STEPS", 5)
-    monkeypatch.setattr(generate, "read_pictures", lambda *a, read=generate.read_pictures: read(*a[:3], 96, a[4]))
-    go()
-    found = json.loads((tmp_path / "run" / "generate.json").read_text())
-    keys = "fd fd_features n_samples class_accuracy classifier_accuracy precision recall seconds"
-    assert set(keys.split()) <= set(found) and found["fd_features"] == "classifier" and found["fd"] > 0
-    arrays = np.load(tmp_path / "run" / "samples.npz")
-    assert arrays["arr_0"].shape == (10, 32, 32, 3) and arrays["arr_0"].dtype == np.uint8
-    assert arrays["arr_1"].shape == (10,) and len(set(arrays["arr_1"])) == 10
-    straight = torch.load(tmp_path / "run" / "generator.pt", weights_only=True)
-    assert "--resume" in complaint(monkeypatch, generate, *flags)
-    (tmp_path / "run" / "generator.pt").unlink()
-    save = generate.write_atomically
-
-    def save_then_die(path, write):
-        save(path, write)
-        if path.name == "generator.pt":
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(generate, "write_atomically", save_then_die)
-    with pytest.raises(SystemExit, match="interrupted"):
-        go()
-    monkeypatch.setattr(generate, "write_atomically", save)
-    assert "--lr" in complaint(monkeypatch, generate, *flags, "--resume", "--lr", 0.5)
-    go("--resume")
-    resumed = torch.load(tmp_path / "run" / "generator.pt", weights_only=True)
-    for part in ("network", "ema"):
-        assert all(torch.equal(straight[part][name], resumed[part][name]) for name in straight[part])
-    log = [json.loads(line) for line in (tmp_path / "run" / "generate.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in log if "loss" in row] == [1, 2, 3, 4]
-    go("--space", "latents", "--online", "--n-samples", 4)
-    assert (tmp_path / "run" / "samples_latents.png").is_file()
-    assert "other tokens" in complaint(monkeypatch, generate, *flags, "--resume", "--guidance", 2,
-                                       "--bad", tmp_path / "run" / "generator_latents.pt")
-    assert "does nothing" in complaint(monkeypatch, generate, *flags, "--resume", "--bad", "x.pt", "--guidance", 1)
-    itself = tmp_path / "run" / "generator.pt"
-    assert "the generator itself" in complaint(monkeypatch, generate, *flags, "--resume", "--bad", itself)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# eval_vlm.py
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-class Letters:
-    """Words of one letter each, for tests."""
-    bos, eos = 30, 31
-
-    def encode(self, text: str) -> list[int]:
-        return [ord(letter) % 30 for letter in text]
-
-    def decode(self, ids: list[int]) -> str:
-        return " ".join(map(str, ids))
-
-
-def small_answerer(seed: int = 0) -> eval_vlm.VisionLanguageModel:
-    torch.manual_seed(seed)
-    model = eval_vlm.VisionLanguageModel(eval_vlm.LanguageModel(32, 64, 32, 2, 2), Letters(), 12, side=2)
-    for parameter in model.language.parameters():  # larger weights, so that nothing passes because nothing matters
-        parameter.data.mul_(3)
-    return model.eval()
-
-
-def test_questions_about_scenes_are_true():
-    seen = {}
-    for i in range(300):
-        scene = json.loads(data.shapes_example("train", i, 16)["scene"])
-        by_shape = {item["shape"]: item for item in scene["objects"]}
-        assert len(by_shape) == len(scene["objects"])
-        for q in eval_vlm.scene_choices(scene, random.Random(i)):
-            assert len(set(q.options)) == 4 and q.answer in q.options
-            seen.setdefault(q.kind, []).append(q.options.index(q.answer))
-            words = q.text.rstrip("?").replace(",", "").split()
-            if q.kind == "color":
-                assert by_shape[words[-1]]["color"] == q.answer
-            elif q.kind == "shape":
-                assert [item["shape"] for item in scene["objects"] if item["color"] in words] == [q.answer]
-            elif q.kind == "relation":
-                one, other = by_shape[words[4]], by_shape[words[-1]]
-                assert (one["color"], other["color"]) == (words[3], words[-2])
-                distance = {"left": other["x"] - one["x"], "right": one["x"] - other["x"],
-                            "above": other["y"] - one["y"], "below": one["y"] - other["y"]}
-                assert q.answer == max(distance, key=distance.get)
-            elif q.kind == "count":
-                assert eval_vlm.NUMBERS.index(q.answer) + 1 == len(by_shape)
-            else:
-                assert [q.answer] == [item["size"] for item in scene["objects"]]
-    assert set(seen) == {"color", "shape", "relation", "count", "size"}
-    assert all(np.bincount(places, minlength=4).min() > 0.15 * len(places) for places in seen.values())
-
-
-def test_presence_questions_are_balanced_true_and_of_three_kinds():
-    examples = [data.shapes_example("train", i, 16) for i in range(200)]
-    census = eval_vlm.Census([e["scene"] for e in examples], [e["label"] for e in examples], data.CLASS_NAMES)
-    for i in range(200):
-        things = census.things(i)
-        questions = census.presences(i, eval_vlm.NEGATIVES, random.Random(i))
-        assert [q.answer for q in questions] == ["yes", "no"] * 3
-        for q in questions:
-            name = re.fullmatch(r"Is there an? (.+) in the picture\?", q.text)[1]
-            assert (name in things) == (q.answer == "yes")
-            if q.kind == "presence adversarial" and q.answer == "no":
-                assert any(set(name.split()) & set(thing.split()) for thing in things)
-            if q.kind == "presence popular" and q.answer == "no":
-                alike = [thing for thing in census.common
-                         if (thing.split()[1] in data.SHAPES) == (name.split()[1] in data.SHAPES)]
-                assert alike.index(name) < len(alike) // 2
-    labelled = eval_vlm.Census([""] * 4, [0, 1, 1, -1], ["old_shoe", "hat"])
-    assert labelled.common == ["hat", "old shoe"] and labelled.askable == [0, 1, 2]
-    assert [q.text for q in labelled.presences(0, eval_vlm.NEGATIVES, random.Random(0))] == [
-        "Is there an old shoe in the picture?", "Is there a hat in the picture?"] * 2  # no adversary for labels
-    assert not eval_vlm.Census(["", ""], [0, 0], ["hat"]).askable
-
-
-def assert_questions_do_not_see_one_another(model, tokens, prompts, answers):
-    """Two questions about a picture: the loss and its gradient are those of the picture shown twice."""
-    model.projector.zero_grad()
-    once = model.loss(tokens, prompts, answers)
-    once.backward()
-    gradient, weight = model.projector[0].weight.grad.clone(), model.projector[0].weight
-    model.projector.zero_grad()
-    twice = model.loss(tokens.repeat_interleave(2, dim=0), prompts, answers)
-    twice.backward()
-    assert once.item() == pytest.approx(twice.item(), rel=1e-5)
-    assert_same(gradient, weight.grad, 1e-4)
-
-
-def test_first_lessons_are_about_one_thing():
-    examples = [data.shapes_example("train", i, 16) for i in range(60)]
-    scenes = [json.loads(e["scene"]) for e in examples]
-    census = eval_vlm.Census([e["scene"] for e in examples], [e["label"] for e in examples], data.CLASS_NAMES)
-    model, album = small_answerer(), argparse.Namespace(tokens=lambda chosen: torch.zeros(len(chosen), 4, 12))
-    model.words.encode = list  # a text's letters, so that it can be read again
-    lessons = eval_vlm.Lessons(model, album, census, [[e["text"]] for e in examples], None, None, 16)
-
-    def asked(share: float, loss: float | None = None) -> list[str]:
-        return ["".join(prompt) for prompt in lessons.instruction(random.Random(0), share, loss)[1]]
-
-    def of_companions(texts: list[str]) -> float:
-        named = [re.search(r"Where is the \w+ (\w+), seen", text)[1] for text in texts]
-        return sum(name in data.COMPANIONS for name in named) / len(named)
-
-    shape = asked(0.0)
-    assert len(shape) == 16 * eval_vlm.AT_ONCE and all("Is there a" in text for text in shape)
-    assert asked(0.1, 0.34) == asked(0.2) == shape  # not learned yet
-    assert of_companions(asked(0.2, 0.2)) == of_companions(asked(0.3)) == 1
-    assert 0.3 < of_companions(asked(0.4, 0.2)) < 0.7
-    rest = asked(eval_vlm.FIRST_SHARE)  # whether or not sides are learned
-    assert 0.02 < sum("seen from" in text for text in rest) / len(rest) < 0.4 and asked(0.9, 9.9) == rest
-    rng, said = random.Random(0), Counter()
-    for i, scene in enumerate(scenes):  # right or wrong, the color is there: it does not give the answer away
-        q = lessons.one_thing("shape", i, rng)
-        color, shape = re.search(r"(\w+) (\w+) in the", q.text).groups()
-        there = [(item["color"], item["shape"]) for item in scene["objects"]]
-        assert color in dict(there) and (q.answer == "yes") == ((color, shape) in there)
-        said[q.answer] += 1
-    assert min(said.values()) > 15
-
-
-def test_the_loss_is_on_answers_only():
-    model, tokens = small_answerer(), torch.randn(2, 4, 12)
-    prompts, answers = [[1, 2, 3], [4, 5]], [[6, 31], [7, 8, 31]]
-    targets = eval_vlm.answer_targets(prompts, answers)
-    assert targets.tolist() == [[-100, -100, -100, 6, 31], [-100, -100, 7, 8, 31]]
-    assert torch.equal(eval_vlm.answer_targets([[9, 2, 3], [4, 9]], answers), targets)  # another question
-    assert not torch.equal(eval_vlm.answer_targets(prompts, [[9, 31], [7, 8, 31]]), targets)  # another answer
-    by_hand = []
-    for row in range(2):  # one row at a time, no padding, every probability by itself
-        ids = torch.tensor([prompts[row] + answers[row]])
-        logits = model.language(*model.embed(tokens[row : row + 1], ids)).log_softmax(-1)[0]
-        for place in range(len(prompts[row]), ids.shape[1]):
-            by_hand.append(-logits[1 + 4 + place - 1, ids[0, place]])
-    assert model.loss(tokens, prompts, answers).item() == pytest.approx(torch.stack(by_hand).mean().item(), rel=1e-5)
-    assert_questions_do_not_see_one_another(model, tokens, prompts + [[9], [1]], answers + answers)
-    fresh = eval_vlm.VisionLanguageModel(eval_vlm.LanguageModel(500, 64, 64, 2, 1), Letters(), 12)
-    assert fresh.loss(tokens, prompts, answers).item() == pytest.approx(math.log(500), abs=0.1)
-
-
-def test_padding_on_either_side_changes_nothing():
-    model, tokens, rows = small_answerer(), torch.randn(2, 4, 12), [[1, 2, 3, 4, 5], [6, 7]]
-    alone = model.language(*model.embed(tokens[1:], torch.tensor([rows[1]])))               # (1, 1+4+2, V)
-    for left in (False, True):
-        logits = model.language(*model.embed(tokens, eval_vlm.pack(rows), pad_first=left))
-        assert torch.isfinite(logits).all()
-        text = logits[1, -2:] if left else logits[1, 5:7]
-        assert torch.allclose(text, alone[0, 5:], atol=1e-5)
-
-
-def test_scores_are_those_of_brute_force_and_follow_the_options():
-    model, tokens = small_answerer(), torch.randn(3, 4, 12)
-    prompts = [[1, 2], [3, 4, 5, 6], [7]]
-    options = [[[8, 31], [9, 10, 11, 31], [12, 31]], [[1, 31], [2, 31], [3, 3, 31]], [[5, 6, 31], [7, 31], [8, 31]]]
-    scores = model.score(tokens, prompts, options)
-    for b in range(3):
-        for k in range(3):
-            whole = torch.tensor([prompts[b] + options[b][k]])
-            with torch.no_grad():
-                logits = model.language(*model.embed(tokens[b : b + 1], whole)).log_softmax(-1)[0]
-            each = logits[-whole.shape[1] - 1 : -1].gather(1, whole[0, :, None])[len(prompts[b]) :, 0]
-            assert scores[b, k].item() == pytest.approx(each.mean().item(), abs=1e-5)
-    order = [2, 0, 1]
-    assert torch.allclose(model.score(tokens, prompts, [[row[k] for k in order] for row in options]),
-                          scores[:, order], atol=1e-5)
-
-
-def test_cached_answers_are_those_written_from_the_start_each_time():
-    model, tokens, prompts = small_answerer(3), torch.randn(3, 4, 12), [[1, 2], [3, 4, 5, 6], [7]]
-    written = model.generate(tokens, prompts, longest=8)
-    for b in range(3):
-        row = []
-        with torch.no_grad():
-            while len(row) < 8:
-                logits = model.language(*model.embed(tokens[b : b + 1], torch.tensor([prompts[b] + row])))
-                following = logits[0, -1].argmax()
-                if following == Letters.eos:
-                    break
-                row.append(following.item())
-        assert written[b] == row
-    assert max(map(len, written)) > 2
-    model.words.eos = -1  # no answer ends by itself: the room does
-    written = model.generate(tokens, prompts, longest=10**9)
-    assert {len(row) for row in written} == {model.language.room - (1 + 4 + 4) + 1}  # the start, picture, question
-
-
-def test_presence_metrics():
-    said, true = torch.tensor([1, 1, 1, 0, 0, 0]).bool(), torch.tensor([1, 1, 0, 1, 0, 0]).bool()
-    found = eval_vlm.presence_metrics(said, true)
-    assert found == pytest.approx(dict(accuracy=4 / 6, precision=2 / 3, recall=2 / 3, f1=2 / 3, yes_rate=0.5))
-    assert eval_vlm.presence_metrics(torch.zeros(4).bool(), torch.ones(4).bool())["f1"] == 0
-
-
-def test_a_few_questions_are_learned_by_heart():
-    """The answers depend on the picture alone: the question is the same."""
-    model, tokens = small_answerer(), torch.randn(8, 4, 12)
-    batch = (tokens, [[9, 9]] * 8, [[i, 31] for i in range(8)])
-    eval_vlm.fit(model, [model], lambda *_: batch, "by heart", 150, 3e-3,
-                 argparse.Namespace(lm=None, seed=0, log_every=150))
-    assert model.loss(*batch) < 0.05 and model.eval().generate(tokens, [[9, 9]] * 8, 4) == [[i] for i in range(8)]
-
-
-def test_questions_from_training_to_chat(copied, tmp_path, monkeypatch, capsys):
-    weights = (tmp_path / "run" / "encoder.safetensors").read_bytes()
-    flags = ["--ckpt", tmp_path / "run", "--device", "cpu", "--steps", 2, 2, "--batch-size", 8, "--pool", 40,
-             "--n-pictures", 16]
-
-    def go(*more) -> str:
-        monkeypatch.setattr(sys, "argv", ["eval_vlm.py", *map(str, (*flags, *more))])
-        eval_vlm.main()
-        return capsys.readouterr().out
-
-    go()
-    assert (tmp_path / "run" / "encoder.safetensors").read_bytes() == weights
-    found = json.loads((tmp_path / "run" / "vlm.json").read_text())
-    keys = ("choice_accuracy choice_blind pope_accuracy pope_f1 pope_yes_rate pope_blind_f1 exact_match n_questions "
-            "seconds")
-    assert set(keys.split()) <= set(found) and all(found[key] is not None for key in keys.split())
-    first = torch.load(tmp_path / "run" / "vlm.pt", weights_only=True)["model"]
-    go()  # the same command, the same weights
-    again = torch.load(tmp_path / "run" / "vlm.pt", weights_only=True)["model"]
-    assert all(torch.equal(first[name], again[name]) for name in first)
-    go("--space", "latents")
-    go("--random-init")
-    assert (tmp_path / "run" / "vlm_latents.png").is_file() and (tmp_path / "run" / "vlm_random.json").is_file()
-    assert "reads no encoder" in complaint(monkeypatch, eval_vlm, *flags, "--space", "latents", "--random-init")
-    Image.new("RGB", (50, 40), "red").save(tmp_path / "a.png")
-    for written, said in (("red", "red"), ("", "no answer")):
-        with monkeypatch.context() as patch:
-            patch.setattr(eval_vlm, "free_answers", lambda *_: [written])
-            assert said in go("--chat", tmp_path / "a.png", "What color is the circle?")
-    go("--chat", tmp_path / "a.png", "What color is the circle?")
-    assert "cannot be read as a picture" in complaint(monkeypatch, eval_vlm, *flags, "--chat", HERE / "train.py", "Is?")
-    (tmp_path / "run" / "vlm_latents.pt").unlink()
-    assert "--space latents" in complaint(monkeypatch, eval_vlm, *flags, "--space", "latents",
-                                          "--chat", tmp_path / "a.png", "Is?").partition("train one with")[2]
-    assert "--images" in complaint(monkeypatch, eval_vlm, *flags, "--pope", "x.json")
-
-    # files in the layouts of POPE, SEED-Bench and LLaVA
-    pope, seed, talks = tmp_path / "coco_pope_random.json", tmp_path / "seed.json", tmp_path / "llava.json"
-    pope.write_text("\n".join(json.dumps({"question_id": i, "image": "a.png", "text": "Is there a dog in the image?",
-                                          "label": label}) for i, label in enumerate(("yes", "no", "no"))))
-    seed.write_text(json.dumps({"questions": [
-        {"answer": "B", "choice_a": "One", "choice_b": "Two", "choice_c": "Three", "choice_d": "Four", "data_id": "a",
-         "data_type": "image", "question": "How many towels are in the image?", "question_id": "1",
-         "question_type_id": 5},
-        {"answer": "A", "data_type": "video", "data_id": "none", "question": "?"}],
-        "question_type": {"Instances Counting": 5}}))
-    talks.write_text(json.dumps([{"id": "1", "image": "a.png", "conversations": [
-        {"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A red thing."},
-        {"from": "human", "value": "Sure?"}, {"from": "gpt", "value": "Yes."}]}, {"id": "2", "conversations": []}]))
-    one, none = tmp_path / "one_popular.json", tmp_path / "no_popular.json"
-    one.write_text(pope.read_text().splitlines()[0])
-    none.write_text("")
-    assert [q.answer for _, q in eval_vlm.read_pope(one, tmp_path)] == ["yes"]
-    assert [q.answer for _, q in eval_vlm.read_pope(pope, tmp_path)] == ["yes", "no", "no"]
-    assert eval_vlm.read_seed_bench(seed, tmp_path) == [(tmp_path / "a.png", eval_vlm.Question(
-        "instances_counting", "How many towels are in the image?", "Two", ("One", "Two", "Three", "Four")))]
-    with pytest.raises(train.UserError, match="no question"):
-        eval_vlm.read_pope(none, tmp_path)
-    none.write_text(json.dumps({"questions": [{"data_type": "video"}]}))
-    with pytest.raises(train.UserError, match="no question about a single picture"):
-        eval_vlm.read_seed_bench(none, tmp_path)
-    assert eval_vlm.read_conversations(talks, tmp_path) == [(tmp_path / "a.png", "What is it?", "A red thing."),
-                                                            (tmp_path / "a.png", "Sure?", "Yes.")]
-    go("--pope", pope, "--seed-bench", seed, "--align", talks, "--instruct", talks, "--images", tmp_path)
-    found = json.loads((tmp_path / "run" / "vlm.json").read_text())
-    assert found["file_pope_random_accuracy"] in (0, 1 / 3, 2 / 3, 1)
-    assert found["file_choice_instances_counting"] in (0, 1)
-    assert "has none of random" in complaint(monkeypatch, eval_vlm, *flags, "--pope", talks, "--images", tmp_path)
-    assert "no picture" in complaint(monkeypatch, eval_vlm, *flags, "--pope", pope, "--images", HERE)
-    assert "LLaVA's layout" in complaint(monkeypatch, eval_vlm, *flags, "--instruct", seed, "--images", tmp_path)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Weights from elsewhere, and to elsewhere: against the libraries themselves
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Helpers: libraries to compare with, a local hub ---------------------------------------------
 
 
 def reference(name: str):
-    """A library to compare with, or a skip. They are no dependencies: .ci/references.txt has them, for --no-deps."""
+    """A library to compare with, or a skip. .ci/references.txt has them, for --no-deps."""
     for needed in ("torchvision", name.split(".")[0]):
         if importlib.util.find_spec(needed) is None:
             pytest.skip(f"{needed} is not installed: pip install --no-deps -r .ci/references.txt")
-    return bench.import_library(name)
+    try:
+        importlib.import_module("torchvision")
+    except RuntimeError:  # next to a CPU build of torch its compiled half may be missing
+        for operator in ("nms", "qnms"):
+            schema = "(Tensor dets, Tensor scores, float threshold) -> Tensor"
+            torch.library.define(f"torchvision::{operator}", schema)
+    return importlib.import_module(name)
 
 
-def assert_same(ours: torch.Tensor, theirs: torch.Tensor, share: float) -> None:
+def assert_same(ours: torch.Tensor, theirs: torch.Tensor, share: float):
     assert ours.shape == theirs.shape
     difference, scale = (ours - theirs).abs().max().item(), theirs.abs().max().item()
-    print(f"largest difference {difference:.2e}, {difference / scale:.1e} of the scale {scale:.3g}")  # pytest -s
+    print(f"largest difference {difference:.2e}, {difference / scale:.1e} of the scale {scale:.3g}")
     assert difference <= share * scale
 
 
-def test_a_language_model_of_transformers(tmp_path):
-    transformers, tokenizers = reference("transformers"), reference("tokenizers")
-    config = transformers.LlamaConfig(vocab_size=40, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-                                      num_attention_heads=2, num_key_value_heads=1, bos_token_id=30, eos_token_id=31)
-    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path)
-    letters = tokenizers.Tokenizer(tokenizers.models.WordLevel({letter: i for i, letter in enumerate(
-        "abcdefghijklmnopqrstuvwxyz ?:.")} | {"<s>": 30, "</s>": 31}, unk_token="?"))
-    letters.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
-    transformers.PreTrainedTokenizerFast(tokenizer_object=letters, bos_token="<s>", eos_token="</s>").save_pretrained(
-        tmp_path)
-    language = eval_vlm.HuggingFaceLM(str(tmp_path))
-    assert (language.bos, language.eos, language.width) == (30, 31, 32) and language.encode("ab c") == [0, 1, 26, 2]
-    model, tokens = eval_vlm.VisionLanguageModel(language, language, 12).eval(), torch.randn(2, 4, 12)
-    assert_questions_do_not_see_one_another(model, tokens, [[0, 1], [2], [3], [4, 5]],
-                                            [[6, 31], [7, 31], [8, 9, 31], [1, 31]])
-    prompts, options = [[1, 2, 3, 4], [5]], [[[6, 31], [7, 8, 31]], [[9, 31], [10, 11, 31]]]
-    scores = model.score(tokens, prompts, options)
-    for b in range(2):  # the model's own loss, one row, nothing cached, nothing padded
-        for k in range(2):
-            whole = torch.tensor([prompts[b] + options[b][k]])
-            x, _ = model.embed(tokens[b : b + 1], whole)
-            labels = torch.cat([torch.full((1, x.shape[1] - len(options[b][k])), -100),
-                                torch.tensor([options[b][k]])], dim=1)
-            with torch.no_grad():
-                expected = -language.model(inputs_embeds=x, labels=labels).loss.item()
-            assert scores[b, k].item() == pytest.approx(expected, abs=1e-5)
-    assert model.generate(tokens, prompts, 6)[1] == model.generate(tokens[1:], prompts[1:], 6)[0]  # padding or none
-    with pytest.raises(train.UserError, match="could not be loaded"):
-        eval_vlm.HuggingFaceLM(str(tmp_path / "nothing"))
-
-
-def open_clip_tower(grid: int, width: int, depth: int, heads: int, embed_dim: int) -> torch.nn.Module:
-    """open_clip's class, put together as the README's section on it says."""
-    tower = reference("open_clip.transformer").VisionTransformer(
-        image_size=grid, patch_size=2, width=width, layers=depth, heads=heads, mlp_ratio=4, output_dim=embed_dim,
-        no_ln_pre=True, pool_type="avg", final_ln_after_pool=True, output_tokens=True,
-        norm_layer=partial(torch.nn.LayerNorm, eps=1e-6))
-    tower.conv1 = torch.nn.Conv2d(16, width, 2, stride=2, bias=False)
-    return tower
-
-
-RELEASED = {"base-patch2-32": (32, 768, 12, 12, 768), "base-patch2-28": (28, 768, 12, 12, 768),
-            "large-patch2-32": (32, 1024, 24, 16, 1024)}
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("name", RELEASED)
-def test_encoder_is_open_clips(name, tmp_path):
-    grid, width, depth, heads, embed_dim = RELEASED[name]
-    with torch.device("meta"):
-        assert sum(p.numel() for p in open_clip_tower(*RELEASED[name]).parameters()) == sum(
-            p.numel() for p in encoder.ImageEncoder(grid, 2, 16, width, depth, heads, embed_dim).state_dict().values())
-    depth = depth if name == "base-patch2-32" else 2  # one of them whole; the depth is read off the tensors' names
-    theirs = open_clip_tower(grid, width, depth, heads, embed_dim)
-    theirs.positional_embedding[0] = 0  # the released table: sin-cos, and a class token without a place
-    theirs.positional_embedding[1:] = encoder.sincos_positions(grid // 2, grid // 2, width)
-    for block in theirs.transformer.resblocks:
-        block.ln_1.bias.normal_(std=0.1)
-        block.attn.in_proj_bias.normal_(std=0.1)
-    torch.save({f"visual.{k}": v for k, v in theirs.state_dict().items()}, tmp_path / "open_clip_pytorch_model.bin")
-    latents = torch.randn(1, 16, grid, grid)
-    ours = encoder.load_encoder(tmp_path)
-    for a, b in zip(ours(latents), theirs(latents)):
-        assert_same(a, b, 1e-4)
-    assert ours(torch.randn(1, 16, 24, 20))[1].shape == (1, 120, width)  # not its own resolution, not square
-
-    for parameter in ours.parameters():  # and back: other weights, saved here, loaded there
-        parameter.mul_(0.9)
-    encoder.save_encoder(ours, tmp_path / "encoder.safetensors")
-    theirs.load_state_dict(load_file(tmp_path / "encoder.safetensors"))
-    for a, b in zip(ours(latents), theirs(latents)):
-        assert_same(a, b, 1e-4)
-    torch.save(load_file(tmp_path / "encoder.safetensors"), tmp_path / "bare.bin")
-    assert all(torch.equal(a, b) for a, b in zip(encoder.load_encoder(tmp_path / "bare.bin")(latents), ours(latents)))
-
-
-def test_a_foreign_position_table_keeps_its_resolution(tmp_path):
-    model = encoder.ImageEncoder(8, width=64, depth=1, heads=1, embed_dim=64)
-    model.positional_embedding.add_(1.0)
-    encoder.save_encoder(model, tmp_path / "encoder.safetensors")
-    again = encoder.load_encoder(tmp_path)
-    assert again(torch.randn(1, 16, 8, 8))[1].shape == (1, 16, 64)
-    with pytest.raises(ValueError, match="their own 4x4"):
-        again(torch.randn(1, 16, 12, 12))
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("layout", ["FLUX", "diffusers"])
-def test_vae_is_diffusers(layout, tmp_path):
-    diffusers = reference("diffusers")
-    theirs = diffusers.AutoencoderKL(
-        block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=16, norm_num_groups=32,
-        down_block_types=4 * ("DownEncoderBlock2D",), up_block_types=4 * ("UpDecoderBlock2D",), scaling_factor=0.3611,
-        shift_factor=0.1159, use_quant_conv=False, use_post_quant_conv=False).eval()
-    if layout == "FLUX":  # random tensors under FLUX's names; diffusers' own converter reads them
-        with torch.device("meta"):
-            names = {k: v.shape for k, v in vae.AutoencoderKL(**vae.FLUX).state_dict().items()}
-        tensors = {k: 1 + 0.1 * torch.randn(s) if "norm" in k and "weight" in k else
-                   torch.randn(s) / max(1, math.prod(s[1:])) ** 0.5 for k, s in names.items()}
-        from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
-        theirs.load_state_dict(convert_ldm_vae_checkpoint(dict(tensors), dict(theirs.config)))
-        source = tmp_path / "ae.safetensors"
-        save_file(tensors, source)
-    else:
-        theirs.save_pretrained(tmp_path / "vae")
-        source = tmp_path / "vae"
-        assert vae.load_vae(source / "diffusion_pytorch_model.safetensors").config["shift_factor"] == 0
-    ours = vae.load_vae(source)
-    assert len(ours.state_dict()) == 244
-    for height, width in ((64, 64), (48, 80)):
-        x = torch.rand(1, 3, height, width) * 2 - 1
-        z = 0.3611 * theirs.encode(x).latent_dist.mean
-        assert_same(ours.encode(x), z, 1e-5)
-        assert_same(ours.decode(z), theirs.decode(z / 0.3611).sample, 1e-5)
-
-
-@pytest.mark.filterwarnings("ignore::UserWarning")  # the package calls torchvision in an old way
-def test_lpips_is_the_package(tmp_path):
-    package = reference("lpips")
-    theirs = package.LPIPS(net="vgg", pnet_rand=True, verbose=False)  # random trunk, the published linear heads
-    trunk = {f"features.{name.split('.', 1)[1]}": t for name, t in theirs.net.state_dict().items()}
-    torch.save(trunk | {"classifier.0.weight": torch.zeros(4, 4)}, tmp_path / "vgg16.pth")
-    heads = Path(package.__file__).parent / "weights" / "v0.1" / "vgg.pth"
-    assert hashlib.sha256(heads.read_bytes()).hexdigest() == losses.LPIPS_FILES["lin"][1]
-    ours = losses.LPIPS(tmp_path / "vgg16.pth", heads)
-    x, y = shapes(4), shapes(4, split="train")
-    with torch.no_grad():
-        assert_same(ours(x, y), theirs(x, y).flatten(), 1e-4)
-    x.requires_grad_()
-    gradients = [torch.autograd.grad(net(x, y).sum(), x)[0] for net in (ours, theirs)]
-    assert_same(*gradients, 1e-4)
-
-
-def test_metrics_are_the_libraries():
-    metrics = reference("skimage.metrics")
-    x = shapes(3, 64)
-    y = (x + 0.2 * torch.randn(x.shape, generator=torch.Generator().manual_seed(0))).clamp(-1, 1)
-    a, b = (((v + 1) / 2).double().permute(0, 2, 3, 1).numpy() for v in (x, y))
-    for i in range(3):
-        theirs = metrics.structural_similarity(a[i], b[i], data_range=1, channel_axis=2, gaussian_weights=True,
-                                               sigma=1.5, use_sample_covariance=False, full=True)[1]
-        assert eval_probe.ssim(x, y)[i].item() == pytest.approx(theirs[5:-5, 5:-5].mean(), abs=1e-4)
-        assert vae.psnr(x, y)[i].item() == pytest.approx(
-            metrics.peak_signal_noise_ratio(a[i], b[i], data_range=1), abs=1e-4)
-    classifier = reference("sklearn.linear_model").LogisticRegression
-    generator = torch.Generator().manual_seed(0)
-    labels = torch.arange(2400) % 6
-    features = torch.randn(6, 20, generator=generator)[labels] + 1.5 * torch.randn(2400, 20, generator=generator)
-    features = (features - features[:1200].mean(0)) / features[:1200].std(0)
-    for decay in (1e-4, 1e-2):
-        weight, bias = eval_probe.fit_linear(features[:1200], labels[:1200], 6, decay)
-        ours = ((features[1200:] @ weight.T + bias).argmax(1) == labels[1200:]).float().mean().item()
-        theirs = classifier(C=1 / (decay * 1200), max_iter=1000).fit(features[:1200], labels[:1200])
-        assert 0.5 < ours < 0.95 and ours == pytest.approx(theirs.score(features[1200:], labels[1200:]), abs=0.01)
-
-
-def test_inception_is_fids(tmp_path, monkeypatch):
-    theirs = reference("pytorch_fid.inception")
-    monkeypatch.setattr(theirs, "load_state_dict_from_url", lambda *_, **__: random_weights)
-    random_weights = theirs._inception_v3(num_classes=1008, aux_logits=False, weights=None).state_dict()
-    for name, tensor in random_weights.items():  # each layer as loud as the one before; no two norms alike
-        if name.endswith("conv.weight"):
-            torch.nn.init.kaiming_normal_(tensor)
-        elif name.endswith(("bn.weight", "running_var")):
-            tensor.uniform_(0.8, 1.2)
-        elif name.endswith(("bn.bias", "running_mean")):
-            tensor.normal_(std=0.1)
-    torch.save(random_weights, tmp_path / "inception.pth")
-    reference_network, ours = theirs.InceptionV3([3]).eval(), eval_probe.Inception(tmp_path / "inception.pth")
-    x = ((shapes(2, 64) + 1) * 127.5).round() / 255
-    with torch.no_grad():
-        assert_same(ours(2 * x - 1), reference_network(x)[0].flatten(1), 1e-4)
-    broken = {name: t for name, t in random_weights.items() if name != "Mixed_7c.branch1x1.conv.weight"}
-    torch.save(broken, tmp_path / "broken.pth")
-    for path, said in (("broken.pth", "Mixed_7c.branch1x1.conv.weight"), ("none.pth", "none.pth")):
-        with pytest.raises(ValueError, match=said):
-            eval_probe.Inception(tmp_path / path)
-
-
-class Trap:
-    """A pickle that, once loaded, creates a file."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def __reduce__(self):
-        return Path.touch, (self.path,)
-
-
-def test_files_that_are_none(tmp_path):
-    """Missing, extra, misshapen, truncated, no checkpoint at all, code: one sentence that names file and tensor."""
-    tower = encoder.ImageEncoder(8, width=64, depth=1, heads=1, embed_dim=64).state_dict()
-    net = losses.PerceptualDistance()
-    vgg = {f"features.{n}": p for n, p in net.features.state_dict().items()}
-    lin = {f"lin{i}.model.1.weight": p.data for i, p in enumerate(net.lin)}
-    codec = vae.load_vae("tiny").state_dict()
-    save = {"encoder": torch.save, "lpips": torch.save,
-            "vae": lambda tensors, path: save_file(tensors, path, {"config": json.dumps(vae.load_vae("tiny").config)})}
-    load = {"encoder": encoder.load_encoder, "vae": vae.load_vae,
-            "lpips": lambda path: losses.LPIPS(vgg, path)}
-    for kind, tensors, name in (("encoder", tower, "transformer.resblocks.0.ln_1.bias"), ("encoder", tower, "proj"),
-                                ("vae", codec, "decoder.conv_in.bias"), ("lpips", lin, "lin2.model.1.weight")):
-        path = tmp_path / f"{kind}.bin"
-        said = re.escape(name)
-        for change in (lambda t: t.pop(name), lambda t: t.update({name: torch.zeros(3)})):
-            changed = dict(tensors)
-            change(changed)
-            save[kind](changed, path)
-            with pytest.raises(ValueError, match=rf"{kind}\.bin .*{said}"):
-                load[kind](path)
-        save[kind](tensors | {"extra": torch.zeros(1)}, path)
-        with pytest.raises(ValueError, match=rf"{kind}\.bin .*extra"):
-            load[kind](path)
-        save[kind](tensors, path)
-        load[kind](path)
-        whole = path.read_bytes()
-        for content in (whole[: len(whole) // 2], whole[:10], b"", b"<html>not found</html>"):
-            path.write_bytes(content)
-            with pytest.raises(ValueError, match=rf"{kind}\.bin ") as problem:
-                load[kind](path)
-            assert "\n" not in str(problem.value)
-        torch.save({name: Trap(tmp_path / "executed")}, path)
-        with pytest.raises(ValueError, match=rf"{kind}\.bin "):
-            load[kind](path)
-    assert not (tmp_path / "executed").exists()
-
-
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
-def test_encoder_weights_are_not_copied(tmp_path):
-    encoder.save_encoder(encoder.ImageEncoder(), tmp_path / "encoder.safetensors")
-    torch.save({f"visual.{k}": v for k, v in load_file(tmp_path / "encoder.safetensors").items()},
-               tmp_path / "open_clip_pytorch_model.bin")
-    program = """if True:
-        import sys, torch, encoder
-        def private():  # kilobytes that are this process's own, not pages of a file
-            return int(next(line for line in open("/proc/self/status") if line.startswith("RssAnon")).split()[1])
-        before = private()
-        model = encoder.load_encoder(sys.argv[1])
-        assert model.proj.requires_grad and not model.positional_embedding.requires_grad
-        with torch.no_grad():
-            assert torch.isfinite(model(torch.randn(1, 16, 8, 8))[0]).all()
-        print((private() - before) / 1024)"""
-    for name in ("encoder.safetensors", "open_clip_pytorch_model.bin"):
-        done = command("-c", program, tmp_path / name)
-        assert done.returncode == 0, done.stderr
-        # MiB, of 328: a safetensors file's pages stay the file's, a pickle's tensors are read once
-        assert float(done.stdout) < (328 * 0.4 if name.endswith(".safetensors") else 328 * 1.4), name
-
-
-def point_hub_at(address: str, folder: Path, monkeypatch) -> None:
+def point_hub_at(address: str, folder: Path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", address)
     monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE",
                         address + "/{repo_id}/resolve/{revision}/{filename}")
@@ -2218,12 +202,14 @@ def point_hub_at(address: str, folder: Path, monkeypatch) -> None:
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """A hub on this machine: files by "owner/name/file", or a status and the error code the real one would send."""
+    """A hub on this machine: files by "owner/name/file", or a status and the error code that the
+    real one would send."""
     files = {}
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_HEAD(self):
-            answer = files.get(self.path.removeprefix("/").replace("/resolve/main", ""), (404, "RepoNotFound"))
+            key = self.path.removeprefix("/").replace("/resolve/main", "")
+            answer = files.get(key, (404, "RepoNotFound"))
             self.send_response(200 if isinstance(answer, bytes) else answer[0])
             if isinstance(answer, bytes):
                 self.send_header("ETag", f'"{hashlib.sha256(answer).hexdigest()}"')
@@ -2250,186 +236,4047 @@ def hub(tmp_path, monkeypatch):
     server.shutdown()
 
 
-def test_weights_from_the_hub(hub, tmp_path, monkeypatch, capsys):
-    tower = stirred(encoder.ImageEncoder(8, width=64, depth=1, heads=1, embed_dim=64))
-    stream = io.BytesIO()
-    torch.save({f"visual.{k}": v for k, v in tower.state_dict().items()}, stream)
-    hub["UCSC-VLAA/openvision3-vit-tiny/open_clip_pytorch_model.bin"] = stream.getvalue()
-    latents = torch.randn(1, 16, 8, 8)
-    again = encoder.load_encoder("UCSC-VLAA/openvision3-vit-tiny")
-    assert torch.equal(again(latents)[0], tower(latents)[0])
-    with pytest.raises(FileNotFoundError, match="no-one/nothing is no path here"):
-        encoder.load_encoder("no-one/nothing")
+# ---- vae.py, train_vae.py ------------------------------------------------------------------------
 
-    vae.save_vae(vae.load_vae("tiny"), tmp_path / "ae.safetensors")
+
+def test_flux_has_the_published_size():
+    with torch.device("meta"):
+        flux = vae.AutoencoderKL(**vae.FLUX)
+    assert sum(p.numel() for p in flux.parameters()) == 83_819_683
+    assert sum(p.numel() for p in flux.encoder.parameters()) == 34_274_208
+    assert len(flux.state_dict()) == 244
+    norms = [m for m in flux.modules() if isinstance(m, torch.nn.GroupNorm)]
+    assert all(m.num_groups == 32 for m in norms)
+    assert {"decoder.up.3.block.2.conv1.weight", "encoder.down.1.block.0.nin_shortcut.weight",
+            "decoder.up.1.upsample.conv.bias", "encoder.mid.attn_1.proj_out.weight",
+            "decoder.up.0.block.0.nin_shortcut.bias"} <= set(flux.state_dict())
+
+
+def test_vae_convention_and_round_trip():
+    codec = vae.load_vae("tiny")
+    x = shapes(8)
+    mean, logvar = codec.moments(x)
+    z = codec.encode(x)
+    assert z.shape == (8, 16, 8, 8)
+    torch.testing.assert_close(z, 0.3611 * mean)  # no shift
+    torch.testing.assert_close(codec.decode(z), codec.decoder(mean))
+    assert not torch.equal(codec.encode(x, sample=True), z)
+    assert codec.decode(codec.encode(x[:, :, :40, :56])).shape == (8, 3, 40, 56)
+    assert vae.psnr(codec.decode(z), x).mean() > 30
+    assert 0.7 < z.std() < 1.4
+    shifted = vae.AutoencoderKL(**{**vae.TINY, "shift_factor": 0.1159})
+    shifted.load_state_dict(codec.state_dict())
+    torch.testing.assert_close(shifted.encode(x), 0.3611 * (mean - 0.1159))
+    torch.testing.assert_close(shifted.decode(shifted.encode(x)), codec.decode(z), atol=1e-5,
+                               rtol=1e-4)
+    with pytest.raises(ValueError, match="multiples of 8"):
+        codec.encode(torch.zeros(1, 3, 60, 64))
+
+
+def test_encoding_stays_in_fp32_under_autocast_unless_asked():
+    codec, x = vae.load_vae("tiny"), shapes(2)
+    z = codec.encode(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(codec.encode(x), z)
+    codec.encode_dtype = torch.bfloat16
+    low = codec.encode(x)
+    assert low.dtype == torch.float32 and 0 < (low - z).abs().mean() < 0.05
+
+
+def test_images_are_scaled_once():
+    images = torch.tensor([0, 127, 255], dtype=torch.uint8)
+    scaled = vae.scale_images(images)
+    assert scaled.dtype == torch.float32 and scaled[0] == -1 and scaled[2] == 1
+    assert torch.equal(vae.scale_images(scaled), scaled)
+    assert torch.equal(data.to_uint8(scaled), images)
+
+
+def test_upsampling_equals_interpolation_and_convolution():
+    up = vae.Upsample(6).double()
+    x = torch.randn(2, 6, 3, 5, dtype=torch.float64, requires_grad=True)
+    plain = up.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
+    torch.testing.assert_close(up(x), plain)
+    weights = torch.randn_like(plain)
+    inputs = [x, *up.parameters()]
+    ours = torch.autograd.grad((up(x) * weights).sum(), inputs)
+    expected = torch.autograd.grad((plain * weights).sum(), inputs)
+    for a, b in zip(ours, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_vae_attention_against_a_loop():
+    block = vae.AttnBlock(32)
+    x = torch.randn(2, 32, 3, 5)
+    h = block.norm(x)
+    q, k, v = (conv(h).reshape(2, 32, 15) for conv in (block.q, block.k, block.v))
+    mixed = torch.zeros_like(v)
+    for b in range(2):
+        for i in range(15):
+            scores = torch.stack([q[b, :, i] @ k[b, :, j] for j in range(15)]) / 32**0.5
+            mixed[b, :, i] = v[b] @ torch.softmax(scores, 0)
+    expected = x + block.proj_out(mixed.view(2, 32, 3, 5))
+    torch.testing.assert_close(block(x), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_rescaled_latents_have_unit_std_and_the_same_reconstruction():
+    rough, x = vae.AutoencoderKL(**vae.TINY), shapes(8)
+    train_vae.init_near_identity(rough)
+    even = train_vae.rescale_to_unit_std(rough, x)
+    with torch.no_grad():
+        std = even.encode(x).std((0, 2, 3))
+        torch.testing.assert_close(std, torch.ones(16), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(even.decode(even.encode(x)), rough.decode(rough.encode(x)),
+                                   atol=1e-4, rtol=1e-3)
+        (mean, logvar), (mean_rough, logvar_rough) = even.moments(x), rough.moments(x)
+        noise = (0.5 * logvar).exp() / mean.std((0, 2, 3)).view(16, 1, 1)
+        noise_rough = (0.5 * logvar_rough).exp() / mean_rough.std((0, 2, 3)).view(16, 1, 1)
+        torch.testing.assert_close(noise, noise_rough, atol=1e-4, rtol=1e-3)
+
+
+def test_muon_orthogonalizes_an_update():
+    for out, inside in ((8, 20), (20, 8)):
+        weight = torch.nn.Parameter(torch.zeros(out, inside))
+        weight.grad = torch.randn(out, inside) * torch.logspace(0, -1, inside)
+        before = torch.linalg.svdvals(weight.grad)
+        runtime.Muon([weight], lr=1.0).step()
+        after = torch.linalg.svdvals(weight.detach()) / (0.2 * 20**0.5)
+        assert before.max() > 3 * before.min() and 0.6 < after.min() < after.max() < 1.3
+        assert (weight * weight.grad).sum() < 0  # downhill
+    weight = torch.nn.Parameter(torch.ones(3, 3))
+    weight.grad = torch.zeros(3, 3)
+    runtime.Muon([weight], lr=0.1, weight_decay=0.5).step()
+    torch.testing.assert_close(weight.detach(), torch.full((3, 3), 0.95))
+
+
+def test_vae_files(tmp_path):
+    assert vae.TINY_PATH.stat().st_size <= 4e6
+    codec = vae.load_vae("tiny")
+    assert not codec.training and not any(p.requires_grad for p in codec.parameters())
+    path = tmp_path / "a.safetensors"
+    train_vae.save_vae(codec, path)
+    again = vae.load_vae(path)
+    tensors = codec.state_dict()
+    assert all(torch.equal(tensors[name], t) for name, t in again.state_dict().items())
+    assert vae.vae_sha256(path) == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert vae.vae_sha256("pixels") == "pixels"
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        vae.load_vae("nowhere")
+    metadata = {"config": json.dumps(codec.config)}
+    name = "decoder.conv_in.bias"
+    missing = {key: t for key, t in tensors.items() if key != name}
+    for changed, says in (
+            (missing, f"missing {name} [96], unexpected none"),
+            ({**tensors, name: torch.zeros(3)}, f"missing {name} [96], unexpected {name} [3]"),
+            ({**tensors, "extra": torch.ones(1)}, "missing none, unexpected extra [1]"),
+            ({"a": torch.ones(1)}, "missing decoder.conv_in.bias [96], decoder.conv_in.weight")):
+        save_file(changed, path, metadata)
+        with pytest.raises(ValueError, match=r"a\.safetensors is not a VAE") as error:
+            vae.load_vae(path)
+        assert says in str(error.value) and len(str(error.value)) < 600
+    save_file(tensors, path)  # without its config it counts as FLUX's
+    with pytest.raises(ValueError, match=r"missing decoder.conv_in.bias \[512\]"):
+        vae.load_vae(path)
+    for config in ([1], {"ch": 16}, {**codec.config, "depth": 3}):
+        save_file(tensors, path, {"config": json.dumps(config)})
+        with pytest.raises(ValueError, match=r"a\.safetensors is not a VAE"):
+            vae.load_vae(path)
+    for content in (b"", b"<html>not found</html>", vae.TINY_PATH.read_bytes()[:1000]):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"a\.safetensors is not a VAE"):
+            vae.load_vae(path)
+
+
+def test_a_diffusers_config_that_differs_from_flux_is_named(tmp_path):
+    tensors = {"encoder.down_blocks.0.resnets.0.norm1.weight": torch.ones(32)}
+    save_file(tensors, tmp_path / "diffusion_pytorch_model.safetensors")
+    for config, says in (({"act_fn": "relu"}, "act_fn relu, FLUX has silu"),
+                         ({"norm_num_groups": 16}, "norm_num_groups 16, FLUX has 32"),
+                         ({"latent_channels": 4}, "block_out_channels")):
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        with pytest.raises(ValueError, match=says):
+            vae.load_vae(tmp_path)
+
+
+def test_pixels_are_their_own_latents():
+    codec, x = vae.load_vae("pixels"), shapes(2)
+    assert torch.equal(codec.encode(x), x) and torch.equal(codec.decode(x), x)
+    assert codec.config["z_channels"] == 3 and codec.downsample_factor == 1
+
+
+def test_vae_grad_checkpointing_changes_no_gradient():
+    codec, gradients = vae.load_vae("tiny"), []
+    for codec.decoder.grad_checkpointing in (False, True):
+        z = torch.randn(1, 16, 4, 4, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        codec.decode(z).square().sum().backward()
+        gradients.append(z.grad)
+    assert torch.equal(*gradients)
+
+
+def test_vae_training_stops_at_a_signal_and_resumes_bitwise(tmp_path, monkeypatch):
+    monkeypatch.setattr(train_vae, "mean_psnr", lambda vae, images: 0.0)  # a second each
+    flags = ("--steps", 3, "--cooldown", 0, "--batch-size", 1, "--num-workers", 0,
+             "--device", "cpu")
+    run_main(monkeypatch, train_vae, *flags, "--out", tmp_path / "straight")
+    out = tmp_path / "stopped"
+    settings = train_vae.Config(steps=2, cooldown=0.0, batch_size=1, num_workers=0, device="cpu",
+                                out=str(out))
+    stop = threading.Event()
+    stop.set()  # as SIGTERM does
+    train_vae.train(settings, stop)
+    assert [record["step"] for record in runtime.read_log(out / "log.jsonl")] == [1]
+    run_main(monkeypatch, train_vae, *flags, "--resume", "--out", out)  # and more --steps
+    files = [folder / "vae.safetensors" for folder in (tmp_path / "straight", out)]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    assert vae.load_vae(out / "vae.safetensors").config == vae.AutoencoderKL(**vae.TINY).config
+    assert "--resume" in error_message(monkeypatch, train_vae, *flags, "--out", out)
+    changed = (*flags, "--lr", 1e-3, "--resume", "--out", out)
+    assert "--lr 0.001 (was 0.0006)" in error_message(monkeypatch, train_vae, *changed)
+    (out / "last.pt").write_bytes(b"cut off")
+    for folder in (out, tmp_path / "nowhere"):
+        message = error_message(monkeypatch, train_vae, *flags, "--resume", "--out", folder)
+        assert f"{folder}/last.pt is no checkpoint" in message
+
+
+def test_vae_training_continues_from_a_vae_on_any_images(tmp_path, monkeypatch):
+    monkeypatch.setattr(train_vae, "mean_psnr", lambda vae, images: 0.0)
+    run_main(monkeypatch, train_vae, "--data", "shapes", "--init-from", "tiny", "--steps", 1,
+             "--batch-size", 1, "--num-workers", 0, "--device", "cpu", "--out", tmp_path / "run")
+    trained, before = vae.load_vae(tmp_path / "run" / "vae.safetensors"), vae.load_vae("tiny")
+    x = shapes(8)
+    assert not torch.equal(trained.encode(x), before.encode(x))
+    assert vae.psnr(trained.decode(trained.encode(x)), x).mean() > 28  # one step changes little
+    record = runtime.read_log(tmp_path / "run" / "log.jsonl")[-1]
+    terms = record["pixel"] + 5 * record["mse"] + 0.5 * record["gradient"] + 3e-5 * record["kl"]
+    assert record["loss"] == pytest.approx(terms, rel=1e-4)
+
+
+def test_vae_loss_by_hand():
+    codec, x = vae.load_vae("tiny"), shapes(2)
+    torch.manual_seed(0)
+    losses = train_vae.vae_loss(codec, x, w_kl=0.1)
+    torch.manual_seed(0)
+    mean, logvar = codec.moments(x)
+    recon = codec.decoder(mean + (0.5 * logvar).exp() * torch.randn_like(mean))
+    gradient = F.l1_loss(recon[..., 1:] - recon[..., :-1], x[..., 1:] - x[..., :-1])
+    gradient += F.l1_loss(recon[:, :, 1:] - recon[:, :, :-1], x[:, :, 1:] - x[:, :, :-1])
+    prior = torch.distributions.Normal(0, 1)
+    posterior = torch.distributions.Normal(mean, (0.5 * logvar).exp())
+    kl = torch.distributions.kl_divergence(posterior, prior).mean()
+    torch.testing.assert_close(losses["kl"], kl)
+    torch.testing.assert_close(losses["gradient"], gradient)
+    expected = F.l1_loss(recon, x) + 5 * F.mse_loss(recon, x) + 0.5 * gradient + 0.1 * kl
+    torch.testing.assert_close(losses["loss"], expected)
+
+
+def test_vae_learning_rate_warms_up_stays_and_cools_down():
+    c = train_vae.Config(steps=1000, cooldown=0.2, lr=1.0)
+    rates = [train_vae.learning_rate(step, c) for step in (1, 50, 100, 500, 801, 900, 1000)]
+    assert rates == pytest.approx([0.01, 0.5, 1, 1, 1, 0.505, 0.005])
+    assert train_vae.learning_rate(1000, train_vae.Config(steps=1000, cooldown=0, lr=1.0)) == 1
+
+
+def test_initial_vae_passes_images_on():
+    codec = vae.AutoencoderKL(**vae.TINY)
+    train_vae.init_near_identity(codec)
+    block, x = codec.decoder.up[0].block[-1], torch.randn(1, 16, 4, 4)
+    assert torch.equal(block(x), x)
+    blocks = codec.encoder.down[0].downsample.conv.weight[:, :, :2, :2].flatten(1)
+    torch.testing.assert_close(blocks @ blocks.T, 2 * torch.eye(len(blocks)), atol=1e-5, rtol=0)
+    logvar = codec.moments(shapes(4))[1]
+    assert -7 < logvar.min() and logvar.max() < -5
+
+
+def test_every_drawing_fills_an_image():
+    for draw in train_vae.DRAWINGS:
+        image = draw(np.random.default_rng(1), 64)
+        assert image.shape == (64, 64, 3) and np.isfinite(image).all() and image.std() > 1
+    keys = ((3, 4), (3, 4), (3, 5), (4, 4))  # seed, index
+    images = [train_vae.ProceduralImages(seed, 64)[i] for seed, i in keys]
+    assert images[0].shape == (3, 64, 64) and images[0].dtype == torch.uint8
+    assert torch.equal(images[0], images[1])
+    assert not torch.equal(images[0], images[2]) and not torch.equal(images[0], images[3])
+
+
+def test_flux_vae_from_the_hub(hub, tmp_path, monkeypatch):
+    train_vae.save_vae(vae.load_vae("tiny"), tmp_path / "ae.safetensors")
     content = (tmp_path / "ae.safetensors").read_bytes()
-    first, second, _ = ("/".join(place) for place in vae.FLUX_PLACES)
+    first, second, _ = ("/".join(mirror) for mirror in vae.FLUX_MIRRORS)
     hub[second] = (403, "GatedRepo")
     with pytest.raises(FileNotFoundError, match="hf auth login"):
         vae.load_vae("flux")
     hub[first] = content
-    with pytest.raises(FileNotFoundError, match="not FLUX.1's afc8e282"):
+    with pytest.raises(FileNotFoundError, match="not FLUX.1's file"):
         vae.load_vae("flux")
     monkeypatch.setattr(vae, "FLUX_SHA256", hashlib.sha256(content).hexdigest())
     assert vae.load_vae("flux").config["ch"] == vae.TINY["ch"]
-    assert train.vae_hash("flux") == vae.FLUX_SHA256
-
-    # an encoder alone, from its hub id to its numbers
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["eval_probe.py", "--ckpt", "UCSC-VLAA/openvision3-vit-tiny", "--vae", "flux",
-                                      "--n-train", "200", "--n-test", "32", "--n-reconstruct", "32"])
-    eval_probe.main()
-    metrics = json.loads((tmp_path / "runs" / "openvision3-vit-tiny" / "metrics.json").read_text())
-    assert {k for k, v in metrics.items() if v is not None} == {
-        "linear_probe_top1", "linear_probe_tokens_top1", "knn_top1", *eval_probe.QUESTIONS, "psnr_vae", "ssim_vae",
-        "n_train", "n_test", "n_reconstruct", "seconds"}
-    assert "null, this is an encoder alone" in capsys.readouterr().out
-    assert "--vae flux" in complaint(monkeypatch, eval_probe, "--ckpt", "UCSC-VLAA/openvision3-vit-tiny")
+    assert vae.vae_sha256("flux") == vae.FLUX_SHA256
+    hub.clear()  # from now on the hub has nothing; the cache still does
+    assert vae.load_vae("flux").config["ch"] == vae.TINY["ch"]
 
 
-def test_no_network(monkeypatch, tmp_path):
+def test_flux_vae_without_a_network(monkeypatch, tmp_path):
     point_hub_at("http://127.0.0.1:9", tmp_path, monkeypatch)  # nobody listens there
-    monkeypatch.setattr("time.sleep", lambda seconds: None)  # between the hub library's six tries, 23 s in all
-    with pytest.raises(FileNotFoundError, match="offline, download"):
-        encoder.load_encoder("UCSC-VLAA/openvision3-vit-base-patch2-32")
-    with pytest.raises(FileNotFoundError, match="take tiny"):
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # between the hub library's retries
+    with pytest.raises(FileNotFoundError, match="the hub cannot be reached.*or use tiny"):
         vae.load_vae("flux")
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
-    monkeypatch.setitem(losses.LPIPS_FILES, "vgg", ("http://127.0.0.1:9/vgg16.pth", "0" * 64))
-    with pytest.raises(FileNotFoundError, match="--lpips-vgg"):
-        losses.LPIPS("fetch", "fetch")
 
 
-def test_lpips_files_are_fetched_and_checked(monkeypatch, tmp_path):
+@torch.no_grad()
+@pytest.mark.parametrize("layout", ["FLUX", "diffusers"])
+def test_vae_equals_diffusers(layout, tmp_path):
+    diffusers = reference("diffusers")
+    theirs = diffusers.AutoencoderKL(
+        block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=16,
+        norm_num_groups=32, down_block_types=4 * ("DownEncoderBlock2D",),
+        up_block_types=4 * ("UpDecoderBlock2D",), scaling_factor=0.3611, shift_factor=0.1159,
+        use_quant_conv=False, use_post_quant_conv=False).eval()
+    if layout == "FLUX":  # random tensors under FLUX's names; diffusers' own converter reads them
+        with torch.device("meta"):
+            flux = vae.AutoencoderKL(**vae.FLUX).state_dict()
+        tensors = {}
+        for name, t in flux.items():
+            tensors[name] = torch.randn(t.shape) / max(1, math.prod(t.shape[1:])) ** 0.5
+            if "norm" in name and "weight" in name:
+                tensors[name] = 1 + 0.1 * torch.randn(t.shape)
+        from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
+        theirs.load_state_dict(convert_ldm_vae_checkpoint(dict(tensors), dict(theirs.config)))
+        source = tmp_path / "ae.safetensors"
+        save_file(tensors, source)
+    else:
+        theirs.save_pretrained(tmp_path / "vae")
+        source = tmp_path / "vae"
+        file = source / "diffusion_pytorch_model.safetensors"
+        assert vae.load_vae(file).config["shift_factor"] == 0
+    ours = vae.load_vae(source)
+    assert len(ours.state_dict()) == 244
+    for height, width in ((64, 64), (48, 80)):
+        x = torch.rand(1, 3, height, width) * 2 - 1
+        z = 0.3611 * theirs.encode(x).latent_dist.mean
+        assert_same(ours.encode(x), z, 1e-5)
+        assert_same(ours.decode(z), theirs.decode(z / 0.3611).sample, 1e-5)
+
+
+
+
+# ---- encoder.py ---------------------------------------------------------------------------------
+
+BLOCK_NAMES = (
+    "ln_1.weight", "ln_1.bias", "ln_2.weight", "ln_2.bias", "attn.in_proj_weight",
+    "attn.in_proj_bias", "attn.out_proj.weight", "attn.out_proj.bias", "mlp.c_fc.weight",
+    "mlp.c_fc.bias", "mlp.c_proj.weight", "mlp.c_proj.bias")
+OFFICIAL_NAMES = {"class_embedding", "positional_embedding", "conv1.weight", "ln_post.weight",
+                  "ln_post.bias", "proj"}
+OFFICIAL_NAMES |= {f"transformer.resblocks.{i}.{name}" for i in range(12) for name in BLOCK_NAMES}
+
+
+def stirred(model):
+    """Random weights in place of zeros: the blocks of a fresh image encoder add nothing, and would
+    prove nothing."""
+    for parameter in model.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.05)
+    return model
+
+
+def small_encoder():
+    return stirred(encoder.ImageEncoder(8, width=64, depth=2, heads=1, embed_dim=32))
+
+
+def test_base_encoder_is_the_released_one():
+    with torch.device("meta"):
+        base = encoder.ImageEncoder()
+    assert set(base.state_dict()) == OFFICIAL_NAMES and len(OFFICIAL_NAMES) == 150
+    assert sum(t.numel() for t in base.state_dict().values()) == 85_893_120
+    assert base.ln_post.eps == base.transformer.resblocks[0].ln_1.eps == 1e-6
+    assert all(row["width"] == 64 * row["heads"] for row in encoder.SIZES.values())
+
+
+@pytest.mark.parametrize("gelu", ["none", "tanh"])
+def test_block_against_pytorch(gelu):
+    block = encoder.Block(128, 2, gelu)
+    for p in block.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    theirs = torch.nn.TransformerEncoderLayer(
+        128, 2, 512, 0.0, lambda x: F.gelu(x, approximate=gelu), 1e-6, batch_first=True,
+        norm_first=True)
+    names = {"self_attn": "attn", "linear1": "mlp.c_fc", "linear2": "mlp.c_proj", "norm1": "ln_1",
+             "norm2": "ln_2"}
+    pairs = [name.split(".", 1) for name in theirs.state_dict()]
+    ours = block.state_dict()
+    theirs.load_state_dict({f"{a}.{b}": ours[f"{names[a]}.{b}"] for a, b in pairs})
+    x = torch.randn(3, 7, 128)
+    torch.testing.assert_close(block(x), theirs(x), atol=1e-5, rtol=1e-4)
+    mask = torch.ones(7, 7, dtype=torch.bool).tril()
+    torch.testing.assert_close(block(x, mask), theirs(x, src_mask=~mask), atol=1e-5, rtol=1e-4)
+
+
+def test_attention_applies_rope_to_queries_and_keys():
+    attention = encoder.Attention(64, 2)
+    torch.nn.init.normal_(attention.in_proj_weight, std=0.2)
+    x, shapes_seen = torch.randn(2, 5, 64), []
+    attention(x, rope=lambda t: shapes_seen.append(t.shape) or t)
+    assert shapes_seen == [(2, 2, 5, 32)] * 2
+    flipped = attention(x, rope=torch.neg)  # (-q) @ (-k) is q @ k
+    torch.testing.assert_close(flipped, attention(x))
+
+
+def test_positions_by_hand():
+    table = encoder.sincos_positions(3, 5, 16)
+    for row in range(3):
+        for column in range(5):
+            expected = []
+            for position in (column, row):
+                for function in (math.sin, math.cos):
+                    expected += [function(position * 10000 ** -(k / 3)) for k in range(4)]
+            torch.testing.assert_close(table[row * 5 + column], torch.tensor(expected))
+
+
+def test_image_encoder_outputs():
+    model = encoder.ImageEncoder(8, width=64, depth=2, heads=1, embed_dim=32)
+    latents = torch.randn(3, 16, 8, 8)
+    embedded = model.conv1(latents).flatten(2).mT + encoder.sincos_positions(4, 4, 64)
+    torch.testing.assert_close(model(latents)[1], embedded)  # before training blocks add zero
+    pooled, tokens = stirred(model)(latents)
+    assert not torch.allclose(tokens, embedded, atol=0.1)
+    assert pooled.shape == (3, 32) and tokens.shape == (3, 16, 64)
+    normalized = F.layer_norm(tokens.mean(1), (64,), model.ln_post.weight, model.ln_post.bias, 1e-6)
+    torch.testing.assert_close(pooled, normalized @ model.proj)
+    assert torch.equal(model.positional_embedding[0], torch.zeros(64))
+    assert model(torch.randn(1, 16, 4, 12))[1].shape == (1, 12, 64)  # another size, not square
+    swapped = latents.clone()
+    swapped[:, :, :2, :2], swapped[:, :, 2:4, 2:4] = latents[:, :, 2:4, 2:4], latents[:, :, :2, :2]
+    assert not torch.allclose(model(swapped)[0], pooled, atol=1e-5)  # positions matter
+    with pytest.raises(ValueError, match="patches"):
+        model(torch.randn(1, 16, 5, 8))
+
+
+def test_text_encoder_reads_its_last_position_and_attends_to_all():
+    model = encoder.TextEncoder(50, 9, 64, 2, 1, 32)
+    ids = torch.randint(50, (2, 9))
+    other = ids.clone()
+    other[:, -1] = (ids[:, -1] + 1) % 50
+    seen = []  # after the first block, then at the end, for each of the two texts
+    for module in (model.transformer.resblocks[0], model.transformer):
+        module.register_forward_hook(lambda *call: seen.append(call[-1]))
+    output, changed = model(ids), model(other)
+    assert output.shape == (2, 32) and not torch.allclose(output, changed)
+    assert not torch.allclose(seen[0][:, 0], seen[2][:, 0])  # the first position sees the last
+    torch.testing.assert_close(output, model.head(model.ln_final(seen[1][:, -1])))
+    assert model(ids[:, :4]).shape == (2, 32)
+    with pytest.raises(RuntimeError, match="size of tensor"):
+        model(torch.zeros(1, 10, dtype=torch.long))
+
+
+def test_gradient_checkpointing_recomputes_with_the_same_gradients():
+    model, latents = small_encoder(), torch.randn(2, 16, 8, 8)
+    calls, grads = Counter(), []
+    model.transformer.resblocks[0].mlp.register_forward_pre_hook(lambda *_: calls.update(["mlp"]))
+    for grad_checkpointing in (False, True):
+        model.transformer.grad_checkpointing = grad_checkpointing
+        model.zero_grad()
+        model(latents)[0].square().sum().backward()
+        grads.append([p.grad.clone() for p in model.parameters()])
+    assert calls["mlp"] == 1 + 2
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+    with torch.no_grad():
+        model(latents)
+    assert calls["mlp"] == 4
+
+
+def test_residual_stream_stays_in_fp32_under_autocast():
+    ids, tokens, dtypes = torch.ones(2, 5).long(), torch.randn(2, 4, 64), []
+    latents = torch.randn(2, 16, 4, 4)
+    for model, inputs in ((encoder.ImageEncoder(4, 2, 16, 64, 2, 1, 64), [latents]),
+                          (encoder.TextEncoder(20, 5, 64, 2, 1, 64), [ids]),
+                          (decoders.LatentDecoder(64, 4, 64, 2, 1), [tokens]),
+                          (decoders.CaptionDecoder(20, 8, 64, 64, 2, 1), [tokens, ids])):
+        for block in (m for m in model.modules() if isinstance(m, encoder.Block)):
+            block.register_forward_hook(lambda block, x, y: dtypes.extend([x[0].dtype, y.dtype]))
+        with torch.autocast("cpu", torch.bfloat16):
+            model(*inputs)
+    assert dtypes == [torch.float32] * 16
+
+
+def test_whitened_layers_run_in_fp32_under_autocast():
+    """First convolution, pooling, text head, caption logits: the same bits as without autocast."""
+    image_encoder, text_encoder = small_encoder(), encoder.TextEncoder(20, 8, 64, 2, 1, 64)
+    latents, tokens = torch.randn(2, 16, 8, 8), torch.randn(2, 16, 64)
+    ids, seen = torch.randint(20, (2, 8)), {}
+    mlp = image_encoder.transformer.resblocks[0].mlp
+    for name, module in (("conv", image_encoder.conv1), ("norm", text_encoder.ln_final),
+                         ("mlp", mlp)):
+        module.register_forward_hook(lambda m, x, y, name=name: seen.update({name: (x[0], y)}))
+    plain = image_encoder.pool(tokens)
+    with torch.autocast("cpu", torch.bfloat16):
+        pooled, _ = image_encoder(latents)
+        again, text = image_encoder.pool(tokens.bfloat16().float()), text_encoder(ids)
+        torch.testing.assert_close(image_encoder.pool(tokens), plain, rtol=0, atol=0)
+    assert pooled.dtype == again.dtype == text.dtype == torch.float32
+    assert seen["mlp"][1].dtype == torch.bfloat16  # autocast is on elsewhere
+    assert torch.equal(seen["conv"][1], image_encoder.conv1(latents))
+    assert torch.equal(text, text_encoder.head(seen["norm"][1]))
+
+
+def test_whitening_matrix_whitens():
+    rotation = torch.nn.init.orthogonal_(torch.empty(12, 12))
+    mixing = torch.logspace(0, -0.5, 12)[:, None] * rotation
+    x = torch.randn(5000, 12) @ mixing + 3
+    for width in (12, 24):
+        mean, matrix = encoder.whitening_matrix(x, width)
+        y = (x - mean) @ matrix
+        assert abs(y.mean(0)).max() < 1e-3
+        variances = torch.linalg.eigvalsh(y.double().T.cov())[-12:]  # 24 columns, 12 directions
+        assert variances[-1] / variances[0] < 1.2 and y.std().item() == pytest.approx(1, rel=0.1)
+    # fewer columns: only the directions of most variance, and those equally
+    scales = torch.tensor([3.0, 2, 2, 1] + [0.01] * 8)
+    mean, matrix = encoder.whitening_matrix(torch.randn(5000, 12) * scales, 4)
+    y = torch.randn(5000, 12) * scales @ matrix
+    torch.testing.assert_close(y.T.cov(), torch.eye(4), atol=0.1, rtol=0)
+
+
+@pytest.mark.parametrize("count", [1, 2, 10, 40])
+def test_few_distinct_captions_start_with_moderate_gradients(count):
+    """Class folders have few captions. Their gradients must be of the order of rich captions'."""
+    rng, names = random.Random(0), "cat dog plane car bird deer frog horse ship truck".split()
+    prompts = ("a photo of a {}", "a picture of the {}", "an image of one {}", "{}")
+    pool = [prompt.format(name) for prompt in prompts for name in names][:count]
+    rich = []
+    for _ in range(256):
+        colors = rng.choices("red green blue black white gray pink brown".split(), k=2)
+        pair = [f"{color} {name}" for color, name in zip(colors, rng.sample(names, 2), strict=True)]
+        rich.append(f"a {' left of a '.join(pair)}, photo {rng.random():.2f}")
+    few = rng.choices(pool, k=256)
+    vocabulary = {word: i for i, word in enumerate(sorted(set(" ".join(rich + few).split())), 1)}
+
+    def encode(texts):
+        rows = [[vocabulary[word] for word in text.split()] for text in texts]
+        return torch.tensor([row + [0] * (12 - len(row)) for row in rows])
+
+    def gradient_norm(fit_to, texts):
+        torch.manual_seed(0)
+        model = encoder.TextEncoder(len(vocabulary) + 1, 12, 64, 1, 1, 64)
+        model.init_whitened(encode(fit_to))
+        loss = losses.contrastive_loss(torch.randn(64, 64), model(encode(texts)), 1 / 0.07)
+        loss.backward()
+        assert loss < 2 * math.log(64)
+        return torch.nn.utils.get_total_norm([p.grad for p in model.parameters()]).item()
+
+    seen, unseen = gradient_norm(few, few[:64]), gradient_norm(few, rich[:64])
+    expected = gradient_norm(rich, rich[:64])
+    print(f"{count} captions: {seen:.1f}, unseen captions {unseen:.1f}, rich {expected:.1f}")
+    assert max(seen, unseen) < 10 * expected
+
+
+def test_encoder_files(tmp_path, monkeypatch):
+    model = stirred(encoder.ImageEncoder(8, width=128, depth=2, heads=2, embed_dim=96))
+    latents = torch.randn(2, 16, 8, 8)
+    encoder.save_encoder(model, tmp_path / "encoder.safetensors")
+    tensors = load_file(tmp_path / "encoder.safetensors")
+    clip = {f"visual.{name}": t for name, t in tensors.items()} | {"logit_scale": torch.zeros(())}
+    torch.save(clip, tmp_path / "open_clip_pytorch_model.bin")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for source in (tmp_path, tmp_path / "encoder.safetensors", "~/open_clip_pytorch_model.bin"):
+        loaded = encoder.load_encoder(source)
+        assert all(torch.equal(a, b) for a, b in zip(model(latents), loaded(latents), strict=True))
+    assert not list(tmp_path.glob("*.tmp"))
+    with pytest.raises(OSError, match="could not be written"):
+        encoder.save_encoder(model, tmp_path / "missing" / "encoder.safetensors")
+    for source in (tmp_path / "nothing", "nothing", "a/b/c", "~/nothing.bin"):
+        with pytest.raises(FileNotFoundError, match="python train.py --out"):
+            encoder.resolve_encoder_path(source)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
+def test_encoder_weights_are_not_copied(tmp_path):
+    model = encoder.ImageEncoder(depth=4)
+    encoder.save_encoder(model, tmp_path / "encoder.safetensors")
+    torch.save(model.state_dict(), tmp_path / "encoder.bin")
+    program = """if True:
+        import sys, torch, encoder
+        def private():  # kilobytes of this process, without the pages of files
+            lines = open("/proc/self/status")
+            return int(next(line for line in lines if line.startswith("RssAnon")).split()[1])
+        before = private()
+        models = [encoder.load_encoder(sys.argv[1]) for _ in range(4)]
+        assert models[0].proj.requires_grad and not models[0].positional_embedding.requires_grad
+        assert all(torch.isfinite(p).all() for model in models for p in model.parameters())
+        print((private() - before) / 1024 / 4)"""
+    size = (tmp_path / "encoder.bin").stat().st_size / 2**20
+    for name, share in (("encoder.safetensors", 0.4), ("encoder.bin", 1.4)):
+        done = command("-c", program, tmp_path / name)
+        assert done.returncode == 0, done.stderr
+        # A safetensors file's pages stay the file's, a pickle's tensors are read once
+        assert float(done.stdout) < size * share, name
+
+
+def test_encoder_from_the_hub(hub):
+    model = small_encoder()
+    stream = io.BytesIO()
+    torch.save({f"visual.{name}": t for name, t in model.state_dict().items()}, stream)
+    hub["UCSC-VLAA/openvision3-vit-tiny/open_clip_pytorch_model.bin"] = stream.getvalue()
+    latents = torch.randn(1, 16, 8, 8)
+    loaded = encoder.load_encoder("UCSC-VLAA/openvision3-vit-tiny")
+    assert torch.equal(loaded(latents)[0], model(latents)[0])
+    with pytest.raises(FileNotFoundError, match="no-one/nothing: .*RepositoryNotFoundError"):
+        encoder.load_encoder("no-one/nothing")
+
+
+def test_encoder_without_a_network(monkeypatch, tmp_path):
+    point_hub_at("http://127.0.0.1:9", tmp_path, monkeypatch)  # no server there
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # between the hub library's six tries
+    with pytest.raises(FileNotFoundError, match="offline, a file"):
+        encoder.load_encoder("UCSC-VLAA/openvision3-vit-base-patch2-32")
+
+
+class Trap:
+    """A pickle that creates a file when it is loaded."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def lpips_state_dicts(net):
+    """(vgg, lin) under the published names."""
+    vgg = {f"features.{name}": p for name, p in net.features.state_dict().items()}
+    return vgg, {f"lin{i}.model.1.weight": p.data for i, p in enumerate(net.lin)}
+
+
+@pytest.mark.parametrize("name", ["transformer.resblocks.0.ln_1.bias", "proj", "conv1.weight"])
+def test_bad_weights_files_get_one_sentence(tmp_path, name):
+    """Missing, extra, misshapen, truncated, not a checkpoint, code: file and tensor are named."""
+    tensors, path = small_encoder().state_dict(), tmp_path / "encoder.bin"
+
+    def message():
+        with pytest.raises(ValueError, match=r"encoder\.bin ") as caught:
+            encoder.load_encoder(path)
+        return str(caught.value)
+
+    missing = {key: t for key, t in tensors.items() if key != name}
+    for state in (missing, tensors | {name: torch.zeros(3)}):
+        torch.save(state, path)
+        assert name in message()
+    torch.save(tensors | {"extra": torch.zeros(1)}, path)
+    assert "extra" in message()
+    complete = path.read_bytes()
+    for content in (complete[: len(complete) // 2], b"", b"<html>not found</html>"):
+        path.write_bytes(content)
+        message()
+    for state in ({name: Trap(tmp_path / "executed")}, {name: 3}, [torch.zeros(3)]):
+        torch.save(state, path)
+        message()
+    assert not (tmp_path / "executed").exists()
+
+
+# ---- decoders.py ---------------------------------------------------------------------------------
+
+
+def test_unpatchify_inverts_patchify():
+    decoder = decoders.LatentDecoder(64, 8, 64, 1, 1)
+    latents, rows = torch.randn(2, 16, 8, 8), []
+    for i in range(0, 8, 2):
+        for j in range(0, 8, 2):
+            rows.append(latents[:, :, i : i + 2, j : j + 2].permute(0, 2, 3, 1).flatten(1))
+    assert torch.equal(decoder.unpatchify(torch.stack(rows, 1)), latents)
+    assert decoder(torch.randn(2, 16, 64)).shape == (2, 16, 8, 8)
+    assert decoder(torch.randn(2, 36, 64)).shape == (2, 16, 12, 12)  # another resolution
+    with pytest.raises(RuntimeError, match="12"):  # no square
+        decoder(torch.randn(2, 12, 64))
+
+
+def test_noise_has_one_std_per_image(monkeypatch):
+    decoder, seen = decoders.LatentDecoder(64, 16, 64, 1, 1), []
+    monkeypatch.setattr(decoder.vit, "forward_features",
+                        lambda x: seen.append(x) or torch.zeros(len(x), 64, 64))
+    tokens = torch.randn(1000, 64, 64)
+    decoder(tokens)
+    decoder(tokens, tau=0.5)
+    plain, noisy = (x.flatten(2).transpose(1, 2) for x in seen)
+    assert torch.equal(plain, tokens)  # no noise unless tau is given
+    noise = noisy - tokens
+    std = noise.std((1, 2))  # U[0, 0.5]
+    assert 0 < std.min() < 0.05 and 0.48 < std.max() < 0.53 and abs(std.mean() - 0.25) < 0.03
+    assert torch.allclose(noise.std(2).mean(1), std, rtol=0.05)  # the same for all its tokens
+
+
+def test_captions_are_causal():
+    decoder = decoders.CaptionDecoder(40, 10, 64, 64, 2, 1)
+    tokens, ids = torch.randn(2, 5, 64), torch.randint(40, (2, 8))
+    logits = decoder(tokens, ids)
+    later = ids.clone()
+    later[:, 5:] = (ids[:, 5:] + 1) % 40
+    torch.testing.assert_close(decoder(tokens, later)[:, :5], logits[:, :5])
+    assert not torch.allclose(decoder(tokens, later)[:, 5:], logits[:, 5:])
+    other = tokens.clone()
+    other[:, -1] += 1
+    changed = (decoder(other, ids) - logits).abs().amax(2)
+    assert (changed > 1e-6).all()  # every text token sees every image token
+    torch.testing.assert_close(decoder.head(decoder.forward_features(tokens, ids)), logits)
+    with torch.autocast("cpu", torch.bfloat16):
+        hidden = decoder.forward_features(tokens, ids)
+        assert hidden.dtype == decoder(tokens, ids).dtype == torch.float32
+    with pytest.raises(RuntimeError, match="size of tensor"):
+        decoder(tokens, torch.zeros(2, 11, dtype=torch.long))
+
+
+def test_generate_is_greedy_and_stops():
+    decoder = decoders.CaptionDecoder(12, 10, 64, 64, 1, 1)
+    torch.nn.init.normal_(decoder.head.weight)
+    tokens = torch.randn(20, 4, 64)
+    ids = decoder.generate(tokens, bos=0, eos=1, max_length=9)
+    assert ids.shape == (20, 9) and (ids[:, 1:-1] == 1).any()  # one ends early
+    for row, image in zip(ids, tokens, strict=True):
+        text = [0]
+        while len(text) < ids.shape[1]:
+            next_id = decoder(image[None], torch.tensor([text]))[0, -1].argmax().item()
+            text.append(1 if 1 in text else next_id)
+        assert row.tolist() == text
+    torch.nn.init.zeros_(decoder.head.weight)  # all logits equal: argmax is token 0
+    assert decoder.generate(tokens, bos=3, eos=0, max_length=9).tolist() == [[3, 0]] * 20
+
+
+# ---- losses.py -----------------------------------------------------------------------------------
+
+
+def test_contrastive_by_hand_and_at_chance():
+    a, b = torch.randn(5, 8), torch.randn(5, 8)
+    total = 0.0
+    for x, y in ((a, b), (b, a)):
+        for i in range(5):
+            scores = [10 * float(x[i] @ y[j] / (x[i].norm() * y[j].norm())) for j in range(5)]
+            total += math.log(sum(math.exp(s) for s in scores)) - scores[i]
+    assert abs(losses.contrastive_loss(a, b, 10.0).item() - total / 10) < 1e-5
+    at_chance = losses.contrastive_loss(torch.ones(64, 8), torch.ones(64, 8), 14.0)
+    assert at_chance.item() == pytest.approx(math.log(64), abs=1e-5)
+
+
+def save_gathered_gradients(out):
+    """The losses and gradients of contrastive and caption loss over 12 examples, as DDP averages
+    them; run by the test below, in this process and in others."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1:
+        torch.distributed.init_process_group("gloo")
+    torch.manual_seed(0)
+    image_head = torch.randn(6, 8, requires_grad=True)
+    text_head = torch.randn(6, 8, requires_grad=True)
+    log_scale, head = torch.tensor(1.0, requires_grad=True), torch.nn.Linear(6, 9, bias=False)
+    x, y, targets = torch.randn(12, 6), torch.randn(12, 6), torch.randint(1, 9, (12, 5))
+    targets[:6, 1:] = 0  # caption tokens are spread unevenly over the ranks
+    targets[:4] = 0  # one of three ranks has none
+    hidden = torch.randn(12, 5, 6)
+    part = slice(rank * 12 // world, (rank + 1) * 12 // world)
+    image, text = x[part] @ image_head, y[part] @ text_head
+    contrastive = losses.contrastive_loss(image, text, log_scale.exp())
+    caption = losses.chunked_caption_loss(hidden[part], head, targets[part], pad_id=0)
+    (contrastive + caption).backward()
+    results = [contrastive.detach(), caption.detach()]
+    results += [p.grad for p in (image_head, text_head, log_scale, head.weight)]
+    for tensor in results if world > 1 else ():
+        torch.distributed.all_reduce(tensor)
+        tensor /= world
+    if rank == 0:
+        torch.save(results, out)
+    if world > 1:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_gradients_through_the_gather_are_exact(tmp_path, world_size):
+    save_gathered_gradients(str(tmp_path / "1.pt"))
+    (tmp_path / "program.py").write_text(
+        f"import os, torch, losses\n{inspect.getsource(save_gathered_gradients)}\n"
+        f"torch.set_num_threads(1)\nsave_gathered_gradients({str(tmp_path / 'n.pt')!r})")
+    done = command("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", world_size,
+                   tmp_path / "program.py")
+    assert done.returncode == 0, done.stderr
+    expected, found = torch.load(tmp_path / "1.pt"), torch.load(tmp_path / "n.pt")
+    for a, b in zip(expected, found, strict=True):
+        assert a.any()
+        torch.testing.assert_close(b, a, rtol=1e-5, atol=1e-6)
+
+
+def test_caption_loss_ignores_padding():
+    logits = torch.randn(3, 4, 7)
+    targets = torch.tensor([[1, 2, 6, 6], [3, 6, 6, 6], [1, 2, 3, 4]])
+    expected = []
+    for b in range(3):
+        for t in range(4):
+            if targets[b, t] != 6:
+                expected.append(-math.log(torch.softmax(logits[b, t], 0)[targets[b, t]]))
+    loss = losses.caption_loss(logits, targets, pad_id=6).item()
+    assert loss == pytest.approx(sum(expected) / len(expected), rel=1e-5)
+    assert losses.caption_tokens_per_rank(targets, pad_id=6) == 7
+    assert losses.caption_loss(logits, torch.full((3, 4), 6), pad_id=6).item() == 0
+    at_chance = losses.caption_loss(torch.zeros(3, 4, 500), targets, pad_id=6).item()
+    assert at_chance == pytest.approx(math.log(500), rel=1e-5)
+
+
+def test_chunked_caption_loss_equals_the_plain_one(monkeypatch):
+    head, targets = torch.nn.Linear(16, 50, bias=False), torch.randint(50, (6, 7))
+    targets[2, 3:] = 0
+    results = []
+    for max_logits in (2**25, 50 * 5):  # one chunk; nine chunks of five rows
+        monkeypatch.setattr(losses, "MAX_LOGITS", max_logits)
+        hidden = torch.randn(6, 7, 16, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        loss = losses.chunked_caption_loss(hidden, head, targets, pad_id=0)
+        results.append([loss, *torch.autograd.grad(loss, [hidden, head.weight])])
+        plain = losses.caption_loss(head(hidden), targets, pad_id=0)
+        results.append([plain, *torch.autograd.grad(plain, [hidden, head.weight])])
+    for values in zip(*results, strict=True):
+        for value in values[1:]:
+            torch.testing.assert_close(value, values[0], rtol=1e-5, atol=1e-7)
+    num_tokens = losses.caption_tokens_per_rank(targets, pad_id=0)
+    other = losses.chunked_caption_loss(hidden, head, targets, 0, num_tokens=torch.tensor(10.0))
+    torch.testing.assert_close(other * 10, loss * num_tokens)
+
+
+def test_caption_head_memory_does_not_grow_with_the_vocabulary():
+    """256 captions of 77 tokens and 100,000 words: 7 GiB of logits, if they all existed."""
+    made, saved = [], []
+    with FakeTensorMode():
+        head = torch.nn.Linear(8, 100_000, bias=False)
+        head.register_forward_hook(lambda module, inputs, logits: made.append(logits.numel()))
+        hidden = torch.randn(256, 77, 8, requires_grad=True)
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+            loss = losses.chunked_caption_loss(hidden, head, torch.ones(256, 77).long(), pad_id=0)
+        loss.backward()
+    assert max(made) <= losses.MAX_LOGITS and len(made) == 2 * 59  # forward, then recomputed
+    assert max(t.numel() for t in saved) <= head.weight.numel()  # and no logits are kept
+
+
+def test_lpips_files_and_gradients(tmp_path):
+    random_net = losses.PerceptualDistance()
+    assert sum(p.numel() for p in random_net.parameters()) == 14_714_688 + 1472
+    vgg, lin = lpips_state_dicts(random_net)
+    torch.save(vgg | {"classifier.0.weight": torch.zeros(2)}, tmp_path / "vgg16.pth")
+    net = losses.LPIPS(tmp_path / "vgg16.pth", lin)
+    for name in ("extra", "lin2.model.1.weight"):
+        with pytest.raises(RuntimeError, match="extra|lin.2"):  # strict
+            losses.LPIPS(vgg, lin | {name: torch.zeros(3)})
+    x = torch.rand(2, 3, 32, 32) * 2 - 1
+    assert net(x, x).abs().max() < 1e-6
+    flat = torch.zeros(1, 3, 32, 32, requires_grad=True)
+    net(flat, torch.ones(1, 3, 32, 32)).sum().backward()
+    assert torch.isfinite(flat.grad).all()
+    assert not any(p.requires_grad for p in net.parameters())
+
+
+def test_lpips_convolutions_follow_autocast():
+    net, dtypes = losses.PerceptualDistance(), []
+    for layer in net.features:
+        if isinstance(layer, torch.nn.Conv2d):
+            layer.register_forward_hook(lambda m, x, y: dtypes.append(y.dtype))
+    x, y = torch.rand(2, 3, 32, 32), torch.rand(2, 3, 32, 32)
+    exact = net(x, y)
+    assert set(dtypes) == {torch.float32}
+    dtypes.clear()
+    with torch.autocast("cpu", torch.bfloat16):
+        distance = net(x, y)
+    assert set(dtypes) == {torch.bfloat16} and distance.dtype == torch.float32
+    torch.testing.assert_close(distance, exact, rtol=0.1, atol=1e-3)
+
+
+def test_lpips_files_are_downloaded_and_checked(monkeypatch, tmp_path):
     net = losses.PerceptualDistance()
-    torch.save({f"features.{n}": p for n, p in net.features.state_dict().items()}, tmp_path / "a.pth")
-    torch.save({f"lin{i}.model.1.weight": p.data for i, p in enumerate(net.lin)}, tmp_path / "b.pth")
+    vgg, lin = lpips_state_dicts(net)
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
-    for which, name in (("vgg", "a.pth"), ("lin", "b.pth")):
-        path = tmp_path / name
-        monkeypatch.setitem(losses.LPIPS_FILES, which, (path.as_uri(), hashlib.sha256(path.read_bytes()).hexdigest()))
-    x, y = shapes(4).chunk(2)
-    torch.testing.assert_close(losses.LPIPS("fetch", "fetch")(x, y), net(x, y))
-    cached = tmp_path / "hub" / "checkpoints" / "lpips-b.pth"
-    cached.write_bytes(b"something else")  # fetched again, not believed
-    torch.testing.assert_close(losses.LPIPS("fetch", "fetch")(x, y), net(x, y))
+    for name, tensors in (("vgg", vgg), ("lin", lin)):
+        path = tmp_path / f"{name}.pth"
+        torch.save(tensors, path)
+        sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+        monkeypatch.setitem(losses.LPIPS_FILES, name, (path.as_uri(), sha256))
+    x, y = torch.rand(2, 3, 32, 32), torch.rand(2, 3, 32, 32)
+    torch.testing.assert_close(losses.LPIPS()(x, y), net(x, y))
+    cached = losses.download_lpips("lin")
+    assert cached.parent == tmp_path / "hub" / "checkpoints"
+    cached.write_bytes(b"something else")  # its hash is wrong: it is downloaded again
+    torch.testing.assert_close(losses.LPIPS()(x, y), net(x, y))
     cached.unlink()
-    monkeypatch.setitem(losses.LPIPS_FILES, "lin", ((tmp_path / "b.pth").as_uri(), "0" * 64))
+    monkeypatch.setitem(losses.LPIPS_FILES, "lin", ((tmp_path / "lin.pth").as_uri(), "0" * 64))
     with pytest.raises(FileNotFoundError, match="hash"):
-        losses.LPIPS("fetch", "fetch")
+        losses.LPIPS()
     assert not cached.exists()
+    monkeypatch.setitem(losses.LPIPS_FILES, "lin", ("http://127.0.0.1:9/vgg.pth", "0" * 64))
+    with pytest.raises(FileNotFoundError) as offline:
+        losses.LPIPS()
+    for part in ("http://127.0.0.1:9/vgg.pth", str(tmp_path / "hub"), "--lpips-weight 0"):
+        assert part in str(offline.value)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# README.md and the files as programs
-# ---------------------------------------------------------------------------------------------------------------------
+def test_the_objective_and_its_weights():
+    x, y = torch.rand(4, 3, 32, 32), torch.rand(4, 3, 32, 32)
+    z, w = torch.randn(4, 16, 4, 4), torch.randn(4, 16, 4, 4)
+    perceptual = losses.PerceptualDistance()
+    inputs = dict(images=x, recon=y, latents=z, pred_latents=w, caption=torch.tensor(3.0),
+                  contrastive=torch.tensor(5.0), perceptual=perceptual, w_rec=0.5, w_und=2.0,
+                  beta=0.4, alpha=0.7)
+    terms = losses.openvision3_loss(**inputs, lpips_weight=0.5)
+    assert terms["pixel"] == (x - y).abs().mean() and terms["latent"] == (z - w).abs().mean()
+    torch.testing.assert_close(terms["lpips"], perceptual(y, x).mean())
+    assert terms["caption"] == 3 and terms["contrastive"] == 5
+    expected = 0.5 * (terms["pixel"] + 0.4 * terms["latent"] + 0.5 * terms["lpips"])
+    torch.testing.assert_close(terms["loss"], expected + 2.0 * (3.0 + 0.7 * 5.0))
+    assert losses.openvision3_loss(**inputs, lpips_weight=0.0)["lpips"] == 0
 
 
-def test_readme_commands_exist(monkeypatch, capsys):
-    def help_page(program: str) -> str:
-        monkeypatch.setattr(sys, "argv", [program, "--help"])
-        with pytest.raises(SystemExit):
-            importlib.import_module(program.removesuffix(".py")).main()
+# ---- encoder.py, losses.py: parity with open_clip and lpips; the model files as programs ---------
+
+
+def open_clip_tower(grid, width, depth, heads, embed_dim):
+    """open_clip's class with the arguments of the README's section on it."""
+    tower = reference("open_clip.transformer").VisionTransformer(
+        image_size=grid, patch_size=2, width=width, layers=depth, heads=heads, mlp_ratio=4,
+        output_dim=embed_dim, no_ln_pre=True, pool_type="avg", final_ln_after_pool=True,
+        output_tokens=True, norm_layer=partial(torch.nn.LayerNorm, eps=1e-6))
+    tower.conv1 = torch.nn.Conv2d(16, width, 2, stride=2, bias=False)
+    return tower
+
+
+RELEASED = {"base-patch2-32": (32, 768, 12, 12, 768), "base-patch2-28": (28, 768, 12, 12, 768),
+            "large-patch2-32": (32, 1024, 24, 16, 1024)}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", RELEASED)
+def test_encoder_equals_open_clips(name, tmp_path):
+    grid, width, depth, heads, embed_dim = RELEASED[name]
+    with torch.device("meta"):
+        ours = encoder.ImageEncoder(grid, 2, 16, width, depth, heads, embed_dim)
+        theirs = open_clip_tower(*RELEASED[name])
+        num_params = sum(p.numel() for p in ours.state_dict().values())
+        assert sum(p.numel() for p in theirs.parameters()) == num_params
+    depth = depth if name == "base-patch2-32" else 2  # one complete; depth is read from the names
+    theirs = open_clip_tower(grid, width, depth, heads, embed_dim)
+    theirs.positional_embedding[0] = 0  # the released table
+    theirs.positional_embedding[1:] = encoder.sincos_positions(grid // 2, grid // 2, width)
+    for block in theirs.transformer.resblocks:
+        block.ln_1.bias.normal_(std=0.1)
+        block.attn.in_proj_bias.normal_(std=0.1)
+    torch.save({f"visual.{k}": v for k, v in theirs.state_dict().items()},
+               tmp_path / "open_clip_pytorch_model.bin")
+    latents = torch.randn(1, 16, grid, grid)
+    ours = encoder.load_encoder(tmp_path)
+    for a, b in zip(ours(latents), theirs(latents), strict=True):
+        assert_same(a, b, 1e-4)
+    assert ours(torch.randn(1, 16, 24, 20))[1].shape == (1, 120, width)  # another size, not square
+    for parameter in ours.parameters():  # other weights, saved here, loaded there
+        parameter.mul_(0.9)
+    encoder.save_encoder(ours, tmp_path / "encoder.safetensors")
+    theirs.load_state_dict(load_file(tmp_path / "encoder.safetensors"))
+    for a, b in zip(ours(latents), theirs(latents), strict=True):
+        assert_same(a, b, 1e-4)
+    torch.save(load_file(tmp_path / "encoder.safetensors"), tmp_path / "bare.bin")
+    bare = encoder.load_encoder(tmp_path / "bare.bin")
+    assert all(torch.equal(a, b) for a, b in zip(bare(latents), ours(latents), strict=True))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # the package calls torchvision in an old way
+def test_lpips_equals_the_package(tmp_path):
+    package = reference("lpips")
+    theirs = package.LPIPS(net="vgg", pnet_rand=True, verbose=False)  # published heads, random VGG
+    vgg = {f"features.{name.split('.', 1)[1]}": t for name, t in theirs.net.state_dict().items()}
+    torch.save(vgg | {"classifier.0.weight": torch.zeros(4, 4)}, tmp_path / "vgg16.pth")
+    lin = Path(package.__file__).parent / "weights" / "v0.1" / "vgg.pth"
+    assert hashlib.sha256(lin.read_bytes()).hexdigest() == losses.LPIPS_FILES["lin"][1]
+    ours = losses.LPIPS(tmp_path / "vgg16.pth", lin)
+    x, y = torch.rand(4, 3, 64, 64) * 2 - 1, torch.rand(4, 3, 64, 64) * 2 - 1
+    x[0, :, :32] = -1.0  # flat regions, as drawn images have
+    with torch.no_grad():
+        assert_same(ours(x, y), theirs(x, y).flatten(), 1e-4)
+    x.requires_grad_()
+    gradients = [torch.autograd.grad(net(x, y).sum(), x)[0] for net in (ours, theirs)]
+    assert_same(*gradients, 1e-4)
+
+
+@pytest.mark.parametrize("file", ["encoder.py", "decoders.py", "losses.py"])
+def test_tower_files_run_alone(file, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [file])
+    runpy.run_path(str(HERE / file), run_name="__main__")
+    output = capsys.readouterr().out
+    assert "->" in output
+
+
+# ---- shapes.py -----------------------------------------------------------------------------------
+
+GOLDEN = "da6c2f708e9a6301085e0caf9dc8b086f99116a56527f3b31739592c9fc1744c"
+GOLDEN_TOKENS = "aef883683db7c77ad93796a8d8cf8360f3d5e5ed9a3f97377ba14b6b06b1db7e"
+
+
+def scene_of(split, index):
+    return json.loads(shapes_module.shapes_example(split, index, 16)["scene"])
+
+
+def test_shapes_are_the_same_as_ever():
+    digest = hashlib.sha256()
+    for split, index, resolution in itertools.product(("train", "test"), range(40), (32, 64)):
+        example = shapes_module.shapes_example(split, index, resolution)
+        digest.update(example["image"].tobytes())
+        digest.update(f"{example['text']} {example['label']} {example['scene']}".encode())
+    assert digest.hexdigest() == GOLDEN  # published numbers are about these scenes
+
+
+def test_shapes_are_well_posed():
+    radius = shapes_module.RADIUS
+    classes, counts = set(), set()
+    for i in range(400):
+        example = shapes_module.shapes_example("train", i, 16)
+        main, *companions = objects = json.loads(example["scene"])["objects"]
+        classes.add(example["label"])
+        counts.add(len(objects))
+        assert shapes_module.CLASS_NAMES[example["label"]] == f"{main['color']} {main['shape']}"
+        assert len({item["shape"] for item in objects}) == len(objects)
+        for item in companions:
+            assert radius[item["size"]] < radius[main["size"]]
+            dx, dy = item["x"] - main["x"], item["y"] - main["y"]
+            distance = {"left": -dx, "right": dx, "above": -dy, "below": dy}[item["side"]]
+            assert distance > 2 * min(abs(dx), abs(dy))
+        for one, other in itertools.combinations(objects, 2):
+            distance = math.dist((one["x"], one["y"]), (other["x"], other["y"]))
+            assert distance > radius[one["size"]] + radius[other["size"]]
+        for item, axis in itertools.product(objects, "xy"):
+            assert radius[item["size"]] < item[axis] < 1 - radius[item["size"]]
+    assert counts == {1, 2, 3} and len(classes) > 60
+
+
+def check_caption(objects, caption):
+    """The thirds of the image in "at the top left", and the centers in "a is left of b" and
+    "a with b on its left", are those of the objects."""
+    if len(objects) == 1:
+        row, column = int(3 * objects[0]["y"]), int(3 * objects[0]["x"])
+        words = f"{('top', '', 'bottom')[row]} {('left', '', 'right')[column]}".split()
+        assert caption.endswith(" ".join(["at the", *words]) if words else "in the middle")
+    pattern = r"(left of|right of|above|below) an? |(left|right|above|below)(?: it)?$"
+    relation = re.search(pattern, caption)
+    if relation and len(objects) == 2:
+        one, other = objects if relation[1] else objects[::-1]
+        is_true = {"left": one["x"] < other["x"], "right": one["x"] > other["x"],
+                   "above": one["y"] < other["y"], "below": one["y"] > other["y"]}
+        assert is_true[(relation[1] or relation[2]).removesuffix(" of")]
+
+
+def test_every_caption_is_true_and_all_are_enumerated():
+    names = shapes_module.MAIN_SHAPES + shapes_module.COMPANION_SHAPES
+    sized_name = rf"(small|medium|large) (\w+) ({'|'.join(names)})"
+    for i in range(60):
+        example = shapes_module.shapes_example("test", i, 16)
+        scene = json.loads(example["scene"])
+        objects = scene["objects"]
+        captions = shapes_module.all_captions(scene)
+        assert example["text"] in captions
+        assert len(captions) == {1: 3, 2: 3 * 3 * 4, 3: 3 * 2 * 8}[len(objects)]
+        drawn = {shapes_module.caption_scene(scene, random.Random(seed).choice)
+                 for seed in range(1000)}
+        assert drawn == captions
+        sized = {(item["size"], item["color"], item["shape"]) for item in objects}
+        for caption in captions:
+            assert all(f"{item['color']} {item['shape']}" in caption for item in objects)
+            assert sized >= set(re.findall(sized_name, caption))
+            assert sum(word in names for word in re.findall(r"\w+", caption)) == len(objects)
+            check_caption(objects, caption)
+
+
+def test_shapes_do_not_depend_on_resolution_and_splits_differ():
+    example = shapes_module.shapes_example("train", 7, 64)
+    assert shapes_module.shapes_example("train", 7, 128)["scene"] == example["scene"]
+    scenes = {json.dumps(scene_of(split, i)) for split in ("train", "test") for i in range(300)}
+    assert len(scenes) == 600
+    dataset = shapes_module.shapes_dataset("train", 1000, 64)  # draws what it is asked for
+    assert len(dataset) == 1000 and set(dataset[7]) == {"image", "text", "label", "scene"}
+    assert dataset[7]["image"].tobytes() == example["image"].tobytes()
+    assert dataset[6:8]["text"][1] == example["text"] == "there is a large blue slash at the left"
+
+
+def test_shapes_are_drawn_where_and_as_the_scene_says():
+    def draw(shape, x, y):
+        item = dict(shape=shape, color="red", size="large", x=x, y=y, turn=0.0, side=None)
+        background = dict(kind="plain", seed=1)
+        return shapes_module.draw_scene({"objects": [item], "background": background}, 64)
+
+    red = draw("circle", 0.5, 0.5)
+    assert red[32, 32, 0] > 150 > 60 > red[32, 32, 1]
+    assert (red[0, 0] == red[0, 63]).all()
+    bar = draw("bar", 0.3, 0.7)
+    rows, columns = np.nonzero((bar != bar[0, 0]).any(-1))
+    assert abs(rows.mean() / 64 - 0.7) < 0.05 and abs(columns.mean() / 64 - 0.3) < 0.05
+    assert np.ptp(columns) > 1.5 * np.ptp(rows)  # a pillar is upright
+    images = {draw(shape, 0.5, 0.5).tobytes() for shape in (
+        *shapes_module.MAIN_SHAPES, *shapes_module.COMPANION_SHAPES)}
+    assert len(images) == 12
+
+
+def test_scene_probes_have_the_scenes_answers():
+    for i in range(50):
+        objects = scene_of("test", i)["objects"]
+        labels = shapes_module.scene_probe_labels(json.dumps({"objects": objects}))
+        second = objects[1] if len(objects) == 2 else {}
+        answers = [len(objects), second.get("color"), second.get("shape"), second.get("side")]
+        for answer, name in zip(answers, shapes_module.SCENE_PROBES, strict=True):
+            options = shapes_module.SCENE_PROBES[name]
+            assert labels[name] == (-1 if answer is None else options.index(answer))
+
+
+def check_answer(question, objects):
+    """From the objects' centers and names alone, without `side`."""
+    by_shape = {item["shape"]: item for item in objects}
+    words = question.text.rstrip("?").replace(",", "").split()
+    if question.kind == "color":
+        assert by_shape[words[-1]]["color"] == question.answer
+    elif question.kind == "shape":
+        fitting = [item["shape"] for item in objects if item["color"] in words]
+        assert fitting == [question.answer]
+    elif question.kind == "relation":
+        one, other = by_shape[words[4]], by_shape[words[-1]]
+        assert (one["color"], other["color"]) == (words[3], words[-2])
+        dx, dy = one["x"] - other["x"], one["y"] - other["y"]
+        distance = {"left": -dx, "right": dx, "above": -dy, "below": dy}
+        assert question.answer == max(distance, key=distance.get)
+    elif question.kind == "count":
+        assert shapes_module.NUMBERS.index(question.answer) + 1 == len(objects)
+    else:
+        assert question.kind == "size"
+        assert [question.answer] == [item["size"] for item in objects]
+
+
+def test_questions_about_scenes_are_true():
+    positions = {}
+    for i in range(300):
+        scene = scene_of("train", i)
+        for question in shapes_module.scene_questions(scene, random.Random(i)):
+            assert len(set(question.options)) == 4 and question.answer in question.options
+            check_answer(question, scene["objects"])
+            position = question.options.index(question.answer)
+            positions.setdefault(question.kind, []).append(position)
+    assert set(positions) == {"color", "shape", "relation", "count", "size"}
+    for places in positions.values():  # the answer is anywhere among the options
+        assert np.bincount(places, minlength=4).min() > 0.15 * len(places)
+
+
+def test_question_forms():
+    scene = next(s for s in map(partial(scene_of, "train"), range(100)) if len(s["objects"]) == 3)
+    answers = [q.answer for q in shapes_module.relation_questions(scene, random.Random(0))]
+    assert [shapes_module.OPPOSITE[answer] for answer in answers[::2]] == answers[1::2]
+    question = shapes_module.yes_no("random", "orange bar", True)
+    assert question.text == "Is there an orange bar in the picture?"
+    assert (question.kind, question.answer) == ("presence random", "yes")
+    assert shapes_module.yes_no("random", "hat", False).answer == "no"
+    few = shapes_module.multiple_choice("class", "?", "hat", ["hat", "shoe"], random.Random(0))
+    assert sorted(few.options) == ["hat", "shoe"]  # a data set of two classes
+
+
+# ---- tokenizer.py --------------------------------------------------------------------------------
+
+
+def shapes_captions(count):
+    return [shapes_module.shapes_example("train", i, 8)["text"] for i in range(count)]
+
+
+def merge(word, pair):
+    merged, i = [], 0
+    while i < len(word):
+        size = 2 if tuple(word[i : i + 2]) == pair else 1
+        merged.append(b"".join(word[i : i + size]))
+        i += size
+    return merged
+
+
+def naive_bpe(texts, vocab_size):
+    """The definition: before each merge, count how often each pair would be merged."""
+    found = Counter()
+    for text in texts:
+        found.update(re.findall(tokenizer_module.WORD_PATTERN, text))
+    words = [([bytes([b]) for b in word.encode()], count) for word, count in found.items()]
+    tokens = [bytes([b]) for b in range(256)]
+    while len(tokens) < vocab_size:
+        counts = Counter()
+        for word, count in words:
+            for pair in set(itertools.pairwise(word)):
+                counts[pair] += count * (len(word) - len(merge(word, pair)))
+        best = max(counts, key=lambda pair: (counts[pair], pair), default=None)
+        if best is None or counts[best] < 2:
+            break
+        if best[0] + best[1] not in tokens:
+            tokens.append(best[0] + best[1])
+        words = [(merge(word, best), count) for word, count in words]
+    return tokens
+
+
+MIXED_TEXTS = ["aaaa aaab abab baab aabaab", "the cat sat on the mat, the end",
+               "红色的猫在草地上看书。", "红色的狗在草地上睡觉。", "ananas banana bandana 🙂🙂🙂",
+               "नमस्ते दुनिया नमस्ते", "tabs\t\t\tand   spaces\n\n\n"]
+
+
+def test_bpe_merges_are_those_of_the_definition():
+    train_bpe, rng = tokenizer_module.train_bpe, random.Random(0)
+    letters = [["".join(rng.choices("ab ", k=30)) for _ in range(5)] for _ in range(20)]
+    for texts in (MIXED_TEXTS, shapes_captions(100), *letters):
+        assert train_bpe(texts, 320) == naive_bpe(texts, 320)
+
+
+def test_shapes_vocabulary_is_the_same_as_ever():
+    texts = shapes_captions(2000)
+    tokenizer = tokenizer_module.Tokenizer.train(texts, 26)
+    assert tokenizer.vocab_size == 399
+    tokens = tokenizer.state_dict()["tokens"]
+    assert hashlib.sha256(" ".join(tokens).encode()).hexdigest() == GOLDEN_TOKENS
+    for text in [*texts, "Don’t “stop”: 3.14 (antidisestablishmentarianism) — café!  --\n\n_x_"]:
+        unbounded = re.findall(r" ?\w+| ?[^\w\s]+|\s+", text)
+        assert re.findall(tokenizer_module.WORD_PATTERN, text) == unbounded
+
+
+@pytest.mark.parametrize("text", [
+    "x" * 12_000, "=" * 5000, " " * 5000, "🙂" * 3000, "a" + "\u0301" * 500, "two\u3000words\xa0",
+    "红色的猫，在草地上看书。" * 300, "ไม่มีช่องว่างระหว่างคำ" * 100, "नमस्ते दुनिया",
+    "👩‍👩‍👧 ❤️ 1️⃣ 🇫🇷 👍🏽!", "Don’t “stop” at 3.14 — naïve cafés"])
+def test_words_are_bounded_and_split_as_tiktoken_does(text):
+    words = re.findall(tokenizer_module.WORD_PATTERN, text)
+    assert "".join(words) == text  # nothing is lost
+    assert max(map(len, words)) <= 33
+    tokenizer = tokenizer_module.Tokenizer.train([text, text], 26, vocab_size=4096)
+    ids = tokenizer.encode_ordinary(text)
+    assert tokenizer.decode(ids) == text
+    assert len(ids) == len(words)  # all merges are learned: a token for each word
+
+
+def test_tokenizer_training_takes_seconds_in_any_script():
+    rng = random.Random(0)
+    letters = [chr(0x4E00 + i) for i in range(1000)]
+    texts = ["".join(rng.choices(letters, range(1000, 0, -1), k=20)) for _ in range(20_000)]
+    start = time.process_time()
+    assert len(tokenizer_module.train_bpe(texts, 600)) == 600
+    assert time.process_time() - start < 20  # was minutes
+
+
+def test_only_the_most_frequent_words_are_trained_on(monkeypatch):
+    monkeypatch.setattr(tokenizer_module, "MAX_WORDS", 1)
+    tokens = tokenizer_module.train_bpe([f"w{i} often" for i in range(2000)], 300)
+    assert b" often" in tokens and b"w1" not in tokens
+
+
+def test_tokenizer_round_trip_and_context_length():
+    texts = shapes_captions(300)
+    tokenizer = tokenizer_module.Tokenizer.train(texts, context_length=26)
+    wide = tokenizer_module.Tokenizer(tokenizer.encoding, 200)
+    assert len({tokenizer.bos, tokenizer.eos, tokenizer.pad}) == 3
+    assert tokenizer.vocab_size == tokenizer.pad + 1
+    odd = ["", "Ünïcode 漢字 🙂\n\ttabs  and   spaces", "<|endoftext|>",
+           "红色的猫在草地上看书。", "👩‍👩‍👧"]
+    for text in [*texts, *odd]:
+        ids = wide.encode(text)
+        assert wide.decode(ids) == text == wide.truncate(text)
+        assert ids == [wide.bos, *wide.encode_ordinary(text), wide.eos]
+        assert len(tokenizer.encode(text)) <= 26
+        assert tokenizer.encode(text)[-1] == tokenizer.eos  # a cut text keeps it
+    assert max(len(wide.encode(text)) for text in texts) <= 26  # no caption of shapes is cut
+    narrow = tokenizer_module.Tokenizer(tokenizer.encoding, 5)
+    assert narrow.truncate("a red circle and a bar") == "a red circle"
+    batch = tokenizer.encode_batch(["a red circle", ""])
+    assert batch.shape == (2, 26) and batch.dtype == torch.int64
+    assert batch[1].tolist() == [tokenizer.bos, tokenizer.eos] + 24 * [tokenizer.pad]
+    state = json.loads(json.dumps(tokenizer.state_dict()))
+    restored = tokenizer_module.Tokenizer.from_state_dict(state, 26)
+    assert all(restored.encode(text) == tokenizer.encode(text) for text in texts)
+    assert restored.state_dict() == tokenizer.state_dict()
+
+
+def test_tokenizer_with_odd_texts():
+    tokenizer = tokenizer_module.make_tokenizer("bpe", [], 8)  # nothing to learn from
+    assert tokenizer.vocab_size == 259
+    assert tokenizer.decode(tokenizer.encode("cat")) == "cat"
+    tokenizer = tokenizer_module.Tokenizer.train(["half of an emoji \ud83d"] * 2, 26)
+    assert tokenizer.decode(tokenizer.encode("half \ud83d")).startswith("half ")
+
+
+def test_tiktokens_own_encodings(monkeypatch):
+    ranks = {bytes([b]): b for b in range(256)} | {b" red": 300}  # a gap, as in cl100k_base
+    encoding = tiktoken.Encoding(
+        "gpt2", pat_str=tokenizer_module.WORD_PATTERN, mergeable_ranks=ranks,
+        special_tokens={"<|endoftext|>": 301})
+    monkeypatch.setitem(tiktoken.registry.ENCODINGS, "gpt2", encoding)
+    tokenizer = tokenizer_module.make_tokenizer("gpt2", [], 20)
+    assert (tokenizer.bos, tokenizer.eos, tokenizer.pad) == (302, 303, 304)
+    assert tokenizer.vocab_size == 305
+    assert tokenizer.special_ids == {301}
+    assert tokenizer.decode(tokenizer.encode("a red bar")) == "a red bar"
+    untrained = [tokenizer.bos, ord("a"), 270, 301, 300, tokenizer.eos, 5]
+    assert tokenizer.decode(untrained) == "a red"
+    assert tokenizer.state_dict() == {"name": "gpt2"}
+    restored = tokenizer_module.Tokenizer.from_state_dict({"name": "gpt2"}, 20)
+    assert restored.encoding is encoding
+
+
+def test_tiktoken_encodings_that_cannot_be_loaded(monkeypatch):
+    with pytest.raises(runtime.UserError, match="--tokenizer gpt3 .*bpe or one of gpt2"):
+        tokenizer_module.make_tokenizer("gpt3", [], 26)
+
+    no_network = Path("/no/such").read_text  # raises an OSError, as no network does
+    monkeypatch.setattr(tiktoken, "get_encoding", no_network)
+    with pytest.raises(runtime.UserError, match="TIKTOKEN_CACHE_DIR"):
+        tokenizer_module.Tokenizer.from_tiktoken("cl100k_base", 20)
+
+
+
+
+
+
+# ---- sources.py ----------------------------------------------------------------------------------
+
+
+def put_image(path, i=0, size=(20, 20), **options):
+    """A plain image whose color is told by i."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, (i * 37 % 256, i * 11 % 256, i % 256)).save(path, **options)
+    return path
+
+
+def image_bytes(i=0, kind="JPEG"):
+    buffer = io.BytesIO()
+    Image.new("RGB", (20, 20), (i * 37 % 256, i * 11 % 256, i % 256)).save(buffer, kind)
+    return buffer.getvalue()
+
+
+def put_classes(root, names=("cat", "dog"), count=10, ending="jpg"):
+    for k, name in enumerate(names):
+        for i in range(count):
+            put_image(root / name / f"{name.replace('/', '_')}{i}.{ending}", 100 * k + i)
+    return root
+
+
+def put_metadata(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+    path.write_text("".join(lines), encoding="utf-8")
+
+
+def put_captioned(root, texts):
+    """Images 0.jpg, 1.jpg, ... and the metadata.jsonl with their captions."""
+    rows = [{"file_name": f"{i}.jpg", "text": text} for i, text in enumerate(texts)]
+    for i, row in enumerate(rows):
+        put_image(root / row["file_name"], i)
+    put_metadata(root / "metadata.jsonl", rows)
+
+
+def put_tar(path, entries):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, content in entries:
+            entry = tarfile.TarInfo(name)
+            entry.size = len(content)
+            tar.addfile(entry, io.BytesIO(content))
+    return path
+
+
+def load_here(path, resolution=16, **options):
+    return data.load_data(str(path), resolution, **options)
+
+
+def load_error(path, **options):
+    with pytest.raises(runtime.UserError) as error:
+        load_here(path, **options)
+    return str(error.value)
+
+
+def paths_of(part):
+    return [row["image"]["path"] for row in part.hf_dataset]
+
+
+def all_captions_of(splits):
+    parts = [splits.train, splits.test]
+    return {text for part in parts for i in range(len(part)) for text in part[i]["captions"]}
+
+
+def test_a_class_may_be_called_train(tmp_path):
+    root = put_classes(tmp_path / "vehicles", ("car", "bus", "train", "plane"))
+    splits = load_here(root)
+    assert splits.class_names == ["bus", "car", "plane", "train"]
+    assert len(splits.train) + len(splits.test) == 40
+
+
+@pytest.mark.parametrize("train, test", [
+    ("Train", "Test"), ("TRAIN", "TEST"), ("training", "testing"), ("train", "valid"),
+    ("train", "dev"), ("train", "eval"), ("train", "evaluation"), ("train2017", "val2017"),
+    ("train_images", "test_images"), ("train.X1", "val.X")])
+def test_splits_by_their_usual_names(tmp_path, capsys, train, test):
+    put_classes(tmp_path / "set" / train, count=6)
+    put_classes(tmp_path / "set" / test, count=3)
+    splits = load_here(tmp_path)  # a wrapping folder does not matter
+    assert {Path(p).parts[-3] for p in paths_of(splits.train)} == {train}
+    assert {Path(p).parts[-3] for p in paths_of(splits.test)} == {test}
+    assert splits.class_names == ["cat", "dog"] and len(splits.train) == 12
+    printed = capsys.readouterr().out
+    assert f"train = {train}" in printed and f"= {test}: 6 images" in printed
+
+
+def test_names_that_only_begin_like_a_split_are_classes(tmp_path):
+    put_classes(tmp_path, ("training_shoes", "testbed", "valley", "developer", "train"), count=4)
+    assert len(load_here(tmp_path).class_names) == 5
+
+
+def test_odd_images_and_foreign_folders(tmp_path, capsys):
+    put_classes(tmp_path / "pets")
+    put_image(tmp_path / "pets" / "odd.png")
+    put_image(tmp_path / "pets" / "cat" / "2021" / "x.jpg", 3)
+    for folder in ("cat/@eaDir/cat0.jpg", ".thumbnails", "__MACOSX/cat"):
+        put_image(tmp_path / "pets" / folder / "thumb.jpg", 7)
+    put_image(tmp_path / "pets" / "run" / "recon_0.png")
+    for name in ("config.json", "log.jsonl"):
+        (tmp_path / "pets" / "run" / name).write_text("{}")
+    splits = load_here(tmp_path / "pets")
+    assert splits.class_names == ["cat", "dog"] and len(splits.train) + len(splits.test) == 22
+    printed = capsys.readouterr().out
+    assert "22 images" in printed and "21 with one of 2 labels cat, dog" in printed
+    assert "1 images have no label" in printed and "odd.png" in printed
+    assert "3 hidden" in printed and "1 run folders" in printed
+    put_classes(tmp_path / "leaf", ("cat/indoor", "cat/outdoor", "dog/indoor", "dog/outdoor"), 6)
+    assert load_here(tmp_path / "leaf").class_names == ["cat", "dog"]
+
+
+def test_only_images_are_images(tmp_path, capsys):
+    put_classes(tmp_path)
+    for path in list(tmp_path.rglob("*.jpg")):
+        for kind in ("json", "xmp", "txt", "bak"):
+            Path(f"{path}.{kind}").write_text("{}")
+    (tmp_path / "cat" / "clip.mpg").write_bytes(b"\0\0\1\xba" + bytes(2000))
+    (tmp_path / "photos.zip").write_bytes(b"PK half a download")
+    put_tar(tmp_path / "pets.tar", [("a.jpg", image_bytes())])
+    datasets.Dataset.from_dict({"file": ["a"]}).to_parquet(tmp_path / "index.parquet")
+    (tmp_path / "half.parquet").write_bytes(b"PAR1")
+    splits = load_here(tmp_path)
+    assert len(splits.train) + len(splits.test) == 20 and not splits.train.corrupt
+    printed = capsys.readouterr().out
+    for count in ("20 .json", "20 .txt", "1 .mpg", "1 .zip (unpack it)", "1 .tar", "2 .parquet"):
+        assert count in printed
+
+
+def test_endings_that_pillow_cannot_read_are_counted(tmp_path, capsys):
+    put_classes(tmp_path, ending="avif")
+    for i in range(5):
+        (tmp_path / "cat" / f"IMG_{i}.HEIC").write_bytes(bytes(300))
+    (tmp_path / "dog" / "bare").write_bytes(image_bytes())
+    splits = load_here(tmp_path)
+    assert len(splits.train) + len(splits.test) == 20
+    printed = capsys.readouterr().out
+    assert "5 .heic (pip install pillow-heif)" in printed and "1 no ending" in printed
+    for path in tmp_path.rglob("*.avif"):
+        path.unlink()
+    assert re.search(r"no images.*5 \.heic \(pip install", load_error(tmp_path))
+
+
+def test_links_are_followed_once(tmp_path):
+    put_classes(tmp_path / "real", ("bird", "cat", "dog"), 6)
+    half = put_classes(tmp_path / "half", ("cat", "dog"), 6)
+    (half / "bird").symlink_to(tmp_path / "real" / "bird")
+    (half / "all").symlink_to(half)  # a loop
+    (half / "again").symlink_to(half / "cat")  # a second way to the same folder
+    (half / "cat" / "up").symlink_to(tmp_path)
+    splits = load_here(half)
+    assert splits.class_names == ["bird", "cat", "dog"]
+    assert len(splits.train) + len(splits.test) == 18
+    (tmp_path / "split").mkdir()
+    (tmp_path / "split" / "train").symlink_to(tmp_path / "real")
+    (tmp_path / "split" / "test").symlink_to(half)
+    splits = load_here(tmp_path / "split")
+    assert (len(splits.train), len(splits.test)) == (18, 18)
+
+
+def test_metadata_and_class_folders_together(tmp_path, capsys):
+    names = [f"{c}/{c}{i}.jpg" for c in ("cat", "dog") for i in range(10)]
+    put_classes(tmp_path / "a")
+    rows = [{"file_name": name, "text": f"number {i}"} for i, name in enumerate(names[:12])]
+    put_metadata(tmp_path / "a" / "metadata.jsonl", [*rows, {"file_name": "gone.jpg", "text": "?"}])
+    splits = load_here(tmp_path / "a")
+    assert splits.class_names == ["cat", "dog"] and len(splits.train) + len(splits.test) == 20
+    expected = {f"number {i}" for i in range(12)} | {"a dog", "there is a dog"}
+    assert expected <= all_captions_of(splits)
+    printed = capsys.readouterr().out
+    assert "20 images, 12 with captions" in printed and "1 metadata rows" in printed
+    for split, count in (("train", 8), ("test", 3)):  # above the splits, and beside the images
+        put_classes(tmp_path / "b" / split, count=count)
+    rows = [{"file_name": f"{path.relative_to(tmp_path / 'b')}", "text": f"my own {path.stem}"}
+            for path in sorted((tmp_path / "b").rglob("*.jpg"))]
+    put_metadata(tmp_path / "b" / "metadata.jsonl", rows)
+    splits = load_here(tmp_path / "b")
+    assert splits.test[0]["captions"][0].startswith("my own")
+    assert splits.class_names == ["cat", "dog"]
+
+
+def test_several_rows_are_several_captions(tmp_path):
+    for i in range(30):
+        put_image(tmp_path / f"{i:02}.jpg", i)
+    rows = []
+    for k, i in itertools.product(range(5), range(30)):
+        rows.append({"file_name": f"{i:02}.jpg", "text": f"wording {k} of {i}"})
+    put_metadata(tmp_path / "metadata.jsonl", rows)
+    splits = load_here(tmp_path)
+    assert (len(splits.train), len(splits.test)) == (27, 3)
+    assert not set(paths_of(splits.train)) & set(paths_of(splits.test))
+    for i in range(3):
+        assert len(splits.test[i]["captions"]) == 5
+    assert {splits.train[(epoch, 0)]["caption"][:9] for epoch in range(40)} == {
+        f"wording {k}" for k in range(5)}
+
+
+def test_csv_text_stays_text(tmp_path):
+    for i in range(12):
+        put_image(tmp_path / f"{i}.jpg", i)
+    texts = ["None", "NA", "nan", "null", '"one, two"', "two\u00e9",
+             "7", "8", "9", "10", "11", "12"]
+    rows = "".join(f"{i}.jpg;{text}\r\n" for i, text in enumerate(texts))
+    (tmp_path / "metadata.csv").write_bytes(f"\ufefffile_name;text\r\n{rows}".encode())
+    assert all_captions_of(load_here(tmp_path)) == {text.strip('"') for text in texts}
+    (tmp_path / "metadata.csv").write_text("file_name,text\n0.jpg,one\n1.jpg,two, three\n")
+    assert re.search(r"metadata.csv cannot be read after row .*quote", load_error(tmp_path))
+    (tmp_path / "metadata.csv").write_bytes(b"file_name,text\n0.jpg,caf\xe9\n")
+    assert re.search(r"metadata.csv cannot be read.*utf-8", load_error(tmp_path))
+
+
+def test_text_files_beside_images_are_captions(tmp_path):
+    for i in range(12):
+        put_image(tmp_path / "shop" / f"{i}.png", i)
+        (tmp_path / "shop" / f"{i}.txt").write_text(f"thing {i}\n")
+    (tmp_path / "shop" / "readme.txt").write_text("not a caption")
+    assert all_captions_of(load_here(tmp_path)) == {f"thing {i}" for i in range(12)}
+
+
+def test_a_large_folder_is_listed_fast_and_sorted(tmp_path):
+    source = put_image(tmp_path / "one.jpg")
+    for i in range(3000):
+        folder = tmp_path / "many" / f"c{i % 3}"
+        if i < 3:
+            folder.mkdir(parents=True)
+        os.link(source, folder / f"{i}.jpg")
+    files, _ = folders.find_files(str(tmp_path / "many"))
+    assert files == sorted(files) and len(files) == 3000
+    splits = sources.load_source(str(tmp_path / "many"))
+    assert splits["train"].num_rows == 3000 and splits["train"].column_names == ["image", "label"]
+
+
+def test_paths_that_are_not_here(tmp_path, monkeypatch):
+    def no_network(*args, **options):
+        raise AssertionError("the hub was asked")
+
+    monkeypatch.setattr(sources.huggingface_hub, "HfApi", no_network)
+    monkeypatch.chdir(tmp_path)
+    put_classes(tmp_path / "mine" / "pets")
+    for name in ("data/pets", "mine/pet", "a/b/c", "./pets", "shpaes", str(tmp_path / "missing")):
+        assert re.search("no such file or folder here", load_error(name))
+    assert re.search("mine: pets", load_error("mine/pet"))
+    assert load_here("mine/pets").class_names == ["cat", "dog"]
+
+    class Hub:
+        def dataset_info(self, name, timeout):
+            raise sources.huggingface_hub.errors.OfflineModeIsEnabled("offline")
+
+    monkeypatch.setattr(sources.huggingface_hub, "HfApi", Hub)
+    monkeypatch.setattr(sources.huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    assert re.search("owner/name.*offline", load_error("owner/name"))
+
+
+def test_archives_and_other_files_are_refused(tmp_path):
+    put_classes(tmp_path / "src", count=2)
+    shutil.make_archive(str(tmp_path / "pets"), "zip", tmp_path / "src")
+    shutil.make_archive(str(tmp_path / "pets"), "gztar", tmp_path / "src")
+    for name in ("pets.zip", "pets.tar.gz"):
+        assert re.search(f"{name}.*unpack it", load_error(tmp_path / name))
+    assert re.search("no folder, table", load_error(tmp_path / "src" / "cat" / "cat0.jpg"))
+    assert re.search("--config", load_error(tmp_path / "src", config="small"))
+    assert re.search("--streaming", load_error(tmp_path / "src", streaming=True))
+
+
+def test_tables_of_paths(tmp_path, monkeypatch):
+    rows = []
+    for i in range(12):
+        put_image(tmp_path / "images" / f"{i}.jpg", i)
+        rows.append({"file_name": f"images/{i}.jpg", "text": f"thing {i}"})
+    rows += [{"file_name": "images/3.jpg", "text": "thing 3 again"}]
+    put_metadata(tmp_path / "list.jsonl", rows)
+    lines = [f"{row['file_name']},{row['text']}\n" for row in rows]
+    (tmp_path / "list.csv").write_text("file_name,text\n" + "".join(lines))
+    table = datasets.Dataset.from_list(rows).rename_column("file_name", "image")
+    table.to_parquet(tmp_path / "rel" / "data.parquet")
+    (tmp_path / "rel" / "images").symlink_to(tmp_path / "images")
+    for name in ("list.jsonl", "list.csv", "rel/data.parquet", "rel"):
+        splits = load_here(tmp_path / name)
+        assert len(splits.train) + len(splits.test) == 12, name
+        assert all_captions_of(splits) == {row["text"] for row in rows}
+    monkeypatch.chdir(tmp_path / "rel")
+    assert len(load_here(".").train) == 11
+    base64_text = "x" * 2000
+    for value, kind in (("https://example.com/1.jpg", "URLs"), (base64_text, "base64 text")):
+        table = datasets.Dataset.from_dict({"image": [value], "text": ["a"]})
+        table.to_parquet(tmp_path / "u.parquet")
+        with pytest.raises(runtime.UserError, match=f"holds {kind}") as error:
+            load_here(tmp_path / "u.parquet")
+        assert len(str(error.value)) < 300
+    put_metadata(tmp_path / "bad.jsonl", [{"file_name": "images/1.jpg"}, 7])
+    assert re.search("bad.jsonl cannot be read after row 1", load_error(tmp_path / "bad.jsonl"))
+    put_metadata(tmp_path / "bad.jsonl", [{"words": "a"}])
+    assert re.search("no column 'file_name'.*words", load_error(tmp_path / "bad.jsonl"))
+
+
+def test_save_to_disk_folders(tmp_path):
+    images = [{"bytes": image_bytes(i), "path": None} for i in range(12)]
+    rows = datasets.Dataset.from_dict({"image": images, "text": ["a cat"] * 12})
+    rows.shuffle(0).save_to_disk(tmp_path / "one")
+    datasets.DatasetDict(train=rows, test=rows.select(range(3))).save_to_disk(tmp_path / "two")
+    splits = load_here(tmp_path / "one")
+    assert (len(splits.train), len(splits.test)) == (11, 1)
+    splits = load_here(tmp_path / "two")
+    assert (len(splits.train), len(splits.test)) == (12, 3)
+
+
+def tar_pairs(kind, count=20):
+    pairs = []
+    for i in range(count):
+        ending = kind(i) if callable(kind) else kind
+        pillow = {"jpg": "JPEG", "jpeg": "JPEG"}.get(ending.lower(), ending.upper())
+        pairs += [(f"./{i:05}.{ending}", image_bytes(i, pillow)),
+                  (f"./{i:05}.txt", f"thing {i % 5}".encode())]
+    return pairs
+
+
+def test_tars_of_any_endings(tmp_path):
+    kinds = {"mixed": lambda i: "png" if i % 4 == 0 else "jpg", "jpeg": "jpeg", "upper": "JPG",
+             "avif": "avif", "late": lambda i: "png" if i > 12 else "jpg"}
+    for name, kind in kinds.items():
+        put_tar(tmp_path / name / "0.tar", tar_pairs(kind))
+        splits = load_here(tmp_path / name)
+        assert len(splits.train) + len(splits.test) == 20 and not splits.train.corrupt, name
+        assert all_captions_of(splits) == {f"thing {i}" for i in range(5)}
+    entries = []
+    for i in range(20):
+        content = json.dumps({"caption": f"thing {i}", "a": {"b": "x"}}).encode()
+        entries += [(f"{i:05}.jpg", image_bytes(i)), (f"{i:05}.json", content),
+                    (f"{i:05}.cls", str(i % 11).encode())]
+    put_tar(tmp_path / "json" / "0.tar", entries)
+    for text_col in (None, "json.caption"):
+        splits = load_here(tmp_path / "json", text_col=text_col)
+        assert all_captions_of(splits) == {f"thing {i}" for i in range(20)}
+        assert splits.class_names == [str(i) for i in range(11)]  # by number, not by letter
+    assert load_here(tmp_path / "json", text_col="json.a.b").train[0]["caption"] == "x"
+
+
+def test_tars_that_are_broken(tmp_path):
+    entries = tar_pairs("jpg")
+    path = put_tar(tmp_path / "a" / "0.tar", entries)
+    complete = path.read_bytes()
+    for content in (complete[: len(complete) // 2], complete + complete):
+        path.write_bytes(content)
+        assert re.search("0.tar: truncated or corrupt tar", load_error(path.parent))
+    put_tar(tmp_path / "b" / "0.tar", [*entries[:-1], ("./00019.txt", b"caf\xe9")])
+    assert re.search(r"0.tar: .*00019.txt.*utf-8", load_error(tmp_path / "b"))
+
+
+def test_the_cause_of_a_failure_is_named(tmp_path, monkeypatch):
+    images = [{"bytes": image_bytes(i), "path": None} for i in range(4)]
+    rows = datasets.Dataset.from_dict({"image": images, "text": ["a"] * 4})
+    rows.to_parquet(tmp_path / "two" / "a.parquet")
+    rows.add_column("score", [1.0] * 4).to_parquet(tmp_path / "two" / "b.parquet")
+    assert re.search("b.parquet has the columns image, text, score", load_error(tmp_path / "two"))
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "x.parquet").write_bytes(b"PAR1")
+    assert re.search("x.parquet is not a parquet file", load_error(tmp_path / "bad"))
+
+    def full_disk(*args, **options):
+        try:
+            raise OSError(28, "No space left on device")
+        except OSError as error:
+            raise datasets.exceptions.DatasetGenerationError("An error occurred") from error
+
+    monkeypatch.setattr(datasets, "load_dataset", full_disk)
+    (tmp_path / "two" / "b.parquet").unlink()
+    with pytest.raises(runtime.UserError, match="two cannot be loaded: .*No space left on device"):
+        load_here(tmp_path / "two")
+
+
+def test_shards_are_the_splits_they_name(tmp_path):
+    """The layout of published parquet files and tars, in a folder whose name would be a pattern."""
+    folder = tmp_path / "trip [2023]"
+    for name, count in (("train-00000-of-00001", 6), ("test-00000-of-00001", 3),
+                        ("validation-00000-of-00001", 2)):
+        images = [{"bytes": image_bytes(i), "path": None} for i in range(count)]
+        rows = datasets.Dataset.from_dict({"image": images, "text": ["a thing"] * count})
+        rows.to_parquet(folder / f"{name}.parquet")
+    splits = load_here(folder)
+    assert (len(splits.train), len(splits.test)) == (6, 3)
+    (folder / "train-00000-of-00001.parquet").unlink()
+    (folder / "test-00000-of-00001.parquet").unlink()
+    assert len(load_here(folder).test) == 1  # only one split: a part of it is held out
+    splits = load_here(folder, evaluate=True)
+    assert (len(splits.train), len(splits.test)) == (0, 2)  # to evaluate on, all of it
+    put_tar(tmp_path / "tars" / "cc3m-train-0001.tar", tar_pairs("jpg", 6))
+    put_tar(tmp_path / "tars" / "cc3m-validation-0001.tar", tar_pairs("jpg", 3))
+    splits = load_here(tmp_path / "tars")
+    assert (len(splits.train), len(splits.test)) == (6, 3)
+
+
+# ---- data.py: images -----------------------------------------------------------------------------
+
+
+def encoded(image, kind, **options):
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return {"bytes": buffer.getvalue(), "path": None}
+
+
+def test_odd_images_become_rgb():
+    clear = Image.new("RGBA", (8, 8), (255, 0, 0, 0))
+    assert data.decode_image(encoded(clear, "PNG")).getpixel((0, 0)) == (255, 255, 255)
+    cmyk = Image.new("CMYK", (8, 8), (0, 255, 255, 0))
+    assert data.decode_image(encoded(cmyk, "JPEG")).getpixel((4, 4))[0] > 200
+    palette = Image.new("RGB", (8, 8), (0, 128, 0)).convert("P")
+    assert data.decode_image(encoded(palette, "PNG")).getpixel((0, 0))[1] > 100
+    frames = [Image.new("RGB", (8, 8), color) for color in ("red", "blue")]
+    animation = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
+    assert data.decode_image(animation).getpixel((0, 0))[0] > 200
+    rotated = Image.new("RGB", (20, 10))
+    exif = rotated.getexif()
+    exif[0x0112] = 6
+    assert data.decode_image(encoded(rotated, "JPEG", exif=exif)).size == (10, 20)
+    for size in ((1, 1), (1, 3000), (3000, 2)):
+        image = data.decode_image(encoded(Image.new("L", size, 128), "PNG"))
+        assert data.to_tensor(data.center_crop(image, 32)).shape == (3, 32, 32)
+        assert data.random_crop(image, 32, random.Random(0), 0.4).size == (32, 32)
+    x = torch.randint(256, (3, 5, 5), dtype=torch.uint8)
+    assert torch.equal(data.to_tensor(data.to_pil(x)), x)
+    assert torch.equal(data.to_uint8(x.float() / 127.5 - 1), x)
+
+
+@pytest.mark.parametrize("value, dtype, gray", [
+    (32768, np.uint16, 127), (2048, np.uint16, 127), (512, np.uint16, 127), (0.5, np.float32, 127),
+    (128, np.float32, 128), (32768, np.int32, 127), (200, np.int32, 200)])
+def test_images_of_more_than_8_bits_are_scaled(value, dtype, gray):
+    white = {127: 2 * value - 1 if dtype != np.float32 else 1}.get(gray, value)
+    pixels = np.full((8, 6), value, dtype)
+    pixels[0, 0] = white
+    image = data.decode_image(encoded(Image.fromarray(pixels), "TIFF"))
+    assert abs(image.getpixel((3, 3))[0] - gray) <= 1
+
+
+def test_a_white_level_is_the_data_sets(tmp_path):
+    """12 bits in 16: dark images are not stretched on their own."""
+    for i in range(12):
+        (tmp_path / "ab"[i % 2]).mkdir(exist_ok=True)
+        pixels = np.full((20, 20), 4000 if i == 0 else 400, np.uint16)
+        Image.fromarray(pixels).save(tmp_path / "ab"[i % 2] / f"{i}.png")
+    splits = load_here(tmp_path)
+    assert splits.train.white == splits.test.white == 4095
+    values = {int(part[i]["image"].max()) for part in (splits.train, splits.test)
+              for i in range(len(part))}
+    assert values == {24, 249}
+
+
+def test_large_images_and_long_text_chunks_are_read(tmp_path):
+    info = PngInfo()
+    info.add_text("workflow", "x" * 1_500_000, zip=True)
+    image = Image.new("RGB", (30, 20), "red")
+    assert data.decode_image(encoded(image, "PNG", pnginfo=info)).size == (30, 20)
+    Image.new("L", (12000, 9000)).save(tmp_path / "108mp.jpg", quality=10)
+    image = data.decode_image({"bytes": None, "path": str(tmp_path / "108mp.jpg")}, min_side=100)
+    assert image.size == (1500, 1125)
+    header = encoded(Image.new("1", (16, 16)), "PNG")["bytes"]
+    header = header[:16] + (20000).to_bytes(4, "big") * 2 + header[24:]
+    header = header[:29] + zlib.crc32(header[12:29]).to_bytes(4, "big") + header[33:]
+    with pytest.raises(Image.DecompressionBombError, match="limit of 250000000 pixels"):
+        data.decode_image({"bytes": header})
+
+
+def test_reduced_decoding_keeps_twice_the_crop():
+    image = encoded(shapes_module.shapes_example("train", 1, 1200)["image"], "JPEG", quality=95)
+    full, reduced = data.decode_image(image), data.decode_image(image, min_side=128)
+    assert full.size == (1200, 1200) and reduced.size == (150, 150)
+    assert data.decode_image(image, min_side=601).size == (1200, 1200)
+    a, b = (data.to_tensor(data.center_crop(x, 64)).float() for x in (full, reduced))
+    assert (a - b).abs().mean() < 2  # of 255
+    assert data.decode_image(encoded(Image.new("RGB", (900, 900)), "PNG"), min_side=64).width == 900
+
+
+def test_crops_keep_their_area_and_flips_mirror(tmp_path):
+    ramp = np.zeros((60, 60, 3), np.uint8)  # a pixel's colors are its position
+    ramp[..., 0], ramp[..., 1] = np.arange(60) * 4, np.arange(60)[:, None] * 4
+    for min_scale in (0.04, 0.9):
+        areas = []
+        for i in range(100):
+            crop = data.random_crop(Image.fromarray(ramp), 32, random.Random(i), min_scale)
+            crop = np.asarray(crop).astype(float)
+            areas.append(np.ptp(crop[..., 0]) * np.ptp(crop[..., 1]) / 236**2)
+        assert min_scale * 0.8 < min(areas) < min_scale + 0.1 and max(areas) > 0.8
+    for label in ("left", "right"):
+        (tmp_path / label).mkdir()
+        for i in range(10):
+            Image.fromarray(ramp).save(tmp_path / label / f"{i}.png")
+    dataset = load_here(tmp_path, 32, min_crop_scale=1.0, flip=True).train
+
+    def mirrored(key):
+        return bool(dataset[key]["image"].float()[0, 0].diff().sum() < 0)
+
+    assert 8 < sum(mirrored((epoch, 0)) for epoch in range(40)) < 32
+    assert not mirrored(0)  # never in evaluation
+
+
+# ---- data.py: data sets --------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def captioned_folder(tmp_path_factory):
+    """130 images with captions and labels; one is corrupt, which is under 1 %."""
+    root, rows = tmp_path_factory.mktemp("images"), []
+    for i in range(130):
+        example = shapes_module.shapes_example("train", i, 40)
+        example["image"].save(root / f"{i:03}.png")
+        label = shapes_module.CLASS_NAMES[example["label"]].split()[0]
+        rows.append({"file_name": f"{i:03}.png", "text": example["text"], "label": label})
+    (root / "017.png").write_bytes(b"broken")
+    rows[3]["text"], rows[4]["text"] = "", "very long " * 500
+    put_metadata(root / "metadata.jsonl", rows)
+    return root
+
+
+def test_folder_with_captions(captioned_folder, capsys):
+    splits = load_here(captioned_folder, 32)
+    assert len(splits.train) + len(splits.test) == 129
+    assert splits.class_names == sorted(shapes_module.COLORS)
+    assert "017.png" in capsys.readouterr().out and len(splits.test) == 13
+    example = splits.train[(0, 5)]
+    assert example["image"].shape == (3, 32, 32) and example["image"].dtype == torch.uint8
+    assert example["caption"] and example["label"] >= 0
+    assert torch.equal(splits.train[(0, 5)]["image"], example["image"])  # (seed, epoch, sample)
+    assert not torch.equal(splits.train[(1, 5)]["image"], example["image"])
+    again = load_here(captioned_folder, 32)  # the held-out split is fixed
+    assert paths_of(again.test) == paths_of(splits.test)
+
+
+def test_held_out_images_stay_held_out(tmp_path):
+    def held_out(folder):
+        return {Path(path).name for path in paths_of(load_here(folder).test)}
+
+    for i in range(60):
+        put_image(tmp_path / "a" / str(i % 2) / f"{i}.png", i)
+    before = held_out(tmp_path / "a")
+    shutil.copy(tmp_path / "a" / "0" / "0.png", tmp_path / "a" / "0" / "new.png")
+    assert len(before) == 6 and len(before ^ held_out(tmp_path / "a")) <= 2
+    (tmp_path / "a" / "0" / "new.png").unlink()
+    (tmp_path / "a").rename(tmp_path / "b")
+    assert held_out(tmp_path / "b") == before
+    tests = []
+    for cache in ("a/deep/cache", "another"):  # from the hub, wherever its cache is
+        images = [{"bytes": b"", "path": str(tmp_path / cache / f"{i}.png")} for i in range(60)]
+        rows = datasets.Dataset.from_dict({"image": images})
+        test = sources.split_train_test(rows, "image", "owner/name")[1]
+        tests.append({Path(row["image"]["path"]).name for row in test})
+    assert tests[0] == tests[1] and len(tests[0]) == 6
+
+
+def test_rows_without_an_image_and_empty_splits(tmp_path, monkeypatch, capsys):
+    images = [None if i == 5 else {"bytes": image_bytes(i), "path": None} for i in range(20)]
+    rows = datasets.Dataset.from_dict({"image": images, "text": ["a thing"] * 20})
+    rows.to_parquet(tmp_path / "a.parquet")
+    splits = load_here(tmp_path)
+    assert len(splits.train) + len(splits.test) == 19 and not splits.train.corrupt
+    assert "1 rows without an image" in capsys.readouterr().out
+    empty = datasets.Dataset.from_dict({"image": [], "text": []}, features=rows.features)
+    source = {"train": rows, "test": empty}
+    monkeypatch.setattr(sources, "load_source", lambda *args, **options: source)
+    assert re.search("none of its test images", load_error("owner/name"))
+
+
+def test_check_reports_a_folder(tmp_path, monkeypatch, capsys):
+    for i in range(24):
+        kind = "cat" if i % 3 else "dog"
+        put_image(tmp_path / "own" / kind / f"{i}.png", i, (40 + i, 90))
+    run_main(monkeypatch, data, "--check", tmp_path / "own", "--out", tmp_path / "grid.png")
+    printed = capsys.readouterr().out
+    for line in ("| good images | 22 |", "| broken images | 0 |", "| classes | 2 |",
+                 "| captions from | the class names |", "| captions | 88 |"):
+        assert line in printed, line
+    assert Image.open(tmp_path / "grid.png").width > 500
+    (tmp_path / "own" / "cat" / "broken.png").write_bytes(b"no image")
+    argv = ("--check", tmp_path / "own", "--out", tmp_path / "grid2.png")
+    assert "1 of 25 images are corrupt" in error_message(monkeypatch, data, *argv)
+    printed = capsys.readouterr().out
+    assert "broken.png" in printed and "| broken images | 1 |" in printed
+
+
+def test_check_writes_nothing_into_the_data(tmp_path, monkeypatch):
+    put_classes(tmp_path / "pets")
+    before = sorted(tmp_path.rglob("*"))
+    monkeypatch.chdir(tmp_path / "pets")
+    run_main(monkeypatch, data, "--check", ".", "--resolution", 16)
+    assert sorted(tmp_path.rglob("*")) == before
+    assert "inside of" in error_message(monkeypatch, data, "--check", ".", "--out", "a/grid.png")
+
+
+def test_cut_captions_are_counted(tmp_path, monkeypatch, capsys):
+    put_captioned(tmp_path, ["a " * 60] * 15 + ["a"] * 5)
+    run_main(monkeypatch, data, "--check", tmp_path, "--out", tmp_path.parent / "grid.png")
+    counts = re.findall(r"captions cut by --context-length \| (\d+)", capsys.readouterr().out)
+    assert sum(map(int, counts)) == 15
+
+
+def test_image_grids_take_any_text():
+    def drawn(caption):
+        return data.image_grid([[Image.new("RGB", (8, 8))]], [caption]).tobytes()
+
+    assert drawn("gr\u00fcn") != drawn("gr?n") == drawn("gr\N{CJK UNIFIED IDEOGRAPH-7DA0}n")
+    for text in ("", "\n\t\0", "\ud800", "\N{SMILING CAT FACE WITH OPEN MOUTH}", "x" * 5000):
+        drawn(text)
+    images = [Image.new("RGB", (8, 8))] * 2
+    one = data.image_grid([images] * 6, ["a"] * 6, ("input", "recon"), cell_size=32)
+    two = data.image_grid([images] * 6, ["a"] * 6, ("input", "recon"), cell_size=32, per_row=3)
+    assert two.height == 2 * one.height and two.width < one.width
+
+
+def test_class_folders_parquet_and_splits(tmp_path):
+    put_classes(tmp_path / "train", ("red", "dark_blue"), 6)
+    put_classes(tmp_path / "test", ("red", "dark_blue"), 3)
+    splits = load_here(tmp_path)
+    assert (len(splits.train), len(splits.test)) == (12, 6)
+    assert splits.class_names == ["dark_blue", "red"]
+    captions = {splits.train[(e, i)]["caption"] for e in range(9) for i in range(12)}
+    assert "a photo of a dark blue" in captions
+    table = datasets.Dataset.from_list([
+        {"IMG": {"bytes": image_bytes(i), "path": None}, "captions": ["one", "two"], "cls": i % 3,
+         "meta": {"title": f"t{i}", "all": [{"raw": "x"}, {"raw": "y"}]}} for i in range(20)])
+    table.to_parquet(str(tmp_path / "pq" / "part.parquet"))
+    splits = load_here(tmp_path / "pq")
+    assert {splits.train[(e, 0)]["caption"] for e in range(20)} == {"one", "two"}
+    assert splits.class_names == ["0", "1", "2"]
+    assert splits.test[0]["captions"] == ["one", "two"]
+    splits = load_here(tmp_path / "pq", text_col="meta.title", label_col="meta.title")
+    assert splits.test[0]["captions"][0][0] == "t" and len(splits.class_names) == 20
+    assert load_here(tmp_path / "pq", text_col="meta.all.raw").test[0]["captions"] == ["x", "y"]
+
+
+@pytest.mark.parametrize("text", [
+    '{"n01": "tench, goldfish", "n02": "great white shark"}',
+    "n01 tench, goldfish\nn02 great white shark\n", "n01\ttench, goldfish\nn02,great white shark"])
+def test_class_names_file(tmp_path, text):
+    put_classes(tmp_path / "set", ("n01", "n02", "n03"))
+    (tmp_path / "names").write_text(text)
+    splits = load_here(tmp_path / "set", class_names=str(tmp_path / "names"))
+    assert splits.class_names == ["tench, goldfish", "great white shark", "n03"]
+    captions = {splits.train[i]["caption"] for i in range(len(splits.train))}
+    assert captions == {"a tench, goldfish", "a great white shark", "a n03"}
+    (tmp_path / "names").write_text('{"other": "x"}')
+    with pytest.raises(runtime.UserError, match="names none of the classes"):
+        load_here(tmp_path / "set", class_names=str(tmp_path / "names"))
+
+
+def test_prompts():
+    assert data.class_prompts("old_apple")[:2] == ["an old apple", "a photo of an old apple"]
+    assert data.class_prompts("dog", ("a drawing of {}.",)) == ["a drawing of dog."]
+
+
+def test_bad_folders(tmp_path, monkeypatch):
+    for flags in (("--resolution", 0), ("--context-length", 1)):
+        assert flags[0] in error_message(monkeypatch, data, *flags)
+    (tmp_path / "empty").mkdir()
+    assert re.search("empty", load_error(tmp_path / "empty"))
+    for i in range(4):
+        put_image(tmp_path / "bare" / f"{i}.png")
+    assert re.search("neither captions nor labels", load_error(tmp_path / "bare"))
+    assert re.search("no text column 'words'", load_error(tmp_path / "bare", text_col="words"))
+    put_classes(tmp_path / "broken", count=25, ending="png")
+    (tmp_path / "broken" / "cat" / "cat3.png").write_bytes(b"")
+    (tmp_path / "broken" / "dog" / "dog4.png").write_bytes(b"\x89PNG but not for long")
+    assert re.search("2 of 50 images are corrupt, more than 1 %", load_error(tmp_path / "broken"))
+    with pytest.raises(runtime.UserError, match="--split other: .* has the splits train"):
+        load_here(tmp_path / "broken", split="other")
+    with pytest.raises(runtime.UserError, match="leave out .*--text-col"):
+        data.load_data("shapes", 16, text_col="caption")
+
+
+def test_corrupt_images_that_were_not_verified_are_replaced(captioned_folder, tmp_path, capsys):
+    splits = load_here(captioned_folder, 32, num_verify=0)  # one of 130 is corrupt
+    ids = [[part[i]["id"] for i in range(len(part))] for part in (splits.train, splits.test)]
+    printed = capsys.readouterr().out
+    assert printed.count("skipped corrupt image") == 1 and "017.png" in printed
+    assert sum(map(len, ids)) == 130 and sum(len(set(part)) for part in ids) == 129
+    put_captioned(tmp_path, ["?"] * 120)
+    for path in tmp_path.glob("*.jpg"):
+        path.write_bytes(b"no image")
+    with pytest.raises(runtime.UserError, match="100 consecutive unreadable images"):
+        load_here(tmp_path, num_verify=0).train[(0, 0)]
+
+
+def test_a_runs_data_and_another_set_to_evaluate_on(tmp_path):
+    put_classes(tmp_path / "mine")
+    put_classes(tmp_path / "theirs" / "test", count=5)
+    config = SimpleNamespace(data=str(tmp_path / "mine"), resolution=16, config=None, split=None,
+                             image_col=None, text_col=None, label_col=None, class_names=None,
+                             seed=0, min_crop_scale=0.4, flip=False, streaming=False,
+                             stream_test_images=50)
+    own = data.load_run_data(config)
+    assert (len(own.train), len(own.test)) == (18, 2)
+    other = data.load_run_data(config, str(tmp_path / "theirs"))
+    assert (len(other.train), len(other.test)) == (0, 10) and other.class_names == ["cat", "dog"]
+    assert len(data.load_run_data(config, split="train").test) == 20  # all of it
+
+
+def test_batches_of_the_default_run_are_those_of_the_first_version():
+    splits = data.load_data("shapes", 64)
+    tokenizer = tokenizer_module.Tokenizer.train(splits.train.sample_captions(), 26)
+    loader = data.train_loader(splits, tokenizer, 64, seed=0, start=15624, stop=15626)
+    digests = []
+    for batch in loader:
+        digests.append(hashlib.sha1(batch["image"].numpy().tobytes()).hexdigest()[:12])
+        digests.append(hashlib.sha1(batch["text"].numpy().tobytes()).hexdigest()[:12])
+    assert digests == ["7f1df9894b46", "4fee58066811", "8135d520beab", "6cd3651a73fa"]
+    assert batch["ids"][:3] == [95845, 880422, 776312] and batch["epochs"][0] == 1
+
+
+# ---- data.py: loaders ----------------------------------------------------------------------------
+
+
+def test_order_is_that_of_one_process():
+    def batches(world_size, start=0):
+        samplers = [data.distributed_batches(50, 8, 3, start, 15, rank, world_size)
+                    for rank in range(world_size)]
+        return [[key for sampler in samplers for key in next(sampler)] for _ in range(start, 15)]
+
+    one = batches(1)
+    assert batches(2) == one and batches(4) == one and batches(2, start=7) == one[7:]
+    first_epoch = [key for batch in one[:6] for key in batch]
+    assert len(set(first_epoch)) == 48 and {e for e, _ in first_epoch} == {0}
+    assert one[6][0][0] == 1
+    with pytest.raises(runtime.UserError, match="--batch-size 8 is more than the 5"):
+        data.train_loader(SimpleNamespace(stream=None, train=range(5)), None, 8, seed=0, start=0,
+                          stop=1)
+
+
+def test_workers_load_what_the_process_itself_loads(captioned_folder, monkeypatch):
+    splits = load_here(captioned_folder, 16)
+    tokenizer = tokenizer_module.Tokenizer.train(splits.train.sample_captions(), 12)
+    for workers in (0, 1):
+        loader = data.train_loader(splits, tokenizer, 8, seed=0, start=3, stop=5,
+                                   num_workers=workers)
+        batches = list(loader)
+        if workers == 0:
+            expected = batches
+        assert len(batches) == 2
+        for a, b in zip(batches, expected, strict=True):
+            assert torch.equal(a["image"], b["image"]) and a["captions"] == b["captions"]
+    assert expected[0]["image"].shape == (8, 3, 16, 16) and expected[0]["text"].shape == (8, 12)
+    limited = list(data.eval_loader(splits.test, tokenizer, 5, limit=8, num_workers=1))
+    assert [len(batch["ids"]) for batch in limited] == [5, 3]
+    monkeypatch.setattr(os, "cpu_count", lambda: 24)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert data.resolve_num_workers("auto") == 5 and data.resolve_num_workers("3") == 3
+    with pytest.raises(runtime.UserError, match="--num-workers many"):
+        data.resolve_num_workers("many")
+
+
+@pytest.fixture(scope="module")
+def tars(tmp_path_factory):
+    """800 small images in nine webdataset tars of different sizes, and 100 more to test on."""
+    root = tmp_path_factory.mktemp("tars")
+    for split, sizes in (("train", [100, 60] * 4 + [160]), ("test", [50])):
+        for shard, size in enumerate(sizes):
+            entries = []
+            for i in range(size):
+                color = tuple(random.Random(f"{split} {shard} {i}").choices(range(256), k=3))
+                image = encoded(Image.new("RGB", (16, 16), color), "PNG")["bytes"]
+                text = f"image {i} of {shard}".encode()
+                entries += [(f"{i:05}.png", image), (f"{i:05}.txt", text)]
+            put_tar(root / split / f"{shard:03}.tar", entries)
+    return root
+
+
+def test_streamed_epoch_for_two_ranks_of_two_workers(tars):
+    splits, first, later = load_here(tars, streaming=True), [], []
+    tokenizer = tokenizer_module.Tokenizer.train(["image 0 of 1"], 8)
+    for rank in (0, 1):
+        loader = data.train_loader(splits, tokenizer, 40, seed=0, start=0, stop=25, rank=rank,
+                                   world_size=2, num_workers=2)
+        for batch in itertools.islice(filter(None, loader), 25):
+            for i, epoch in zip(batch["ids"], batch["epochs"], strict=True):
+                (first if epoch == 0 else later).append(i)
+    assert len(first) == len(set(first)) and len(first) + len(later) == 1000
+    assert len(first) >= 700 and len({i.split(":")[0] for i in first}) == 9
+
+
+def test_stream_resumes_where_it_stopped(tars):
+    splits = load_here(tars, streaming=True)
+    assert len(splits.test) == 50 and len(splits.train) == 800
+    assert splits.stream.rows.num_shards == 9
+    tokenizer = tokenizer_module.Tokenizer.train(["image 0 of 1"], 8)
+
+    def ids(data_splits, start, stop, workers):
+        loader = data.train_loader(data_splits, tokenizer, 30, seed=0, start=start, stop=stop,
+                                   num_workers=workers)
+        batches = itertools.islice(filter(None, loader), stop - start)
+        return [batch["ids"] for batch in batches]
+
+    for workers in (0, 2):
+        assert ids(splits, 5, 8, workers) == ids(splits, 0, 8, workers)[5:]
+    in_order = [[f"000.tar:{i:05}" for i in range(30 * k, 30 * k + 30)] for k in range(3)]
+    assert ids(splits, 0, 3, 0) != in_order
+    with pytest.raises(runtime.UserError, match="lower --num-workers"):
+        splits.stream.shard_for_rank(10, 0, 0, 3, 4)
+    with pytest.raises(runtime.UserError, match="leave out .*--streaming"):
+        data.load_data("shapes", 16, streaming=True)
+    # past epochs are skipped by their number of rows, known from the checkpoint
+    straight = ids(splits, 0, 60, 0)  # two epochs of 26.7 steps and a bit
+    assert splits.stream.shard_rows.tolist() == [100, 60] * 4 + [160]
+    fresh, num_read = load_here(tars, streaming=True), [0]
+    fresh.stream.shard_rows.copy_(splits.stream.shard_rows)
+    read_shard = fresh.stream.read_shard
+
+    def counted(shard):
+        for row in read_shard(shard):
+            num_read[0] += 1
+            yield row
+
+    fresh.stream.read_shard = counted
+    assert ids(fresh, 57, 60, 0) == straight[57:] and num_read[0] <= 800
+
+
+def test_stream_without_a_test_split_holds_some_rows_out(tmp_path):
+    rows = [{"image": encoded(Image.new("RGB", (16, 16), (i, 7, i // 2)), "PNG"),
+             "text": f"number {i}"} for i in range(200)]
+    features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
+    datasets.Dataset.from_list(rows, features=features).to_parquet(tmp_path / "a.parquet")
+    tokenizer = tokenizer_module.Tokenizer.train(["number 1"], 8)
+    splits = load_here(tmp_path, streaming=True)
+    batch = next(iter(data.train_loader(splits, tokenizer, 180, seed=0, start=0, stop=1)))
+    tested = {splits.test[i]["caption"] for i in range(len(splits.test))}
+    assert len(tested) == 20 and len(set(batch["captions"])) == 180
+    assert not tested & set(batch["captions"])
+
+
+def test_loading_never_fails_silently(tars, tmp_path):
+    bad = shutil.copytree(tars, tmp_path / "bad")
+    splits = load_here(bad, streaming=True)
+    tokenizer = tokenizer_module.Tokenizer.train(["image"], 8)
+    (bad / "train" / "007.tar").unlink()
+    with pytest.raises(FileNotFoundError, match="007.tar"):
+        loader = data.train_loader(splits, tokenizer, 40, seed=0, start=0, stop=30)
+        list(itertools.islice(loader, 30))
+    # a label that the first rows do not have, and no captions
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("string")})
+    image = encoded(Image.new("RGB", (16, 16)), "PNG")
+    rows = [{"image": image, "label": "cat" if i < 2100 else "dog"} for i in range(2200)]
+    rows = datasets.Dataset.from_list(rows, features=features)
+    rows.to_parquet(tmp_path / "sorted" / "a.parquet")
+    splits = load_here(tmp_path / "sorted", streaming=True, stream_test_images=50)
+    splits.stream.held_out = set()
+    with pytest.raises(runtime.UserError, match="'dog' is not among those"):
+        list(itertools.islice(splits.stream.shard_for_rank(100, 0, 0, 1, 0), 22))
+
+
+# --------------------------------------------------------------------------------------------------
+# openvision3.py, train.py, runtime.py
+# --------------------------------------------------------------------------------------------------
+
+
+CPU = torch.device("cpu")
+
+
+def single_process() -> "runtime.DistEnv":
+    return runtime.DistEnv(0, 1, CPU, torch.float32)
+
+
+def test_losses_start_where_expected_and_reach_the_encoder():
+    model, tokenizer = small_model()
+    batch = shapes_batch(32, tokenizer, 64)
+    assert batch["image"].dtype == torch.uint8
+    terms = model(batch["image"], batch["text"])
+    assert terms["contrastive"].item() == pytest.approx(math.log(32), abs=0.35)
+    assert terms["caption"].item() == pytest.approx(math.log(tokenizer.vocab_size), abs=0.35)
+    floats = model(vae.scale_images(batch["image"]), batch["text"])
+    assert floats["latent"].item() == pytest.approx(terms["latent"].item(), rel=0.05)
+    for name in ("pixel", "latent", "caption", "contrastive"):
+        model.zero_grad()
+        terms[name].backward(retain_graph=True)
+        assert model.encoder.conv1.weight.grad.abs().sum() > 0, name
+    model.zero_grad()
+    terms["loss"].backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    assert all(p.grad is None and not p.requires_grad for p in model.vae.parameters())
+    assert not any(name.startswith(openvision3.FROZEN) for name in model.trained_state_dict())
+    assert set(model.state_dict()) - set(model.trained_state_dict())
+    model.train()
+    assert not model.vae.training
+
+
+def test_a_branch_of_weight_zero_does_not_reach_the_encoder():
+    def gradients(only: str | None = None, **weights) -> dict:
+        model, tokenizer = small_model(resolution=32, tau=0.0, pixel_loss_every=1, **weights)
+        # random, or most of the encoder has no gradient at the start
+        model.encoder.transformer.resblocks[0].mlp.c_proj.weight.data.normal_(std=0.02)
+        batch = shapes_batch(8, tokenizer, 32)
+        terms = model(batch["image"], batch["text"])
+        parts = {"rec": 0.5 * (terms["pixel"] + 0.4 * terms["latent"]),
+                 "und": terms["caption"] + terms["contrastive"]}
+        assert terms["loss"].item() == pytest.approx(sum(parts.values()).item(), rel=1e-5)
+        (parts[only] if only else terms["loss"]).backward()
+        return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+
+    for off, on in (("w_rec", "und"), ("w_und", "rec")):
+        watched, alone = gradients(**{off: 0.0}), gradients(only=on)
+        assert all(grad is not None for grad in watched.values())  # its own modules still train
+        prefixes = ("encoder.conv1", "encoder.class", "encoder.transformer")
+        for name in [name for name in watched if name.startswith(prefixes)]:
+            assert torch.allclose(watched[name], alone[name], rtol=1e-4, atol=1e-7), name
+        joint = gradients()
+        assert not torch.allclose(joint["encoder.conv1.weight"], watched["encoder.conv1.weight"],
+                                  rtol=1e-2)
+
+
+def test_pixels_replace_the_latents(tmp_path, monkeypatch):
+    x = shapes(2, 32)
+    run_main(monkeypatch, train, *TINY_RUN, "--vae", "pixels", "--out", tmp_path / "run")
+    model, _, _ = openvision3.load_run(tmp_path / "run", CPU)
+    assert model.encoder.conv1.weight.shape == (192, 3, 16, 16)
+    _, tokens = encoder.load_encoder(tmp_path / "run")(x)
+    assert torch.equal(tokens, model.encoder(x)[1]) and tokens.shape == (2, 4, 192)
+
+
+def test_learning_rate_and_weight_decay():
+    c = train.Config(steps=110, warmup=10, lr=2.0)
+    rates = [train.learning_rate(step, c) for step in range(110)]
+    assert rates[0] == pytest.approx(0.2) and max(rates) == rates[9] == rates[10] == 2.0
+    assert rates[60] == pytest.approx(1.0) and 0 < rates[-1] < 1e-3
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    model, _ = small_model()
+    decay, no_decay = train.make_optimizers(model, c)[0].param_groups
+    names = {id(p): name for name, p in model.named_parameters()}
+    assert (decay["weight_decay"], no_decay["weight_decay"]) == (c.weight_decay, 0)
+    suffixes = {names[id(p)].split(".")[-1] for p in decay["params"]}
+    assert suffixes <= {"weight", "in_proj_weight", "proj"}
+    adamw, muon = train.make_optimizers(model, train.Config(optimizer="muon"))
+    assert {names[id(p)].split(".")[1] for p in muon.param_groups[0]["params"]} == {"transformer"}
+    total = sum(len(group["params"]) for o in (adamw, muon) for group in o.param_groups)
+    assert total == sum(p.requires_grad for p in model.parameters())
+    for p in no_decay["params"]:
+        assert re.search(r"bias$|embedding|ln_|log_scale", names[id(p)]), names[id(p)]
+
+
+def test_sixteen_samples_are_overfit():
+    model, tokenizer = small_model(resolution=32, tau=0.0)
+    batch = shapes_batch(16, tokenizer, 32)
+    vars(model.config).update(steps=330, warmup=20, lr=1.5e-3, weight_decay=0.0)
+    optimizer = train.make_optimizers(model, model.config)
+    for step in range(model.config.steps):
+        train.train_step(model, model, optimizer, batch["image"], batch["text"], step,
+                         single_process())
+    model.eval()
+    with torch.no_grad():
+        latents = model.encode_latents(batch["image"])
+        pooled, tokens = model.encoder(latents)
+        text = model.text_encoder(batch["text"])
+        error = F.l1_loss(model.latent_decoder(tokens), latents) / latents.std()
+    assert model.generate_captions(tokens, tokenizer) == batch["captions"]
+    similarity = F.normalize(pooled, dim=1) @ F.normalize(text, dim=1).T
+    assert similarity.argmax(1).tolist() == similarity.argmax(0).tolist() == list(range(16))
+    print(f"latent L1 is {error:.4f} of the latents' standard deviation")
+    assert error < 0.05
+
+
+def test_interrupted_and_resumed_equals_the_straight_run(tiny_run, monkeypatch, tmp_path, capsys):
+    out, save = tmp_path / "broken", train.save_checkpoint
+
+    def save_then_interrupt(*args):
+        save(*args)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "save_checkpoint", save_then_interrupt)
+        with pytest.raises(SystemExit, match="interrupted"):
+            run_main(monkeypatch, train, *TINY_RUN, "--out", out)
+    (out / "log.jsonl").open("a").write('{"step": 3, "loss": 0}\n{"step": 4, "lo')
+    run_main(monkeypatch, train, *TINY_RUN, "--out", out, "--resume")
+    a, b = (torch.load(folder / "last.pt", weights_only=True) for folder in (tiny_run, out))
+    assert a["step"] == b["step"] == 4
+    assert all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"])
+    for saved, again in zip(a["optimizer"], b["optimizer"], strict=True):
+        for k, state in saved["state"].items():
+            assert all(torch.equal(v, again["state"][k][n]) for n, v in state.items())
+    logs = [runtime.read_log(folder / "log.jsonl") for folder in (tiny_run, out)]
+    assert [r["step"] for r in logs[0]] == [1, 2, 3, 4] == [r["step"] for r in logs[1]]
+    assert [r["loss"] for r in logs[0]] == [r["loss"] for r in logs[1]]
+    assert math.isfinite(logs[0][-1]["eval_loss"])
+    before = (out / "log.jsonl").read_text()
+    run_main(monkeypatch, train, *TINY_RUN, "--out", out, "--resume")  # a finished run
+    assert "finished" in capsys.readouterr().out and (out / "log.jsonl").read_text() == before
+    message = error_message(monkeypatch, train, *TINY_RUN, "--out", out, "--resume", "--lr", "0.5")
+    assert "--lr 0.5" in message
+    assert "--resume" in error_message(monkeypatch, train, *TINY_RUN, "--out", out)
+    names = "config.json curves.png recon_000000.png recon_000004.png encoder.safetensors"
+    assert all((out / name).is_file() for name in names.split())
+    saved = json.loads((out / "config.json").read_text())
+    assert saved["commit"] is None or re.fullmatch(r"[0-9a-f]{40}\+?", saved["commit"])
+    assert saved["command"].endswith(f"--out {out} --resume")  # of the last start
+    assert encoder.load_encoder(out)(torch.randn(1, 16, 4, 4))[1].shape == (1, 4, 192)
+
+
+def test_two_processes_train_what_one_trains(monkeypatch, tmp_path):
+    run = [*TINY_RUN, "--tau", 0, "--log-ids"]
+    run_main(monkeypatch, train, *run, "--out", tmp_path / "one")
+    two = command("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2,
+                  "train.py", *run, "--out", tmp_path / "two")
+    assert two.returncode == 0, two.stderr
+    logs = [runtime.read_log(tmp_path / name / "log.jsonl") for name in ("one", "two")]
+    for a, b in zip(*logs, strict=True):
+        for term in ("loss", "pixel", "latent", "caption", "contrastive", "grad_norm"):
+            assert a[term] == pytest.approx(b[term], rel=1e-4), (a["step"], term)
+    assert logs[0][-1]["eval_loss"] == pytest.approx(logs[1][-1]["eval_loss"], rel=1e-3)
+
+    def ids_by_step(name: str) -> list[list[int]]:
+        files = [runtime.read_log(path) for path in sorted((tmp_path / name).glob("ids-*.jsonl"))]
+        return [sorted(sum((records[step]["ids"] for records in files), [])) for step in range(4)]
+
+    assert ids_by_step("one") == ids_by_step("two")
+
+
+@pytest.mark.parametrize("argv, says", [
+    (("--data", "nowhere/at/all"), "nowhere/at/all"), (("--resolution", 100), "multiple of 16"),
+    (("--batch-size", 1), "--batch-size"), (("--batch-size", 24), "--pixel-loss-every"),
+    (("--steps", 0), "--steps 0"), (("--lr", "nan"), "--lr is nan"),
+    (("--vae", "README.md"), "README.md"), (("--vae", "none.safetensors"), "none.safetensors"),
+    (("--resume",), "no checkpoint"), (("--tokenizer", "gpt3"), "gpt2"),
+    (("--min-crop-scale", 0), "--min-crop-scale"), (("--device", "tpu"), "choose auto, cpu"),
+    (("--tau", "-1"), "--tau"), (("--freeze-encoder",), "--init-from"),
+    (("--w-rec", 0, "--w-und", 0), "nothing to learn"), (("--device", "cuda"), "choose auto, cpu"),
+    (("--num-workers", "many"), "--num-workers"), (("--grad-clip", 0), "--grad-clip"),
+])
+def test_bad_settings_get_one_sentence(monkeypatch, tmp_path, argv, says):
+    assert says in error_message(monkeypatch, train, "--out", tmp_path / "run", *argv)
+    assert not (tmp_path / "run").exists()
+
+
+def test_lr_flag_overrules_a_presets_rule():
+    assert train.parse_config(["--preset", "paper-b"]).lr == pytest.approx(8e-6 * 8192 / 256)
+    given = train.parse_config(["--preset", "paper-b", "--lr", "1e-4"])
+    assert (given.lr, given.base_lr) == (1e-4, None)
+    both = train.parse_config(["--base-lr", "1e-4", "--lr", "1", "--batch-size", "128"])
+    assert both.lr == pytest.approx(5e-5)
+
+
+@pytest.mark.parametrize("error, says", [
+    (ValueError("two\n  lines"), "two lines"), (ValueError(), "ValueError"),
+    (KeyboardInterrupt(), "interrupted"),
+    (torch.OutOfMemoryError("CUDA out of memory"), "--accum-steps"),
+    (RuntimeError("[enforce fail] . DefaultCPUAllocator: can't allocate memory"), "--accum-steps"),
+    (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), "--num-workers")])
+def test_errors_are_one_sentence_with_a_status(error, says):
+    with pytest.raises(SystemExit) as stop, runtime.cli_errors():
+        raise error
+    assert says in stop.value.code and "\n" not in stop.value.code
+
+
+def test_a_bug_keeps_its_traceback():
+    with pytest.raises(RuntimeError, match="a bug"), runtime.cli_errors():
+        raise RuntimeError("a bug")
+
+
+def test_a_failing_compiler_is_one_sentence():
+    def broken(graph, inputs):
+        raise RuntimeError("no C++ compiler")
+
+    def program():
+        with runtime.cli_errors():
+            torch.compile(torch.nn.Linear(2, 2), backend=broken)(torch.zeros(1, 2))
+
+    with pytest.raises(SystemExit) as stop:
+        program()
+    assert "--no-compile" in stop.value.code
+
+
+def test_compile_and_bfloat16_only_where_they_work(monkeypatch, capsys):
+    cuda = torch.device("cuda")
+    find_spec, installed = importlib.util.find_spec, {"triton": None}
+    monkeypatch.setattr(importlib.util, "find_spec",
+                        lambda name: installed[name] if name in installed else find_spec(name))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    assert not runtime.use_compile(None, cuda) and runtime.use_compile(True, cuda)
+    installed["triton"] = "there"
+    assert runtime.use_compile(None, cuda) and not runtime.use_compile(False, cuda)
+    assert not runtime.use_compile(None, CPU)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (6, 1))
+    assert not runtime.use_compile(None, cuda)
+    for supported, dtype in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported",
+                            lambda including_emulation, supported=supported: supported)
+        assert runtime.choose_dtype("auto", cuda) == dtype
+    assert "no bfloat16" in capsys.readouterr().out
+    assert runtime.choose_dtype("auto", CPU) == torch.float32
+    assert runtime.memory_format(torch.device("mps")) == torch.contiguous_format
+
+
+def test_more_processes_than_gpus(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    for rank, device in (("0", "cuda:0"), ("1", "cuda:1")):
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        assert str(runtime.choose_device("auto")) == device
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(runtime.UserError, match="--nproc-per-node 2"):
+        runtime.choose_device("auto")
+
+
+def test_unknown_flags_and_presets_fail(capsys):
+    for argv in (["--stepz", "3"], ["--preset", "huge"], ["--step", "3"], ["--size", "XXL"]):
+        with pytest.raises(SystemExit) as stop:
+            train.parse_config(argv)
+        assert stop.value.code == 2
+    for preset in train.PRESETS:
+        assert train.parse_config(["--preset", preset]).batch_size > 0
+    with pytest.raises(SystemExit):
+        train.parse_config(["--help"])
+    page = capsys.readouterr().out
+    for group in ("data", "model", "objective", "optimization", "run"):
+        assert f"\n{group}:\n" in page
+    assert "~" not in train.parse_config(["--out", "~/run"]).out
+
+
+def test_a_non_finite_term_is_named(monkeypatch, tmp_path):
+    message = error_message(monkeypatch, train, *TINY_RUN, "--lr", 1e30, "--grad-clip", 1e30,
+                            "--out", tmp_path / "run")
+    assert "non-finite" in message and "contrastive" in message
+
+
+def test_damaged_checkpoints(monkeypatch, tmp_path):
+    (tmp_path / "last.pt").write_bytes(b"half a file")
+    assert "last.pt" in error_message(monkeypatch, eval_probe, "--ckpt", tmp_path)
+    assert "last.pt" in error_message(monkeypatch, train, "--resume", "--out", tmp_path)
+    assert (tmp_path / "last.pt").read_bytes() == b"half a file"
+    assert "train.py" in error_message(monkeypatch, eval_probe, "--ckpt", tmp_path / "nowhere")
+
+
+# --------------------------------------------------------------------------------------------------
+# Processes, micro-batches, kills: the same training in each way
+# --------------------------------------------------------------------------------------------------
+
+
+def save_gradients(out: Path, accum_steps: int, grad_checkpointing: bool) -> None:
+    """Gradients of the whole objective over 24 images, on as many ranks as torchrun has started;
+    called by the test below, in this process and in others."""
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    model, tokenizer = small_model(resolution=32, pixel_loss_every=1, tau=0.0, compile=False,
+                                   grad_checkpointing=grad_checkpointing)
+    generator = torch.Generator().manual_seed(1)
+    for p in model.parameters():  # random, or most of the encoder has no gradient at the start
+        if p.requires_grad and p.ndim == 2:
+            p.data += 0.02 * torch.randn(p.shape, generator=generator)
+    model.config.lpips_weight = 0.5
+    torch.manual_seed(2)
+    model.perceptual = losses.PerceptualDistance()
+    train.prepare_model(model, model.config, CPU)
+    batch = shapes_batch(24, tokenizer, 32)
+    batch["text"][3:12, 5:] = tokenizer.pad  # tokens spread unevenly over ranks and micro-batches
+    ddp_model = model
+    if world_size > 1:
+        torch.distributed.init_process_group("gloo")
+        ddp_model = torch.nn.parallel.DistributedDataParallel(
+            model, gradient_as_bucket_view=True, broadcast_buffers=False)
+    images, ids = (batch[key].chunk(world_size)[rank] for key in ("image", "text"))
+    autocast = partial(torch.autocast, "cpu", enabled=False)
+    terms = openvision3.grad_cache_backward(ddp_model, model, images, ids, accum_steps, autocast)
+    terms = runtime.mean_over_ranks({n: t.detach() for n, t in terms.items()}, world_size)
+    if rank == 0:
+        gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
+        torch.save({"gradients": gradients, "terms": terms}, out)
+    if world_size > 1:
+        runtime.end_distributed()
+
+
+def test_gradients_do_not_depend_on_processes_or_micro_batches(tmp_path):
+    file, whole = tmp_path / "result.pt", None
+    for world_size, accum_steps, checkpointing in ((1, 1, False), (1, 4, False), (2, 3, True)):
+        if world_size == 1:
+            save_gradients(file, accum_steps, checkpointing)
+        else:
+            (tmp_path / "gradients.py").write_text(
+                f"import test_all, torch\ntorch.set_num_threads(1)\n"
+                f"test_all.save_gradients({str(file)!r}, {accum_steps}, {checkpointing})")
+            done = command("-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
+                           world_size, tmp_path / "gradients.py")
+            assert done.returncode == 0, done.stderr
+        result = torch.load(file, weights_only=True)
+        whole = whole or result
+        assert whole["terms"]["lpips"] > 0
+        for name in set(whole["terms"]) - {"token_std"}:
+            expected = pytest.approx(whole["terms"][name], rel=1e-5)
+            assert result["terms"][name] == expected, (world_size, accum_steps, name)
+        for name, g in whole["gradients"].items():
+            difference = (result["gradients"][name] - g).abs().max() / g.abs().max()
+            assert difference <= 2e-5, (world_size, accum_steps, name, difference.item())
+    assert all(g.any() for g in whole["gradients"].values())
+
+
+def test_each_image_is_encoded_once_and_checkpointing_recomputes():
+    model, tokenizer = small_model(resolution=32, pixel_loss_every=2, grad_checkpointing=True,
+                                   accum_steps=2, compile=False)
+    batch, calls, encoded = shapes_batch(8, tokenizer, 32), Counter(), []
+    for name, block in (("encoder", model.encoder.transformer.resblocks[0]),
+                        ("VAE", model.vae.decoder.up[0].block[0])):
+        block.register_forward_pre_hook(lambda *_, name=name: calls.update([name]))
+    model.vae.encoder.register_forward_pre_hook(lambda _, inputs: encoded.append(len(inputs[0])))
+    train.prepare_model(model, model.config, CPU)
+    train.train_step(model, model, train.make_optimizers(model, model.config), batch["image"],
+                     batch["text"], 0, single_process())
+    # 2 micro-batches: features without a graph; then forward and, recomputed, backward
+    assert calls == {"encoder": 2 + 2 * 2, "VAE": 2 * 2}
+    assert sum(encoded) == 8
+
+
+def test_graphs_of_the_step_are_static_and_compiled_once(tmp_path, monkeypatch):
+    """Compiled with a backend that only records: no symbolic sizes, nothing new after step 1."""
+    graphs, step = [], [0]
+
+    def record(graph, inputs):
+        graphs.append((step[0], sum(isinstance(x, torch.SymInt) for x in inputs)))
+        return graph.forward
+
+    compile_module, compile_function = torch.nn.Module.compile, torch.compile
+    train_step = train.train_step
+
+    def counted_step(*args):
+        step[0] += 1
+        return train_step(*args)
+
+    def module_compile(self, *args, **options):
+        compile_module(self, *args, **{**options, "backend": record})
+
+    monkeypatch.setattr(train, "train_step", counted_step)
+    monkeypatch.setattr(torch.nn.Module, "compile", module_compile)
+    monkeypatch.setattr(torch, "compile", lambda fn, **options: compile_function(
+        fn, **{**options, "backend": record}))
+    torch._dynamo.reset()
+    run_main(monkeypatch, train, *TINY_RUN, "--compile", "--sample-every", 1, "--eval-every", 1,
+             "--out", tmp_path / "run")
+    assert graphs and {number for number, _ in graphs} == {1}
+    assert not any(symbols for _, symbols in graphs)
+    state = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
+    assert not any("_orig_mod" in name for name in state["model"])
+
+
+def test_killed_during_a_checkpoint_write_it_resumes_bitwise(tiny_run, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    killed = f"""if True:
+        import os, signal, sys, train
+        def replace(source, target, rename=os.replace, written=[]):
+            written.append(os.path.basename(target) == "last.pt")
+            if sum(written) == 2:  # the second checkpoint still has its temporary name
+                os.kill(os.getpid(), signal.SIGKILL)
+            rename(source, target)
+        os.replace = replace
+        flags = {[*map(str, TINY_RUN)]!r}
+        sys.argv = ["train.py", *flags, "--save-every", "1", "--out", {str(out)!r}]
+        train.main()"""
+    assert command("-c", killed).returncode == -signal.SIGKILL
+    assert openvision3.load_checkpoint(out)["step"] == 1 and (out / "last.pt.tmp").exists()
+    run_main(monkeypatch, train, *TINY_RUN, "--out", out, "--resume", "--save-every", 1,
+             "--keep", 2)
+    a, b = (openvision3.load_checkpoint(folder)["model"] for folder in (tiny_run, out))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert [record["step"] for record in runtime.read_log(out / "log.jsonl")] == [1, 2, 3, 4]
+    numbered = sorted(path.name for path in out.glob("checkpoint_*.pt"))
+    assert numbered == ["checkpoint_0000003.pt", "checkpoint_0000004.pt"]
+
+
+def test_sigterm_to_the_group_saves_and_a_full_disk_harms_nothing(tmp_path):
+    """torchrun and schedulers signal the loader processes too; these must not end first."""
+    run = [*TINY_RUN, "--steps", 500, "--save-every", 500, "--sample-every", 500,
+           "--eval-every", 500, "--out", tmp_path]
+    process = subprocess.Popen(
+        [sys.executable, "train.py", *map(str, run), "--num-workers", "2"], cwd=HERE,
+        stdout=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        for line in process.stdout:
+            if line.startswith("step") and int(line.split()[1]) >= 2:  # both workers have worked
+                os.killpg(process.pid, signal.SIGTERM)
+                break
+        output, _ = process.communicate(timeout=60)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 0 and "rerun with --resume" in output, output
+    kept = (tmp_path / "last.pt").read_bytes()
+    assert 1 <= openvision3.load_checkpoint(tmp_path)["step"] < 500
+    for limit, name in ((1_000_000, "encoder.safetensors"), (10_000_000, "last.pt")):
+        limited = f"""if True:
+            import resource, sys, train
+            resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))  # like a full disk
+            flags = {[*map(str, run)]!r}
+            sys.argv = ["train.py", *flags, "--resume", "--save-every", "1"]
+            train.main()"""
+        done = command("-c", limited)
+        assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+        assert f"{name} could not be written" in done.stderr.splitlines()[-1]
+        assert (tmp_path / "last.pt").read_bytes() == kept and not list(tmp_path.glob("*.tmp"))
+
+
+def test_minutes_end_a_run_with_a_checkpoint(tmp_path, monkeypatch, capsys):
+    flags = (*TINY_RUN, "--steps", 50, "--save-every", 50, "--eval-every", 50, "--out", tmp_path)
+    run_main(monkeypatch, train, *flags, "--minutes", 0)
+    assert "stopped at step 1; rerun with --resume" in capsys.readouterr().out
+    assert openvision3.load_checkpoint(tmp_path)["step"] == 1
+
+
+def test_the_first_ctrl_c_stops_and_the_second_interrupts():
+    found = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the background
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    with pytest.raises(KeyboardInterrupt), runtime.stop_on_signal() as stop:
+        assert not stop.is_set()
+        signal.raise_signal(signal.SIGINT)
+        assert stop.is_set()
+        signal.raise_signal(signal.SIGINT)
+    assert before == {number: signal.getsignal(number) for number in before}
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with runtime.stop_on_signal() as stop:
+            signal.raise_signal(signal.SIGINT)
+            assert not stop.is_set()  # what a shell has switched off stays off
+    finally:
+        signal.signal(signal.SIGINT, found)
+
+
+def test_second_stage_starts_from_the_first(tiny_run, tmp_path, monkeypatch, capsys):
+    second = (*TINY_RUN, "--resolution", 64, "--init-from", tiny_run, "--base-lr", "8e-6")
+    capsys.readouterr()
+    run_main(monkeypatch, train, *second, "--out", tmp_path / "two")
+    assert "peak lr 2.5e-07" in capsys.readouterr().out
+    one, two = (openvision3.load_checkpoint(folder) for folder in (tiny_run, tmp_path / "two"))
+    moved = (two["model"]["encoder.proj"] - one["model"]["encoder.proj"]).abs().max()
+    assert 0 < moved < 1e-5
+    assert two["model"]["encoder.positional_embedding"].shape == (17, 192)
+    assert two["tokenizer"] == one["tokenizer"]
+    message = error_message(monkeypatch, train, *second, "--size", "Ti", "--out", tmp_path / "3")
+    assert "--size" in message
+    for name, steps, batch, lr in (("paper-b", 4000 * 1_281_167 // 8192, 8192, 2.56e-4),
+                                   ("paper-l-finetune", 400 * 1_281_167 // 4096, 4096, 6.4e-6)):
+        config = train.parse_config(["--preset", name])
+        assert (config.steps, config.batch_size) == (steps, batch)
+        assert config.lr == pytest.approx(lr)
+
+
+def test_captions_that_are_cut_are_counted_and_output_survives_any_encoding(
+    monkeypatch, tmp_path, capsys
+):
+    rows = []
+    for i in range(12):
+        Image.new("RGB", (32, 32), (20 * i, 100, 50)).save(tmp_path / f"{i}.png")
+        rows.append({"file_name": f"{i}.png", "text": f"猫 number {i} " + "and more " * 40})
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "metadata.jsonl").write_text(text)
+    flags = (*TINY_RUN, "--data", tmp_path, "--steps", 2)
+    run_main(monkeypatch, train, *flags, "--out", tmp_path / "run")
+    assert re.search(
+        r"captions: \d+ of \d+ are cut to --context-length 26", capsys.readouterr().out
+    )
+    done = command("train.py", *flags, "--out", tmp_path / "two", PYTHONIOENCODING="cp1252")
+    assert done.returncode == 0, done.stderr
+
+
+
+
+# ---- cost.py -------------------------------------------------------------------------------------
+
+
+def cost_config(*argv):
+    return train.parse_config([*map(str, argv), "--dry-run"])
+
+
+def test_flops_and_memory_of_the_laptop_preset():
+    """Trained modules cost three forward passes, the VAE's decoder two, its encoder one."""
+    config = cost_config()
+    costs, state_bytes, activation_bytes = cost.count_step(config, 16)
+    assert set(costs) == set(cost.FROZEN_PASSES) - {"perceptual"}
+    model = cost.random_model(config)
+    latents, tokens = torch.zeros(1, 16, 8, 8), torch.zeros(1, 16, 192)
+    ids = torch.zeros(1, 26, dtype=torch.long)
+    calls = (("encoder", latents, 3), ("latent_decoder", tokens, 3), ("text_encoder", ids, 3),
+             ("vae.encoder", torch.zeros(1, 3, 64, 64), 1), ("vae.decoder", latents, 2 / 16))
+    for name, inputs, passes in calls:
+        module, counter = model.get_submodule(name), cost.FlopCounterMode(display=False)
+        with torch.no_grad(), counter, sdpa_kernel(SDPBackend.MATH):  # attention as products
+            module(inputs)
+        num_params, gflop = costs[name]
+        assert num_params == sum(p.numel() for p in module.parameters())
+        assert gflop == pytest.approx(passes * counter.get_total_flops() / 1e9, rel=1e-6), name
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    frozen = sum(p.numel() for p in model.vae.parameters())
+    assert state_bytes == 16 * trained + 4 * frozen
+    twice, _, twice_bytes = cost.count_step(config, 32)
+    assert twice["encoder"][1] == pytest.approx(costs["encoder"][1], rel=1e-6)
+    assert twice_bytes == pytest.approx(2 * activation_bytes, rel=0.03)
+
+
+def read_card(text):
+    """{module: [millions of parameters, GFLOP/image]}"""
+    rows = re.findall(r"(?m)^([a-z_.]+) +([\d.]+) +([\d.]+)$", text)
+    return {name: [float(params), float(gflop)] for name, params, gflop in rows}
+
+
+def test_cost_card(monkeypatch, capsys):
+    """The paper's finetuning at 256 px, against numbers worked out by hand."""
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", None)  # no weights are needed
+    run_main(monkeypatch, train, "--preset", "paper-b-finetune", "--dry-run")
+    text = capsys.readouterr().out
+    card = read_card(text)
+    assert card["vae.encoder"][1] == pytest.approx(270, rel=0.02)
+    # 3x3 convolutions on upsampled maps, computed with 4 of 9 products
+    upsampled = 18 * (512**2 * (64**2 + 128**2) + 256**2 * 256**2) / 1e9
+    assert card["vae.decoder"][1] == pytest.approx(2 * (620 - 5 / 9 * upsampled), rel=0.02)
+    assert card["encoder"][0] == 85.7
+    vit = 2 * 257 * 12 * 12 * 768**2 + 12 * 4 * 257**2 * 768 + 2 * 256 * 64 * 768 + 2 * 768**2
+    assert card["encoder"][1] == pytest.approx(3 * vit / 1e9, rel=1e-3)
+    assert card["perceptual"][1] == pytest.approx(120.3, rel=0.01)
+    assert re.search(r"total +1826\.", text)
+    assert "125,113 steps, global batch 4,096: 512,462,848 images" in text
+    assert "world size 1" in text and "4.41 GB weights" in text and "(4096 images)" in text
+
+
+def test_cost_card_follows_ranks_micro_batches_and_frozen_encoder(monkeypatch, capsys):
+    def card(*argv):
+        run_main(monkeypatch, train, "--preset", "smoke", "--dry-run", *argv)
         return capsys.readouterr().out
 
-    text = (HERE / "README.md").read_text()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "world size 2" in card() and "(4 images)" in card()
+    monkeypatch.delenv("WORLD_SIZE")
+    assert "(4 images)" in card("--accum-steps", 2) and "(8 images)" in card()
+    frozen, trained = card("--freeze-encoder", "--init-from", "not-read"), card()
+    assert read_card(trained)["encoder"][1] == pytest.approx(0.14)
+    assert read_card(frozen)["encoder"][1] == pytest.approx(0.05)
+    assert read_card(card("--vae", "pixels"))["vae.decoder"] == [0, 0]
+    assert "nothing-here" in error_message(monkeypatch, train, "--dry-run", "--vae", "nothing-here")
+
+
+def test_bench_prints_json_last(monkeypatch, capsys, tmp_path):
+    flags = ("--preset", "smoke", "--bench", "--steps", 2, "--device", "cpu", "--dtype", "float32")
+    run_main(monkeypatch, train, *flags, "--out", tmp_path / "run")
+    *lines, last = capsys.readouterr().out.strip().splitlines()
+    result = json.loads(last)
+    assert set(result) == {"images_per_s", "step_ms", "peak_memory_gb", "tflops", "peak_tflops"}
+    assert all(value > 0 for value in result.values())
+    assert result["images_per_s"] == pytest.approx(8 / result["step_ms"] * 1e3)
+    assert f"MFU {result['tflops'] / result['peak_tflops']:.0%} of " in lines[-1]
+    assert not (tmp_path / "run").exists()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "start it with python" in error_message(monkeypatch, train, *flags)
+
+
+# ---- recipes/ ------------------------------------------------------------------------------------
+
+FAKE_PYTHON = """#!/usr/bin/env bash
+# Records the command. Training and evaluation only leave the files that the recipe looks for
+if [ "$1" = -c ] || [ "$1" = - ]; then exec {python} "$@"; fi
+echo "$*" >> {calls}
+out=
+for argument; do
+    if [ "$previous" = --out ] || [ "$previous" = --ckpt ]; then out=$argument; fi
+    previous=$argument
+done
+if [ "$FAIL" ] && [[ "$*" == *$FAIL* ]]; then exit 1; fi
+case "$*" in
+    *--bench*) echo '{bench}' ;;
+    train.py*)
+        mkdir -p "$out"
+        echo '{{"vae": "tiny", "data": "shapes", "resolution": 64, "commit": "abc"}}' \\
+            > "$out/config.json"
+        if [ ! -e "$out/last.pt" ]; then touch "$out/last.pt"; sleep 0.01; fi
+        echo '{{"step": 1, "loss": 2.0}}' > "$out/log.jsonl" ;;
+    *--random-init*) echo '{{}}' > "$out/metrics_random.json" ;;
+    *--compare*) ;;
+    *"--ckpt latents"*) mkdir -p runs/latents; echo '{{}}' > runs/latents/metrics.json ;;
+    generate.py*) echo '{{"class_accuracy": 0.5}}' > "$out/generate.json" ;;
+    eval_probe.py*) echo '{{"psnr": 20.0}}' > "$out/metrics.json" ;;
+esac
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    """recipe(name, *argv, **env) runs recipes/NAME.sh with a python that only records commands;
+    returns (the process, the commands)."""
+    shutil.copytree(HERE / "recipes", tmp_path / "recipes")
+    calls, python = tmp_path / "calls.txt", tmp_path / "bin" / "python"
+    python.parent.mkdir()
+    bench = json.dumps(dict(images_per_s=10, peak_memory_gb=1, tflops=1, peak_tflops=2))
+    python.write_text(FAKE_PYTHON.format(python=sys.executable, calls=calls, bench=bench))
+    python.chmod(0o755)
+
+    def run(name, *argv, **env):
+        calls.write_text("")
+        path = f"{python.parent}:{os.environ['PATH']}"
+        done = subprocess.run(["bash", tmp_path / "recipes" / f"{name}.sh", *argv], text=True,
+                              capture_output=True, timeout=120,
+                              env={**os.environ, "FAIL": "", **env, "PATH": path})
+        return done, calls.read_text().splitlines()
+
+    return run
+
+
+def check_flags(monkeypatch, calls):
+    """The programs take each of these commands ("train.py --flag ..."): flags, types, bounds."""
+    parse = runtime.parse_args
+
+    def parse_and_stop(*args, **kwargs):
+        parse(*args, **kwargs)
+        raise SystemExit("parsed")
+
+    for call in calls:
+        program, *argv = shlex.split(call)
+        module = importlib.import_module(program.removesuffix(".py"))
+        for holder in (runtime, module):
+            monkeypatch.setattr(holder, "parse_args", parse_and_stop, raising=False)
+        with pytest.raises(SystemExit, match="parsed"):
+            run_main(monkeypatch, module, *argv)
+
+
+def test_claims_recipe(recipe, monkeypatch, tmp_path):
+    out = tmp_path / "claims"
+    done, calls = recipe("claims", "--batch-size", "32", OUT=str(out), SEEDS="1", STEPS="9")
+    assert done.returncode == 0, done.stderr
+    check_flags(monkeypatch, calls)
+    trainings = [call for call in calls if call.startswith("train.py")]
+    assert len(trainings) == 5 and all("--steps 9 --batch-size 32" in c for c in trainings)
+    assert not any("--resume" in c for c in trainings)
+    for flags, count in (("--w-und 0", 2), ("--w-rec 0", 1), ("--vae pixels", 1)):
+        assert sum(flags in c for c in trainings) == count
+    decoder = next(c for c in trainings if "--freeze-encoder" in c)
+    assert f"--init-from {out}/understanding-1" in decoder and "--steps 4" in decoder
+    assert sum("--random-init" in c for c in calls) == 1
+    assert sum("--ckpt latents --vae tiny --data shapes --resolution 64" in c for c in calls) == 1
+    program, flag, *folders = calls[-1].split()
+    assert [program, flag] == ["eval_probe.py", "--compare"]
+    assert [Path(name).name for name in folders] == [
+        "random-1", "latents", "reconstruction-1", "understanding-1", "decoder-1", "pixels-1",
+        "joint-1"]
+    assert all((Path(name) / "metrics.json").exists() for name in folders)
+
+    # Again: trainings return at once, evaluations are skipped; an interrupted training resumes
+    os.utime(out / "joint-1" / "last.pt")  # trained further
+    _, calls = recipe("claims", "--batch-size", "32", OUT=str(out), SEEDS="1", STEPS="9")
+    evaluated = [c for c in calls[:-1] if c.startswith("eval_probe.py")]
+    assert len(evaluated) == 1 and f"--ckpt {out}/joint-1" in evaluated[0]
+    assert all("--resume" in c for c in calls if c.startswith("train.py"))
+
+
+def test_gpu_recipe(recipe, monkeypatch, tmp_path):
+    options = dict(OUT=str(tmp_path / "check"), PRESET="smoke")
+    done, calls = recipe("gpu", **options)
+    assert done.returncode == 0, done.stdout + done.stderr
+    check_flags(monkeypatch, calls)
+    assert calls[-2].startswith("eval_probe.py") and calls[-1].startswith("generate.py")
+    for row in ("| parity-fp32 | ok |", "| 1 | 2.0000 | 2.0000 | +0.00% |",
+                "| bench-paper-b-128px | 10.0 | 1.00 | 16 | 50% |",
+                "| metrics.json psnr | 20.0 |"):
+        assert row in done.stdout
+    done, calls = recipe("gpu", **options, FAIL="paper-b-finetune")
+    assert done.returncode == 1 and "| bench-paper-b-256px-lpips | FAILED" in done.stdout
+    assert calls[-1].startswith("generate.py")  # the other steps ran
+
+
+# ---- RESULTS.md ----------------------------------------------------------------------------------
+
+
+def test_results_commands_and_links(monkeypatch):
+    text = (HERE / "RESULTS.md").read_text()
     blocks = "\n".join(re.findall(r"```bash\n(.*?)```", text, re.S))
-    lines = re.findall(r"(?:python|torchrun[^\n]*?) (\w+\.py)([^\n#|&]*)", blocks.replace("\\\n", " "))
-    assert len(lines) >= 6
+    commands = re.findall(r"python (\w+\.py[^\n#&]*)", blocks)
+    commands += re.findall(r"`python (\w+\.py [^`]*)`", text.replace("\n", " "))
+    assert len(commands) > 25
+    check_flags(monkeypatch, commands)
+    for script in re.findall(r"bash (recipes/\w+\.sh)", text):
+        assert (HERE / script).is_file()
+
+
+def test_results_block_for_llava(tmp_path):
+    reference("transformers")
+    blocks = re.findall(r"```python\n(.*?)```", (HERE / "RESULTS.md").read_text(), re.S)
+    names = {}
+    exec(next(block for block in blocks if "OpenVision3Tower" in block), names)
+    torch.manual_seed(0)
+    ours = encoder.ImageEncoder(8, width=64, depth=1, heads=1, embed_dim=64)
+    encoder.save_encoder(ours, tmp_path / "encoder.safetensors")
+    tower = names["OpenVision3Tower"](str(tmp_path), "tiny", delay_load=True)
+    image = shapes_module.shapes_example("test", 0, 64)["image"]
+    pixels = tower.image_processor.preprocess(image, return_tensors="pt")["pixel_values"]
+    floats = vae.scale_images(data.to_tensor(image))
+    torch.testing.assert_close(pixels[0], floats, atol=1e-5, rtol=0)
+    tokens = tower(pixels)
+    expected = ours(vae.load_vae("tiny").encode(pixels))[1]
+    torch.testing.assert_close(tokens, expected, atol=1e-5, rtol=1e-5)
+    assert tokens.shape == (1, tower.num_patches, tower.hidden_size) and not tokens.requires_grad
+    assert tower.dummy_feature.shape == (1, 64)
+
+
+# ---- eval_probe.py -------------------------------------------------------------------------------
+
+FEW = ("--device", "cpu", "--n-train", 64, "--n-test", 24, "--n-reconstruct", 8,
+       "--retrieval-images", 16)
+
+
+def evaluated(monkeypatch, run, *argv, name="metrics.json"):
+    """Runs eval_probe.py on a few images of a run, without L-BFGS; returns what it wrote."""
+    monkeypatch.setattr(eval_probe, "linear_probe", eval_probe.knn)
+    run_main(monkeypatch, eval_probe, "--ckpt", run, *FEW, *argv)
+    return json.loads((run / name).read_text())
+
+
+def cpu_env():
+    return runtime.DistEnv(0, 1, torch.device("cpu"), torch.float32)
+
+
+def byte_shapes(count, resolution):
+    return ((shapes(count, resolution) + 1) * 127.5).round().byte()
+
+
+@pytest.fixture(scope="module")
+def icons(tmp_path_factory):
+    """48 training and 16 test images in class folders, two captions each."""
+    root = tmp_path_factory.mktemp("data") / "icons"
+    rows = []
+    for split, count in (("train", 48), ("test", 16)):
+        for i in range(count):
+            example = shapes_module.shapes_example(split, i, 40)
+            name = f"{split}/{('plain', 'other')[i % 2]}/{i:03}.png"
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            example["image"].save(root / name)
+            for text in (example["text"], f"image {i} of {split}"):
+                rows.append({"file_name": name, "text": text})
+    (root / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return root
+
+
+def test_ssim_and_psnr_are_scikit_images():
+    metrics = reference("skimage.metrics")
+    x = shapes(3, 64)[:, :, :40]
+    y = (x + 0.2 * torch.randn_like(x)).clamp(-1, 1)
+    found = eval_probe.ssim(x, y)
+    a, b = (((v + 1) / 2).double().permute(0, 2, 3, 1).numpy() for v in (x, y))
+    for i in range(3):
+        _, ssim_map = metrics.structural_similarity(
+            a[i], b[i], data_range=1, channel_axis=2, gaussian_weights=True, sigma=1.5,
+            use_sample_covariance=False, full=True)
+        assert found[i].item() == pytest.approx(ssim_map[5:-5, 5:-5].mean(), abs=1e-4)
+        theirs = metrics.peak_signal_noise_ratio(a[i], b[i], data_range=1)
+        assert vae.psnr(x, y)[i].item() == pytest.approx(theirs, abs=1e-4)
+
+
+def test_linear_classifier_is_scikit_learns():
+    classifier = reference("sklearn.linear_model").LogisticRegression
+    y = torch.arange(1200) % 6
+    x = torch.randn(6, 20)[y] + 1.5 * torch.randn(1200, 20)
+    x = x @ torch.diag(torch.logspace(0, -2, 20)) @ torch.linalg.qr(torch.randn(20, 20))[0]
+    x = ((x - x.mean(0)) / x.std(0)).double()
+    x = x @ torch.linalg.eigh(x.T @ x)[1]  # as linear_probe does
+    for decay in (1e-4, 1e-2):
+        found = eval_probe.fit_linear(x, y, x, 6, decay).softmax(1)
+        theirs = classifier(C=1 / (decay * 1200), max_iter=5000, tol=1e-8).fit(x.numpy(), y)
+        difference = (found - torch.tensor(theirs.predict_proba(x.numpy()))).abs()
+        assert difference.max() < 0.02 and difference.mean() < 0.002
+
+
+def test_probes_on_known_data():
+    labels = torch.arange(500) % 5
+    features = torch.randn(5, 16)[labels] + 0.05 * torch.randn(500, 16)
+    x, y, tx, ty = features[:400], labels[:400], features[400:], labels[400:]
+    assert eval_probe.linear_probe(x, y, tx, ty, 5) == eval_probe.knn(x, y, tx, ty, 5) == 1.0
+    constant = torch.zeros(400, 16)  # a collapsed encoder: no error, the accuracy of one class
+    assert eval_probe.linear_probe(constant, y, constant[:100], ty, 5) == pytest.approx(0.2)
+
+
+def test_retrieval_of_pairs_and_of_all_captions():
+    pairs = torch.arange(8)
+    found = eval_probe.retrieval(torch.eye(8), torch.eye(8)[[0, 1, 2, 3, 4, 5, 7, 6]], pairs)
+    assert found["i2t_r1"] == found["t2i_r1"] == 0.75
+    collapsed = eval_probe.retrieval(torch.ones(8, 4), torch.ones(8, 4), pairs)
+    assert collapsed["i2t_r1"] == collapsed["t2i_r1"] == 1 / 8  # chance
+    images, image_of_text = torch.eye(6), torch.arange(6).repeat_interleave(5)
+    texts = images[image_of_text] + 0.1 * images[(image_of_text + 1) % 6]
+    texts[1::5] = torch.roll(images, 1, 0) + 0.5 * images  # worst of five: the best one counts
+    found = eval_probe.retrieval(images, texts, image_of_text)
+    assert found["i2t_r1"] == 1.0 and found["t2i_r1"] == pytest.approx(4 / 5)
+
+
+@pytest.mark.parametrize("shared", ["", "a photo"])
+def test_perfect_model_scores_one_on_flickr_like_captions(monkeypatch, shared):
+    captions = [[f"{i} caption {k}" for k in range(5)] + [shared] for i in range(40)]
+
+    def encode_texts(model, tokenizer, texts):
+        return torch.eye(40)[[int(text.split()[0].replace("a", "0")) for text in texts]]
+
+    monkeypatch.setattr(eval_probe, "encode_texts", encode_texts)
+    test = {"captions": captions, "pooled": torch.eye(40)}
+    found = eval_probe.eval_retrieval(None, None, test, 30)
+    assert found["i2t_r1"] == found["t2i_r1"] == 1.0 and found["n_retrieval_images"] == 30
+    assert eval_probe.eval_retrieval(None, None, {"captions": [[""], [""]]}, 30) == {}
+
+
+def test_frechet_distance_of_known_gaussians():
+    x = torch.randn(4000, 6, dtype=torch.double)
+    x = (x - x.mean(0)) @ torch.linalg.inv(torch.linalg.cholesky(x.T.cov())).T  # exactly white
+    scales = torch.tensor([0.5, 1, 2, 3, 1, 0.1], dtype=torch.double)
+    shift = torch.tensor([1, 0, 0, -2, 0, 0], dtype=torch.double)
+    expected = shift.square().sum() + (scales - 1).square().sum()  # against the white one
+    found = eval_probe.frechet_distance(x, x * scales + shift)
+    assert found == pytest.approx(expected.item(), rel=1e-9)
+    assert abs(eval_probe.frechet_distance(x, x)) < 1e-9
+    other = x[:, :1] * torch.ones(6)  # one direction only: its covariance is singular
+    assert eval_probe.frechet_distance(other, other + 1) == pytest.approx(6, rel=1e-6)
+
+
+def test_fid_features_are_pytorch_fids(monkeypatch):
+    theirs = reference("pytorch_fid.inception")
+    network = theirs._inception_v3(num_classes=1008, aux_logits=False, weights=None)
+    weights = network.state_dict()
+    monkeypatch.setattr(theirs, "load_state_dict_from_url", lambda *_, **__: weights)
+    images = byte_shapes(2, 64)  # as pytorch-fid reads them from files
+    ours = eval_probe.fid_network(torch.device("cpu"))
+    found = ours(vae.scale_images(images))
+    with torch.no_grad():
+        expected = theirs.InceptionV3([3]).eval()(images / 255)[0].flatten(1)
+    assert found.shape == (2, 2048)
+    assert (found - expected).abs().max() <= 1e-4 * expected.abs().max()
+
+
+def test_fid_without_pytorch_fid_names_the_pip_command(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pytorch_fid.inception", None)
+    with pytest.raises(runtime.UserError, match="pip install pytorch-fid"):
+        eval_probe.fid_network(torch.device("cpu"))
+
+
+def test_token_stats_normalize():
+    tokens = (torch.randn(300, 4, 6) * (1 + torch.rand(4, 6)) + torch.randn(4, 6)).half()
+    stats = eval_probe.TokenStats(4, 6)
+    stats.fit(tokens)
+    x = stats.normalize(tokens.float())
+    assert torch.allclose(x.std(0, unbiased=False), torch.ones(4, 6), atol=1e-3)
+    assert torch.allclose(stats.denormalize(x), tokens.float(), atol=1e-5)
+    assert stats.state_dict().keys() == {"mean", "var"}
+
+
+def test_tokens_latents_and_features_of_images():
+    model, _ = small_model(resolution=32)
+    images, width = byte_shapes(2, 32), model.encoder.width
+    tokens = eval_probe.image_tokens(model.eval(), images)
+    assert tokens.shape == (2, 4, width) and not tokens.requires_grad
+    patches = eval_probe.image_tokens(model, images, "latents")
+    second = model.encode_latents(images)[:, :, :2, 2:]
+    assert patches.shape == (2, 4, 64)
+    assert torch.equal(patches[:, 1].unflatten(1, (16, 2, 2)), second)
+    found = eval_probe.extract_features(model, cpu_env(), images)
+    blocks = vae.scale_images(images).unflatten(3, (16, 2)).unflatten(2, (16, 2))
+    assert torch.allclose(found["pixels"], blocks.mean((3, 5)).flatten(1), atol=1e-6)
+    assert torch.allclose(found["tokens"], tokens.mean(1), atol=1e-6)
+
+
+def test_images_without_label_are_left_out_of_probes():
+    centers, splits = torch.randn(3, 16), []
+    for count in (90, 30):
+        labels = torch.arange(count) % 3
+        x = centers[labels] + 0.05 * torch.randn(count, 16)
+        x[::10], labels[::10] = 100.0, -1
+        splits.append({"labels": labels, "pooled": x, "tokens": x,
+                       "pixels": torch.randn(count, 16), "scenes": [""] * count})
+    found = eval_probe.eval_probes(*splits, ["a", "b", "c"], torch.device("cpu"))
+    assert found["linear_probe_top1"] == found["knn_top1"] == 1.0
+    assert found["linear_probe_tokens_top1"] == 1.0 and found["pixels_linear_probe_top1"] < 0.8
+    assert "probe_count" not in found
+    splits[0]["labels"][19:] = -1
+    assert eval_probe.eval_probes(*splits, ["a", "b", "c"], torch.device("cpu")) == {}
+
+
+def test_metrics_are_complete_and_do_not_depend_on_batches(monkeypatch):
+    monkeypatch.setattr(eval_probe, "linear_probe", eval_probe.knn)
+    model, tokenizer = small_model(resolution=32)
+    before = {k: v.clone() for k, v in model.eval().state_dict().items()}
+    found = []
+    for batch_size in (7, 40):
+        settings = eval_probe.Settings(n_train=128, n_test=40, n_reconstruct=40,
+                                       retrieval_images=16, batch_size=batch_size)
+        splits = data.load_data("shapes", 32)
+        found.append(eval_probe.evaluate(model, tokenizer, splits, settings, cpu_env()))
+    a, b = found
+    keys = ("linear_probe_top1 knn_top1 zero_shot_top1 i2t_r1 i2t_r5 t2i_r1 t2i_r5 caption_exact "
+            "psnr ssim lpips rfid psnr_vae ssim_vae n_train n_test seconds").split()
+    assert set(keys) <= set(a) and {key for key in a if a[key] is None} == {"lpips", "rfid"}
+    for key in a.keys() - {"seconds", "lpips", "rfid"}:
+        one_image = 0.026 if "probe" in key else 1e-4  # on the very line between two classes
+        assert a[key] == pytest.approx(b[key], abs=one_image), key
+    assert (a["n_train"], a["n_test"], a["n_retrieval_images"]) == (128, 40, 16)
+    assert all(torch.equal(v, model.state_dict()[k]) for k, v in before.items())
+
+
+def test_other_data_sets_and_splits_have_their_own_metrics(monkeypatch, copied_run, icons):
+    first = evaluated(monkeypatch, copied_run)
+    assert (first["data"], first["split"], first["step"]) == ("shapes", "test", 4)
+    other = evaluated(monkeypatch, copied_run, "--data", icons, name="metrics_icons.json")
+    assert other["data"] == str(icons) and (other["n_train"], other["n_test"]) == (48, 16)
+    assert other["linear_probe_top1"] is not None and other["probe_count"] is None
+    train_split = evaluated(monkeypatch, copied_run, "--data", icons, "--split", "train",
+                            name="metrics_icons_train.json")
+    assert train_split["split"] == "train" and train_split["n_test"] == 24
+    random_init = evaluated(monkeypatch, copied_run, "--random-init", name="metrics_random.json")
+    assert random_init["psnr_vae"] == first["psnr_vae"] and random_init["psnr"] != first["psnr"]
+    assert json.loads((copied_run / "metrics.json").read_text()) == first
+
+
+def test_a_test_only_data_set_is_used_whole(monkeypatch, copied_run, tmp_path, capsys):
+    folder = tmp_path / "benchmark"
+    folder.mkdir()
+    rows = [shapes_module.shapes_example("test", i, 32) for i in range(20)]
+    table = {new: [row[old] for row in rows]
+             for old, new in (("image", "picture"), ("text", "words"), ("label", "kind"))}
+    datasets.Dataset.from_dict(table).to_parquet(str(folder / "test-00000-of-00001.parquet"))
+    found = evaluated(monkeypatch, copied_run, "--data", folder, "--image-col", "picture",
+                      "--text-col", "words", "--label-col", "kind", "--num-workers", 1,
+                      name="metrics_benchmark.json")
+    assert (found["n_test"], found["n_train"], found["n_retrieval_images"]) == (20, 0, 16)
+    assert found["linear_probe_top1"] is None and found["zero_shot_top1"] is not None
+    assert "probes and kNN need labels and training images" in capsys.readouterr().out
+
+
+def test_templates_are_read_and_used(monkeypatch, tmp_path):
+    prompts, file = [], tmp_path / "templates.txt"
+
+    def text_features(model, tokenizer, texts):
+        prompts.extend(texts)
+        return torch.ones(len(texts), 4)
+
+    monkeypatch.setattr(eval_probe, "encode_texts", text_features)
+    file.write_text("a drawing of {}.\n{}!\n")
+    weights = eval_probe.zero_shot_weights(None, None, ["red cup", "cat"], str(file))
+    assert prompts == ["a drawing of red cup.", "red cup!", "a drawing of cat.", "cat!"]
+    assert torch.allclose(weights.norm(dim=1), torch.ones(2))
+    file.write_text("no place for it\n")
+    with pytest.raises(runtime.UserError, match="templates.txt"):
+        eval_probe.zero_shot_weights(None, None, ["cat"], str(file))
+
+
+def test_captions_are_compared_as_far_as_they_can_be_written():
+    tokenizer = tokenizer_module.Tokenizer.train(["a b c d e f g h"] * 4, context_length=6)
+    written = tokenizer.truncate("a b c d e f g h")
+    assert written != "a b c d e f g h"
+    found = {"generated": [written, "y", "z"], "captions": [["a b c d e f g h"], ["x"], [""]],
+             "scenes": ["", "", ""]}
+    assert eval_probe.caption_exact(found, tokenizer) == 0.5
+    example = shapes_module.shapes_example("test", 3, 16)  # every true wording counts
+    wordings = sorted(shapes_module.all_captions(json.loads(example["scene"])))[:3]
+    tokenizer = tokenizer_module.Tokenizer.train(wordings, context_length=40)
+    found = {"generated": [*wordings, "else"], "captions": [[example["text"]]] * 4,
+             "scenes": [example["scene"]] * 4}
+    assert eval_probe.caption_exact(found, tokenizer) == 0.75
+
+
+def test_encoder_only_checkpoints_and_latents(monkeypatch, copied_run, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    ours = evaluated(monkeypatch, copied_run)
+    file = copied_run / "encoder.safetensors"
+    run_main(monkeypatch, eval_probe, "--ckpt", file, "--vae", "tiny", *FEW)
+    encoder_only = json.loads((tmp_path / "runs" / "encoder" / "metrics.json").read_text())
+    for key, value in encoder_only.items():
+        if value is not None and key not in ("seconds", "step", "data", "split"):
+            assert value == pytest.approx(ours[key], abs=0.05 if "probe" in key else 1e-4), key
+    assert encoder_only["psnr"] is encoder_only["i2t_r1"] is encoder_only["zero_shot_top1"] is None
+    flags = ("--ckpt", "latents", "--vae", "tiny", "--resolution", 96, *FEW)
+    run_main(monkeypatch, eval_probe, *flags)
+    latents = json.loads((tmp_path / "runs" / "latents" / "metrics.json").read_text())
+    assert latents["linear_probe_top1"] is not None and latents["psnr"] is None
+    assert latents["psnr_vae"] > 15
+    for flags in ((), ("--vae", "tiny", "--image", "x.png"), ("--vae", "tiny", "--random-init")):
+        assert "--vae flux" in error_message(monkeypatch, eval_probe, "--ckpt", file, *flags)
+    assert "--vae" in error_message(monkeypatch, eval_probe, "--ckpt", copied_run, "--vae", "tiny")
+    assert "--ckpt" in error_message(monkeypatch, eval_probe)  # there is no runs/laptop here
+
+
+def test_pixel_runs_have_no_vae_row(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(eval_probe, "linear_probe", eval_probe.knn)
+    config = train.Config(resolution=32, vae="pixels")
+    tokenizer = tokenizer_module.Tokenizer.train(["a red circle"], config.context_length)
+    model = openvision3.OpenVision3(config, tokenizer, vae.load_vae("pixels")).eval()
+    settings = eval_probe.Settings(n_train=64, n_test=24, n_reconstruct=8)
+    splits = data.load_data("shapes", 32)
+    found = eval_probe.evaluate(model, tokenizer, splits, settings, cpu_env())
+    assert found["psnr_vae"] is found["ssim_vae"] is None and found["psnr"] > 0
+    assert "psnr_vae" in capsys.readouterr().out
+
+
+def test_one_image_is_shown_and_written_into_the_run(monkeypatch, copied_run, tmp_path, capsys):
+    photo = tmp_path / "photo.jpg"
+    Image.new("RGB", (50, 30), "red").save(photo)
+    flags = ("--ckpt", copied_run, "--device", "cpu", "--image")
+    run_main(monkeypatch, eval_probe, *flags, photo)
+    printed = capsys.readouterr().out
+    assert "caption: " in printed and "nearest labels: " in printed and printed.count(",") >= 4
+    assert Image.open(copied_run / "photo_recon.png").width > 3 * 256
+    assert "photo.txt" in error_message(monkeypatch, eval_probe, *flags, tmp_path / "photo.txt")
+
+
+def test_compare_prints_mean_and_std_over_seeds(monkeypatch, tmp_path, capsys):
+    runs = {"joint-0": {"psnr": 30.0, "knn_top1": 0.5}, "joint-1": {"psnr": 32.0, "knn_top1": 0.7},
+            "latents": {"psnr": None, "knn_top1": 0.25}}
+    for name, metrics in runs.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.json").write_text(json.dumps({"data": "shapes", **metrics}))
+    run_main(monkeypatch, eval_probe, "--compare", *(tmp_path / name for name in runs))
+    lines = capsys.readouterr().out.splitlines()
+    table = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    assert {len(row) for row in table} == {len(eval_probe.METRICS) + 1}
+    knn, psnr = table[0].index("knn_top1"), table[0].index("psnr")
+    joint, latents = table[2], table[3]
+    assert (joint[0], joint[knn], joint[psnr]) == ("joint", "0.600 ± 0.141", "31.000 ± 1.414")
+    assert (latents[0], latents[knn], latents[psnr]) == ("latents", "0.250", "")
+    assert "/none/" in error_message(monkeypatch, eval_probe, "--compare", tmp_path / "none")
+
+
+# --------------------------------------------------------------------------------------------------
+# generate.py
+# --------------------------------------------------------------------------------------------------
+
+
+def small_generator(trained: bool = False):
+    torch.manual_seed(0)
+    model = generate.DiTDH(token_dim=24, side=2, num_classes=3, base=(32, 2, 2), head=(48, 1, 2))
+    if trained:  # as after some training: nothing that starts at zero is zero
+        for name, p in model.named_parameters():
+            if "modulation" in name or name.startswith("final_linear"):
+                torch.nn.init.normal_(p, std=0.2)
+    return model
+
+
+@pytest.mark.parametrize("size, millions", [("S", 196.36), ("XL", 838.7)])
+def test_generator_has_the_size_of_raes(size, millions):
+    row = generate.DIT_SIZES[size]
+    with torch.device("meta"):
+        model = generate.DiTDH(token_dim=768, side=16, num_classes=1000, **row)
+    assert sum(p.numel() for p in model.parameters()) == pytest.approx(millions * 1e6, rel=2e-3)
+    assert model.shift == pytest.approx(48**0.5)  # sqrt(256 * 768 / 4096)
+    with pytest.raises(ValueError, match="a head of 256 channels cannot fit tokens of 768"):
+        generate.DiTDH(token_dim=768, side=16, num_classes=1000, **generate.DIT_SIZES["laptop"])
+
+
+def test_generator_starts_at_its_expected_loss():
+    model, x = small_generator(), torch.randn(512, 4, 24)
+    labels = torch.zeros(512, dtype=torch.int64)
+    assert model(x, torch.rand(512), labels).abs().max() == 0
+    assert generate.flow_matching_loss(model, x, labels, 3, shift=1.0).item() == pytest.approx(
+        2, abs=0.1
+    )
+
+
+def test_dropped_and_missing_labels_become_the_null_label():
+    seen = []
+
+    def model(x, t, labels):
+        seen.append(labels)
+        return torch.zeros_like(x)
+
+    labels = torch.arange(1000) % 4 - 1
+    generate.flow_matching_loss(model, torch.randn(1000, 1, 2), labels, 3, shift=1.0)
+    assert (seen[0][labels == -1] == 3).all()
+    kept = seen[0] == labels
+    assert kept[labels >= 0].float().mean() == pytest.approx(0.9, abs=0.05)
+    assert (seen[0][~kept] == 3).all()
+
+
+def test_rotary_positions_depend_on_distance_only():
+    angles = generate.rope_angles(4, 16)
+    q, k = torch.randn(16), torch.randn(16)
+    rotated = [generate.apply_rope(v.expand(1, 1, 16, 16), angles)[0, 0] for v in (q, k)]
+    products = rotated[0] @ rotated[1].T  # (16, 16) by position
+    assert torch.allclose(products[0, 5], products[5, 10], atol=1e-5)  # one row and column on
+    assert torch.allclose(products[1, 2], products[13, 14], atol=1e-5)
+    assert not torch.allclose(products[0, 1], products[0, 4], atol=1e-3)
+
+
+def test_time_is_shifted_towards_noise():
+    shifted = generate.shift_time(torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0]), 48**0.5)
+    assert shifted.tolist() == pytest.approx([0, 0.698, 0.874, 0.954, 1], abs=1e-3)
+
+
+def test_sampler_follows_a_known_field():
+    goal, start = torch.randn(3, 4, 24), torch.randn(3, 4, 24)
+
+    def to_goal(x, t):  # the velocity that leads everything to one point
+        return (x - goal) / t[:, None, None]
+
+    end = generate.euler_sample(to_goal, start, 4, 1.0)
+    assert torch.allclose(end, goal, atol=2e-3 * (start - goal).abs().max().item())
+
+
+@torch.no_grad()
+def test_guidance_moves_away_from_the_weaker_prediction():
+    model, labels = small_generator(trained=True).eval(), torch.tensor([0, 1, 2, 0, 1])
+    guide, x, t = small_generator().eval(), torch.randn(5, 4, 24), torch.full((5,), 0.5)
+    velocity, unconditional = model(x, t, labels), model(x, t, torch.full((5,), 3))
+    assert torch.equal(generate.guided_velocity(model, x, t, labels, 1.0, guide), velocity)
+    classifier_free = generate.guided_velocity(model, x, t, labels, 2.0)
+    assert torch.allclose(classifier_free, 2 * velocity - unconditional, atol=1e-5)
+    assert not torch.allclose(classifier_free, velocity)
+    auto = generate.guided_velocity(model, x, t, labels, 2.0, guide)
+    assert torch.allclose(auto, 2 * velocity, atol=1e-5)  # an untrained guide predicts 0
+
+
+def fake_space(dtype=torch.float32):
+    """Tokens are the images' own bytes."""
+    return SimpleNamespace(stats=eval_probe.TokenStats(4, 24), decode=lambda x: x.clone(),
+                           env=runtime.DistEnv(0, 1, torch.device("cpu"), dtype))
+
+
+def test_samples_do_not_depend_on_the_batch_size(monkeypatch):
+    settings = generate.Settings(guidance=2.0, sampling_steps=4, seed=3)
+    model, labels = small_generator(trained=True).eval(), torch.tensor([0, 1, 2, 0, 1])
+    samples = generate.sample_images(model, labels, fake_space(), settings)
+    monkeypatch.setattr(generate, "DECODE_CHUNK", 2)
+    assert torch.allclose(
+        generate.sample_images(model, labels, fake_space(), settings), samples, atol=1e-4
+    )
+    assert torch.allclose(
+        generate.sample_images(model, labels[:3], fake_space(), settings), samples[:3], atol=1e-4
+    )
+
+
+def test_samples_in_bfloat16_keep_x_in_float32():
+    settings = generate.Settings(guidance=2.0, sampling_steps=4)
+    model, labels = small_generator(trained=True).eval(), torch.tensor([0, 1])
+    exact = generate.sample_images(model, labels, fake_space(), settings)
+    samples = generate.sample_images(model, labels, fake_space(torch.bfloat16), settings)
+    assert samples.dtype == torch.float32 and not torch.equal(samples, exact)
+    assert (samples - exact).abs().max() < 0.05 * exact.abs().max()
+    with torch.autocast("cpu", torch.bfloat16):  # the residual stream of base and head
+        kinds = []
+        for block in (model.base[1], model.head[0]):
+            block.register_forward_hook(lambda module, inputs, out: kinds.append(out.dtype))
+        model(torch.randn(2, 4, 24), torch.rand(2), labels)
+    assert kinds == [torch.float32] * 2
+
+
+@pytest.mark.parametrize("source", ["tokens", "latents"])
+def test_encoded_images_decode_as_the_run_decodes_them(source):
+    model, _ = small_model(resolution=32)
+    images = shapes(3, 32)
+    vae_recon, recon, _ = model.reconstruct(images)
+    space = generate.TokenSpace(
+        model, source, runtime.DistEnv(0, 1, torch.device("cpu"), torch.float32)
+    )
+    encoded = space.encode(images)
+    tokens = encoded["tokens"].float()
+    space.stats = eval_probe.TokenStats(*tokens.shape[1:])
+    space.stats.fit(tokens)
+    x = space.stats.normalize(tokens)
+    assert (
+        tokens.shape == ((3, 4, 192) if source == "tokens" else (3, 4, 64))
+        and x.mean(0).abs().max() < 1e-3
+    )
+    nearest = generate.nearest_train_images(images[[2, 0]], {**encoded, "image": images}, space)
+    assert torch.equal(nearest, images[[2, 0]])
+    expected = data.to_uint8(recon if source == "tokens" else vae_recon)
+    assert (
+        space.decode(x).float() - expected.float()
+    ).abs().max() <= 2  # the pool of tokens is fp16
+
+
+def test_four_token_maps_are_memorized():
+    model = generate.DiTDH(token_dim=24, side=2, num_classes=4, base=(64, 1, 2), head=(64, 1, 2))
+    x, labels, losses = torch.randn(4, 4, 24), torch.arange(4), []
+    optimizer = torch.optim.AdamW(model.parameters(), 7e-3, weight_decay=0)
+    for step in range(200):
+        optimizer.param_groups[0]["lr"] = 7e-3 * min(1, (200 - step) / 130)
+        loss = generate.flow_matching_loss(
+            model, x.repeat(8, 1, 1), labels.repeat(8), 4, 1.0, label_dropout=0.0
+        )
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[0] == pytest.approx(2, abs=0.4) and np.mean(losses[-20:]) < 0.1
+    samples = generate.sample_images(model, labels, fake_space(), generate.Settings(guidance=1.0))
+    assert ((samples - x).flatten(1).norm(dim=1) / x.flatten(1).norm(dim=1)).max() < 0.2
+
+
+def test_generator_learning_rate():
+    settings = generate.Settings(steps=100, lr=2.0)
+    rates = [generate.learning_rate(step, settings) for step in range(100)]
+    assert rates[:2] == [1.0, 2.0] and rates[50] == pytest.approx(2.0)
+    assert rates[75] == pytest.approx(1.1) and rates[-1] < 0.25
+
+
+def test_precision_and_recall_of_known_points():
+    real, alike = torch.randn(400, 4).double(), 0.1 * torch.randn(400, 4).double()
+    assert generate.coverage(real, real) == 1 and generate.coverage(real + 100, real) == 0
+    assert generate.coverage(alike, real) > 0.95 and generate.coverage(real, alike) < 0.3
+
+
+def test_classifier_learns_from_labeled_images_only(monkeypatch):
+    monkeypatch.setattr(generate, "CLASSIFIER_STEPS", 30)
+    labels = torch.arange(96) % 3 - 1
+    images = (
+        torch.randint(40, (96, 3, 16, 16), dtype=torch.uint8)
+        + 100 * (labels == 1)[:, None, None, None]
+    )
+    images = images.to(torch.uint8)
+    classifier = generate.train_classifier(images, labels, 2)
+    labeled = labels >= 0
+    logits = generate.apply_chunked(classifier, images[labeled])
+    assert eval_probe.accuracy(logits, labels[labeled]) == 1
+    assert generate.apply_chunked(classifier[:-1], images).shape == (96, 128)
+
+
+@pytest.fixture
+def small_sets(monkeypatch):
+    """generate.py with 32 images of each split and 2 steps of the classifier."""
+    encode_dataset = eval_probe.encode_dataset
+    monkeypatch.setattr(generate, "CLASSIFIER_STEPS", 2)
+    monkeypatch.setattr(
+        generate,
+        "encode_dataset",
+        lambda *args, limit, **options: encode_dataset(*args, limit=32, **options),
+    )
+
+
+def test_generator_from_training_to_samples(copied_run, monkeypatch, small_sets):
+    flags = [
+        "--ckpt",
+        copied_run,
+        "--device",
+        "cpu",
+        "--steps",
+        4,
+        "--batch-size",
+        8,
+        "--n-train-images",
+        32,
+        "--n-samples",
+        10,
+        "--sampling-steps",
+        2,
+        "--log-every",
+        1,
+        "--save-every",
+        2,
+    ]
+    run = partial(run_main, monkeypatch, generate, *flags)
+    error = partial(error_message, monkeypatch, generate, *flags)
+    run()
+    result = json.loads((copied_run / "generate.json").read_text())
+    keys = "fd fd_features n_samples class_accuracy classifier_accuracy precision recall seconds"
+    assert (
+        set(keys.split()) <= set(result)
+        and result["fd_features"] == "classifier"
+        and result["fd"] > 0
+    )
+    arrays = np.load(copied_run / "samples.npz")
+    assert arrays["arr_0"].shape == (10, 32, 32, 3) and arrays["arr_0"].dtype == np.uint8
+    assert arrays["arr_1"].dtype == np.int64 and len(set(arrays["arr_1"])) == 10
+    for name in ("samples.png", "nearest_train.png", "generate_curves.png"):
+        assert Image.open(copied_run / name).size[0] > 100
+
+    # Killed right after a checkpoint, it resumes bit for bit
+    straight = torch.load(copied_run / "generator.pt", weights_only=True)
+    assert "--resume" in error()
+    (copied_run / "generator.pt").unlink()
+    atomic_write = generate.atomic_write
+
+    def write_then_die(path, write):
+        atomic_write(path, write)
+        if path.name == "generator.pt":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(generate, "atomic_write", write_then_die)
+    assert "interrupted" in error()
+    monkeypatch.setattr(generate, "atomic_write", atomic_write)
+    assert torch.load(copied_run / "generator.pt", weights_only=True)["step"] == 2
+    assert "--lr 0.5 (was 0.002)" in error("--resume", "--lr", 0.5)
+    run("--resume")
+    resumed = torch.load(copied_run / "generator.pt", weights_only=True)
+    for part in ("model", "ema_model"):
+        for name in straight[part]:
+            assert torch.equal(straight[part][name], resumed[part][name]), name
+    log = runtime.read_log(copied_run / "generate.jsonl")
+    assert [record["step"] for record in log] == [1, 2, 3, 4]
+
+    # On latents, and with AutoGuidance
+    run("--space", "latents", "--n-samples", 4)
+    assert (copied_run / "samples_latents.png").is_file() and (
+        copied_run / "generate_latents.json"
+    ).is_file()
+    for other in ("generator_latents.pt", "samples.png"):
+        assert "is not a checkpoint of generate.py for these tokens" in error(
+            "--resume", "--guide-ckpt", copied_run / other
+        )
+    run(
+        "--resume", "--guide-ckpt", shutil.copy(copied_run / "generator.pt", copied_run / "weak.pt")
+    )
+    assert json.loads((copied_run / "generate.json").read_text())["guidance"] == 1.42
+
+
+def test_generator_refuses_data_it_cannot_train_on(copied_run, monkeypatch):
+    state = torch.load(copied_run / "last.pt", weights_only=True)
+    error = partial(error_message, monkeypatch, generate, "--ckpt", copied_run, "--device", "cpu")
+    state["config"]["streaming"] = True
+    torch.save(state, copied_run / "last.pt")
+    monkeypatch.setattr(
+        generate,
+        "load_run_data",
+        lambda *args, **options: SimpleNamespace(train=[], class_names=None),
+    )
+    assert "this run streamed its data" in error()  # before any data is loaded
+    assert "--data other has no training split" in error("--data", "other")
+
+
+def test_generator_stops_at_a_signal_with_a_checkpoint(copied_run, monkeypatch, capsys):
+    flags = [
+        "--ckpt",
+        copied_run,
+        "--device",
+        "cpu",
+        "--steps",
+        50,
+        "--batch-size",
+        8,
+        "--n-train-images",
+        32,
+        "--sampling-steps",
+        1,
+        "--log-every",
+        1,
+    ]
+    learning_rate = generate.learning_rate
+
+    def signal_in_third_step(step, settings):
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return learning_rate(step, settings)
+
+    monkeypatch.setattr(generate, "learning_rate", signal_in_third_step)
+    run_main(monkeypatch, generate, *flags)
+    assert torch.load(copied_run / "generator.pt", weights_only=True)["step"] == 3
+    assert "stopped at step 3; rerun with --resume" in capsys.readouterr().out
+    assert not (copied_run / "samples.npz").exists()
+
+
+def test_compiled_training_has_one_graph_and_samples_eagerly(copied_run, monkeypatch, small_sets):
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    compile_module = torch.nn.Module.compile
+    monkeypatch.setattr(
+        torch.nn.Module,
+        "compile",
+        lambda self, **options: compile_module(self, backend=count, **options),
+    )
+    run_main(
+        monkeypatch,
+        generate,
+        "--ckpt",
+        copied_run,
+        "--device",
+        "cpu",
+        "--compile",
+        "--steps",
+        2,
+        "--batch-size",
+        8,
+        "--n-samples",
+        4,
+        "--sampling-steps",
+        1,
+        "--save-every",
+        1,
+    )
+    assert len(graphs) == 1
+
+
+
+
+# --------------------------------------------------------------------------------------------------
+# eval_vlm.py
+# --------------------------------------------------------------------------------------------------
+
+
+class LetterTokenizer:
+    """One token per letter, for tests."""
+    bos, eos = 30, 31
+
+    def encode_ordinary(self, text: str) -> list[int]:
+        return [ord(letter) % 30 for letter in text]
+
+    def decode(self, ids: list[int]) -> str:
+        return " ".join(str(i) for i in ids if i < 30)
+
+
+def small_vlm(seed: int = 0, vocab_size: int = 32):
+    torch.manual_seed(seed)
+    lm = decoders.CaptionDecoder(vocab_size, 64, token_dim=32, width=32, depth=2, heads=2)
+    vlm = eval_vlm.VisionLanguageModel(lm, LetterTokenizer(), token_dim=12, width=32, side=2)
+    for p in vlm.lm.parameters():
+        p.data.mul_(3)  # at small weights everything agrees
+    return vlm.eval()
+
+
+def logprobs_one_by_one(vlm, tokens: torch.Tensor, prompt: str, answer: str) -> torch.Tensor:
+    """Of the answer's ids and eos: one row, no padding, one id at a time."""
+    ids, image = vlm.encode_prompt(prompt), vlm.projector(tokens[None]) + vlm.pos_embed
+    found = []
+    for next_id in vlm.encode_answer(answer):
+        with torch.no_grad():
+            found.append(vlm.lm(image, torch.tensor([ids]))[0, -1].log_softmax(-1)[next_id])
+        ids.append(next_id)
+    return torch.stack(found)
+
+
+def vlm_loss(vlm, tokens: torch.Tensor, pairs: list) -> float:
+    return F.cross_entropy(*vlm(tokens, pairs), ignore_index=eval_vlm.IGNORE_INDEX).item()
+
+
+def test_vlm_loss_is_on_answers_and_eos_only():
+    vlm, tokens = small_vlm(), torch.randn(3, 4, 12)
+    pairs = [("what?", "red"), ("who is it?", "a"), ("", "long answer")]
+    expected = torch.cat(
+        [logprobs_one_by_one(vlm, t, *pair) for t, pair in zip(tokens, pairs, strict=False)]
+    )
+    assert vlm_loss(vlm, tokens, pairs) == pytest.approx(-expected.mean().item(), rel=1e-5)
+    _, targets = vlm(tokens, pairs)
+    assert (targets != -100).sum(1).tolist() == [
+        1 + 3 + 1,
+        1 + 1 + 1,
+        1 + 11 + 1,
+    ]  # space, letters, eos
+    lm = decoders.CaptionDecoder(500, 64, 32, 32, 2, 1)
+    fresh = eval_vlm.VisionLanguageModel(lm, LetterTokenizer(), 12, 32)
+    assert vlm_loss(fresh, tokens, pairs) == pytest.approx(math.log(500), abs=0.1)
+
+
+def test_option_scores_are_mean_log_probabilities():
+    vlm, tokens = small_vlm(), torch.randn(3, 4, 12)
+    options = [("a", "bcd", "ef", "g"), ("yes", "no"), ("x", "y", "zz")]
+    questions = [
+        eval_vlm.Question("kind", text, row[0], row)
+        for text, row in zip(("a?", "longer?", ""), options, strict=False)
+    ]
+    scores, is_greedy = vlm.score(tokens, questions)
+    assert [len(row) for row in scores] == [4, 2, 3]
+    for b, q in enumerate(questions):
+        for k, option in enumerate(q.options):
+            expected = logprobs_one_by_one(
+                vlm, tokens[b], eval_vlm.question_prompt(q.text), option
+            ).mean()
+            assert scores[b][k].item() == pytest.approx(expected.item(), abs=1e-5)
+            assert is_greedy[b][k] == (vlm.generate(tokens[b : b + 1], q.text) == option)
+
+
+def test_long_texts_are_cut_to_max_tokens():
+    vlm = small_vlm()
+    answer = vlm.encode_answer("x" * 999)
+    prompt = vlm.encode_prompt("y" * 999 + "z")
+    assert len(answer) == len(prompt) == eval_vlm.MAX_TOKENS
+    assert answer[-1] == 31 and prompt[0] == 30 and prompt[-1] == ord("z") % 30
+    assert vlm.encode_prompt("") == [30]
+
+
+def test_a_few_questions_are_memorized():
+    """The answers depend on the image alone: the question is the same."""
+    vlm, tokens = small_vlm(), torch.randn(8, 4, 12)
+    turns = [(i, eval_vlm.question_prompt("?"), "ABCDEFGH"[i]) for i in range(8)]
+    options = tuple("ABCDEFGH")
+    questions = [(i, eval_vlm.Question("letter", "?", answer, options)) for i, _, answer in turns]
+    cache = SimpleNamespace(get=lambda keys: tokens[keys])
+    config = SimpleNamespace(seed=0, batch_size=16, log_every=200)
+    eval_vlm.train(
+        vlm, cache, lambda rng: rng.choice(turns), "memorize", 200, 3e-3, config, nullcontext
+    )
+    assert vlm_loss(vlm, tokens, [turn[1:] for turn in turns]) < 0.1
+    answers = [vlm.generate(tokens[i : i + 1], "?") for i in range(8)]
+    assert answers == [vlm.tokenizer.decode(vlm.encode_answer(letter)) for letter in "ABCDEFGH"]
+    metrics = eval_vlm.evaluate(vlm, cache, questions, "choice")
+    assert metrics["choice_accuracy"] == metrics["choice_letter"] == metrics["exact_match"] == 1
+    assert metrics["choice_shuffled"] == 0 and metrics["choice_blind"] < 0.6
+    wrong = [(i, eval_vlm.Question("letter", "?", "Z", tuple("XYZ"))) for i in range(8)]
+    assert eval_vlm.evaluate(vlm, cache, wrong, "choice")["exact_match"] == 0
+    assert eval_vlm.evaluate(vlm, cache, [], "pope") == {}
+
+
+def scenes_info(count: int) -> dict:
+    rows = [shapes_module.shapes_example("train", i, 16) for i in range(count)]
+    return {
+        "scenes": [row["scene"] for row in rows],
+        "labels": torch.tensor([row["label"] for row in rows]),
+        "captions": [[row["text"]] for row in rows],
+    }
+
+
+def test_yes_no_questions_are_balanced_true_and_of_three_kinds():
+    bank = eval_vlm.QuestionBank(scenes_info(200), shapes_module.CLASS_NAMES)
+    for i in range(200):
+        objects = bank.objects[i]
+        questions = bank.yes_no_questions(i, eval_vlm.NEGATIVES, random.Random(i))
+        assert [q.answer for q in questions] == ["yes", "no"] * 3
+        for q in questions:
+            name = re.fullmatch(r"Is there an? (.+) in the (?:image|picture)\?", q.text)[1]
+            assert (name in objects) == (q.answer == "yes")
+            if q.answer == "no" and "adversarial" in q.kind:
+                assert any(set(name.split()) & set(other.split()) for other in objects)
+            if q.answer == "no" and "popular" in q.kind:
+                family = [other for other in bank.by_frequency
+                          if (other.split()[1] in shapes_module.MAIN_SHAPES)
+                          == (name.split()[1] in shapes_module.MAIN_SHAPES)]
+                assert family.index(name) < len(family) // 2
+
+
+def test_questions_about_class_labels():
+    info = {"scenes": [""] * 4, "labels": torch.tensor([0, 1, 1, -1])}
+    bank = eval_vlm.QuestionBank(info, ["old_shoe", "hat"])
+    assert bank.by_frequency == ["hat", "old shoe"] and bank.indices == [0, 1, 2]
+    questions = bank.yes_no_questions(0, eval_vlm.NEGATIVES, random.Random(0))
+    noun = "image" if "image" in questions[0].text else "picture"
+    texts = [f"Is there an old shoe in the {noun}?", f"Is there a hat in the {noun}?"]
+    assert [q.text for q in questions] == texts * 2  # labels have no adversarial negatives
+    [question] = bank.choice_questions(0, random.Random(0))
+    assert question.answer == "old shoe" and set(question.options) == {"old shoe", "hat"}
+
+
+def test_sampled_turns_mix_all_kinds():
+    bank, rng = eval_vlm.QuestionBank(scenes_info(100), shapes_module.CLASS_NAMES), random.Random(0)
+    turns = [bank.sample_turn(rng) for _ in range(1000)]
+    assert 0.4 < sum(answer in ("yes", "no") for _, _, answer in turns) / 1000 < 0.6
+    assert 0.05 < sum("seen from" in prompt for _, prompt, _ in turns) / 1000 < 0.5
+    assert eval_vlm.caption_turns([["a", " "], [""], ["b", "c"]]) == [
+        (0, "", "a"),
+        (2, "", "b"),
+        (2, "", "c"),
+    ]
+
+
+def test_yes_no_metrics():
+    answers, labels = (
+        ["yes", "yes", "yes", "no", "no", "no"],
+        ["yes", "yes", "no", "yes", "no", "no"],
+    )
+    found = eval_vlm.yes_no_metrics([(*pair, True) for pair in zip(answers, labels, strict=False)])
+    assert found == pytest.approx(
+        dict(accuracy=4 / 6, precision=2 / 3, recall=2 / 3, f1=2 / 3, yes_rate=0.5)
+    )
+    assert eval_vlm.yes_no_metrics([("no", "yes", True)] * 4)["f1"] == 0
+
+
+@pytest.fixture
+def vlm_flags(copied_run) -> list:
+    return [
+        "--ckpt",
+        copied_run,
+        "--device",
+        "cpu",
+        "--steps",
+        2,
+        2,
+        "--batch-size",
+        8,
+        "--n-train-images",
+        40,
+        "--n-test-images",
+        8,
+    ]
+
+
+def test_vlm_program_from_training_to_chat(copied_run, vlm_flags, tmp_path, monkeypatch, capsys):
+    weights = (copied_run / "encoder.safetensors").read_bytes()
+    run_main(monkeypatch, eval_vlm, *vlm_flags)
+    assert (copied_run / "encoder.safetensors").read_bytes() == weights
+    metrics = json.loads((copied_run / "vlm.json").read_text())
+    keys = (
+        "choice_accuracy choice_blind choice_shuffled pope_accuracy pope_f1 pope_yes_rate "
+        "pope_blind_f1 "
+        "pope_shuffled_f1 exact_match n_questions seconds"
+    )
+    assert all(metrics[key] is not None for key in keys.split())
+    first = torch.load(copied_run / "vlm.pt", weights_only=True)["model"]
+    run_main(monkeypatch, eval_vlm, *vlm_flags)
+    again = torch.load(copied_run / "vlm.pt", weights_only=True)["model"]
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    run_main(monkeypatch, eval_vlm, *vlm_flags, "--space", "latents")
+    assert (copied_run / "vlm_latents.png").is_file()
+
+    Image.new("RGB", (50, 40), "red").save(tmp_path / "a.png")
+    chat = ["--chat", tmp_path / "a.png", "What color is the circle?"]
+    capsys.readouterr()
+    for answer, printed in (("red", "red\n"), ("", "(empty answer)\n")):
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                eval_vlm.VisionLanguageModel, "generate", lambda *_, answer=answer: answer
+            )
+            run_main(patch, eval_vlm, *vlm_flags, *chat)
+        assert capsys.readouterr().out.endswith(printed)
+    run_main(monkeypatch, eval_vlm, *vlm_flags, *chat)
+    message = error_message(monkeypatch, eval_vlm, *vlm_flags, "--chat", HERE / "train.py", "Is?")
+    assert "cannot identify image file" in message
+    assert "without --chat" in error_message(
+        monkeypatch, eval_vlm, *vlm_flags, "--random-init", *chat
+    )
+    state = torch.load(copied_run / "vlm.pt", weights_only=True)
+    torch.save({**state, "checksum": state["checksum"] + 1}, copied_run / "vlm.pt")
+    assert "another encoder" in error_message(monkeypatch, eval_vlm, *vlm_flags, *chat)
+
+
+@pytest.mark.parametrize("flags, message", [
+    (("--space", "latents", "--random-init"), "uses no encoder"),
+    (("--pope", "x.json"), "--images"),
+    (("--chat", "a.png"), "expected 2"),
+    (("--steps", 0, 5), "--steps"),
+])
+def test_bad_vlm_flags(vlm_flags, monkeypatch, capsys, flags, message):
+    with pytest.raises(SystemExit) as stop:
+        run_main(monkeypatch, eval_vlm, *vlm_flags, *flags)
+    assert message in f"{stop.value.code} {capsys.readouterr().err}"
+
+
+def test_files_of_pope_seed_bench_and_llava(vlm_flags, copied_run, tmp_path, monkeypatch):
+    Image.new("RGB", (50, 40), "red").save(tmp_path / "a.png")
+    pope, seed, llava = (
+        tmp_path / "coco_pope_random.json",
+        tmp_path / "seed.json",
+        tmp_path / "llava.json",
+    )
+    row = {"question_id": 1, "image": "a.png", "text": "Is there a dog in the image?"}
+    pope.write_text("\n".join(json.dumps({**row, "label": label}) for label in ("yes", "no", "no")))
+    seed.write_text(
+        json.dumps(
+            {
+                "questions": [
+                    {
+                        "answer": "B",
+                        "choice_a": "One",
+                        "choice_b": "Two",
+                        "choice_c": "Three",
+                        "choice_d": "Four",
+                        "data_id": "a",
+                        "data_type": "image",
+                        "question": "How many towels are in the image?",
+                        "question_id": "1",
+                        "question_type_id": 5,
+                    },
+                    {"answer": "A", "data_type": "video", "data_id": "none", "question": "?"},
+                ],
+                "question_type": {"Instances Counting": 5},
+            }
+        )
+    )
+    llava.write_text(
+        json.dumps(
+            [
+                {
+                    "id": "1",
+                    "image": "a.png",
+                    "conversations": [
+                        {"from": "human", "value": "<image>\nWhat is it?"},
+                        {"from": "gpt", "value": "A red thing."},
+                        {"from": "human", "value": "Sure?"},
+                        {"from": "gpt", "value": "Yes."},
+                    ],
+                },
+                {"id": "2", "conversations": []},
+            ]
+        )
+    )
+    assert [q.answer for _, q in eval_vlm.parse_pope(pope, tmp_path)] == ["yes", "no", "no"]
+    assert list(eval_vlm.parse_seed_bench(seed, tmp_path)) == [
+        (
+            tmp_path / "a.png",
+            eval_vlm.Question(
+                "instances_counting",
+                "How many towels are in the image?",
+                "Two",
+                ("One", "Two", "Three", "Four"),
+            ),
+        )
+    ]
+    assert list(eval_vlm.parse_llava(llava, tmp_path)) == [
+        (tmp_path / "a.png", eval_vlm.question_prompt("What is it?"), "A red thing."),
+        (tmp_path / "a.png", eval_vlm.question_prompt("Sure?"), "Yes."),
+    ]
+    files = ("--pope", pope, "--seed-bench", seed, "--align", llava, "--instruct", llava)
+    run_main(monkeypatch, eval_vlm, *vlm_flags, *files, "--images", tmp_path)
+    metrics = json.loads((copied_run / "vlm.json").read_text())
+    assert metrics["file_pope_accuracy"] in (0, 1 / 3, 2 / 3, 1)
+    assert metrics["file_choice_instances_counting"] in (0, 1)
+
+    def message(*flags) -> str:
+        return error_message(monkeypatch, eval_vlm, *vlm_flags, *flags)
+
+    assert "parse_pope" in message("--pope", llava, "--images", tmp_path)
+    assert "has no image" in message("--pope", pope, "--images", HERE)
+    assert "parse_llava" in message("--instruct", seed, "--images", tmp_path)
+    assert "parse_seed_bench" in message("--seed-bench", llava, "--images", tmp_path)
+    pope.write_text("")
+    assert "no question" in message("--pope", pope, "--images", tmp_path)
+
+
+def test_a_language_model_of_transformers(tmp_path):
+    transformers, tokenizers = reference("transformers"), reference("tokenizers")
+    config = transformers.LlamaConfig(
+        vocab_size=40,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        bos_token_id=30,
+        eos_token_id=31,
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path)
+    vocab = {letter: i for i, letter in enumerate("abcdefghijklmnopqrstuvwxyz ?:.")} | {
+        "<s>": 30,
+        "</s>": 31,
+    }
+    letters = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token="?"))
+    letters.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=letters, bos_token="<s>", eos_token="</s>"
+    ).save_pretrained(tmp_path)
+    vlm, tokens = eval_vlm.build_vlm(str(tmp_path), None, 4, 12).eval(), torch.randn(2, 4, 12)
+    assert (vlm.tokenizer.bos, vlm.tokenizer.eos) == (30, 31)
+    assert vlm.tokenizer.encode_ordinary("ab c") == [0, 1, 26, 2]
+    questions = [
+        eval_vlm.Question("", "abcd", "g", ("g", "hi")),
+        eval_vlm.Question("", "f", "j", ("j", "kl", "m")),
+    ]
+    scores, _ = vlm.score(tokens, questions)
+    model, embed = vlm.lm.model, vlm.lm.model.get_input_embeddings()
+    for b, q in enumerate(
+        questions
+    ):  # the model's own loss: one row, no padding, [bos | image | text]
+        for k, option in enumerate(q.options):
+            prompt = vlm.tokenizer.encode_ordinary(eval_vlm.question_prompt(q.text))
+            answer = vlm.tokenizer.encode_ordinary(f" {option}") + [31]
+            text = embed(torch.tensor([[30, *prompt, *answer]]))
+            x = torch.cat([text[:, :1], vlm.projector(tokens[b : b + 1]), text[:, 1:]], dim=1)
+            labels = torch.tensor([[-100] * (x.shape[1] - len(answer)) + answer])
+            with torch.no_grad():
+                expected = -model(inputs_embeds=x, labels=labels).loss.item()
+            assert scores[b][k].item() == pytest.approx(expected, abs=1e-5)
+    with torch.no_grad():
+        ids = [30, *vlm.tokenizer.encode_ordinary(eval_vlm.question_prompt("abcd"))]
+        vlm.lm.model.lm_head.weight[31] = 0.0  # a greedy answer that does not end at once
+        text = embed(torch.tensor([ids]))
+        x = torch.cat([text[:, :1], vlm.projector(tokens[:1]), text[:, 1:]], dim=1)
+        expected = model.generate(inputs_embeds=x, max_new_tokens=5, do_sample=False)[0].tolist()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(eval_vlm, "MAX_TOKENS", 5)
+        patch.setattr(vlm, "encode_prompt", lambda text: ids)
+        assert vlm.generate(tokens[:1], "abcd") == vlm.tokenizer.decode(expected).strip()
+    with pytest.raises(runtime.UserError, match="could not be loaded"):
+        eval_vlm.build_vlm(str(tmp_path / "nothing"), None, 4, 12)
+
+
+# ---- README.md, RESULTS.md, the files as programs, the budgets -----------------------------------
+
+FILES = sorted(path.stem for path in HERE.glob("*.py") if not path.stem.startswith("test_"))
+PROGRAMS = ("train", "train_vae", "data", "eval_probe", "generate", "eval_vlm")
+
+
+def fenced_blocks(language: str) -> list[str]:
+    text = (HERE / "README.md").read_text()
+    return re.findall(rf"```{language}\n(.*?)```", text, re.S)
+
+
+def test_readme_commands_and_links_exist(monkeypatch, capsys):
     helps = {}
-    for file, rest in lines:
-        assert (HERE / file).is_file(), file
-        quoted = "".join(re.findall(r'"([^"]*)"', rest))  # what eval_probe.py --table hands on to train.py
-        for program, part in ((file, re.sub(r'"[^"]*"', "", rest)), ("train.py", quoted)):
-            if program not in helps:  # bench.py hands all other flags on
-                helps[program] = help_page(program) + (help_page("train.py") if program == "bench.py" else "")
-            for flag in re.findall(r"--[a-z][a-z-]*", part):
-                assert re.search(flag + r"(?![\w-])", helps[program]), f"{program} has no {flag}"
-    sections = {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in re.findall(r"(?m)^## (.*)$", text)}
-    for name in re.findall(r"\]\(([^)]+)\)", text):
-        there = name[1:] in sections if name[0] == "#" else name.startswith("https:") or (HERE / name).is_file()
-        assert there, f"README.md points to {name}"
+    for name in PROGRAMS:
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", "--help"])
+        with pytest.raises(SystemExit):
+            importlib.import_module(name).main()
+        helps[name] = capsys.readouterr().out
+    lines = re.findall(r"(?:python|torchrun[^\n]*?) (\w+)\.py([^\n#|&]*)",
+                       "\n".join(fenced_blocks("bash")))
+    assert len(lines) >= 12
+    for name, flags in lines:
+        for flag in re.findall(r"--[a-z][a-z-]*", flags):
+            assert re.search(flag + r"(?![\w-])", helps[name]), f"{name}.py has no {flag}"
+    for script in re.findall(r"bash (recipes/\w+\.sh)", "\n".join(fenced_blocks("bash"))):
+        assert (HERE / script).is_file(), script
+    for document in ("README.md", "RESULTS.md"):
+        text = (HERE / document).read_text()
+        for name in re.findall(r"\]\(([^)#]+)\)", text):
+            found = name.startswith("https:") or (HERE / name).is_file()
+            assert found, f"{document} points to {name}"
+        assert "@" not in re.sub(r"\w@\w|@article|R@\d", "", text), "a placeholder is left"
 
 
-def test_reading_table_is_true():
-    """Every file stands in the table, with its lines of code (without docstrings, comments, blank lines) and of all."""
-    rows = dict(re.findall(r"^\| \[(\w+\.py)\].*\| ([\d, ]+) \|$", (HERE / "README.md").read_text(), re.M))
-    assert set(rows) == {path.name for path in HERE.glob("*.py")}
-    for name, said in rows.items():
-        lines = (HERE / name).read_text().splitlines()
-        for number, true in zip(said.split(","), (code_lines("\n".join(lines)), len(lines)), strict=True):
-            assert int(number) == pytest.approx(true, rel=0.1), f"{name} has {true} lines, README says {number}"
-    lengths = [node.end_lineno - node.lineno + 1 for name in rows if name != "test_all.py"
-               for node in ast.walk(ast.parse((HERE / name).read_text())) if isinstance(node, ast.FunctionDef)]
-    assert max(lengths) <= 90 and statistics.median(lengths) <= 10
+def test_readme_is_short_and_starts_with_a_command():
+    lines = (HERE / "README.md").read_text().splitlines()
+    assert len(lines) <= 250 and sum(len(line.split()) for line in lines) <= 2800
+    assert next(i for i, line in enumerate(lines, 1) if line.startswith("```bash")) <= 20
 
 
-def code_lines(source: str) -> int:
-    tree, tokens = ast.parse(source), tokenize.generate_tokens(io.StringIO(source).readline)
-    silent = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
-    lines = {n for t in tokens if t.type not in silent for n in range(t.start[0], t.end[0] + 1)}
-    for node in ast.walk(tree):
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node, False) is not None:
-            lines -= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
-    return len(lines)
+def test_budgets():
+    """Lines and AST nodes without tests. The aim is 4,600 and 42,000: a change may lower these
+    numbers, not raise them."""
+    num_lines = num_nodes = 0
+    for name in FILES:
+        text = (HERE / f"{name}.py").read_text()
+        lines = text.splitlines()
+        assert len(lines) <= 560 and max(map(len, lines)) <= 100, name
+        num_lines += len(lines)
+        num_nodes += sum(1 for _ in ast.walk(ast.parse(text)))
+    assert num_lines <= MAX_LINES and num_nodes <= MAX_NODES, (num_lines, num_nodes)
+
+
+def test_files_import_only_those_above_them():
+    text = (HERE / "README.md").read_text()
+    order = re.findall(r"(?m)^\| \[(\w+)\.py\]", text)
+    assert set(order) == {*FILES, "test_all"}
+    for i, name in enumerate(order[:-1]):
+        tree = ast.parse((HERE / f"{name}.py").read_text())
+        imported = set()
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Import):
+                imported.update(alias.name for alias in node.names)
+            elif isinstance(node, ast.ImportFrom):
+                imported.add(node.module)
+        assert not imported & set(order[i:]), f"{name}.py imports a later file"
+        assert name == "train" or "train" not in imported
+
+
+def test_every_setting_is_read_and_every_deviation_listed():
+    code = {name: (HERE / f"{name}.py").read_text() for name in FILES}
+    read = code["train"] + code["openvision3"] + code["data"]
+    for name in train.Config.__dataclass_fields__:
+        pattern = rf"\b(?:c|config)\.{name}\b|\"{name}\""
+        assert re.search(pattern, read), f"{name} is read nowhere"
+    readme = (HERE / "README.md").read_text()
+    deviations = readme.split("## Differences from the paper")[1].split("\n## ")[0]
+    for name, text in code.items():
+        if "DIFFERS:" in text:
+            assert f"`{name}.py`" in deviations, f"{name}.py differs from the paper"
+
+
+def test_programs_keep_waiting_threads_from_spinning():
+    for name in PROGRAMS:
+        text = (HERE / f"{name}.py").read_text()
+        assert text.index("OMP_WAIT_POLICY") < text.index("\nimport torch"), name
+
+
+@pytest.mark.parametrize("name", ["vae", "encoder", "decoders", "losses", "openvision3", "shapes"])
+def test_model_files_run_alone(name, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [f"{name}.py"])
+    runpy.run_path(str(HERE / f"{name}.py"), run_name="__main__")
+    assert capsys.readouterr().out
 
 
 def test_readme_block_for_open_clip(monkeypatch, tmp_path):
     reference("open_clip.transformer")
-    blocks = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.S)
-    block = next(b for b in blocks if "open_clip" in b)
-    size = encoder.SIZES["Nano"]
-    ours = stirred(encoder.ImageEncoder(8, **{key: size[key] for key in ("width", "depth", "heads", "embed_dim")}))
+    block = next(b for b in fenced_blocks("python") if "open_clip" in b)
+    ours = encoder.ImageEncoder(8, width=192, depth=3, heads=3, embed_dim=192)
+    for p in ours.parameters():
+        if p.ndim >= 2:
+            p.data += 0.02 * torch.randn(p.shape)
     (tmp_path / "runs" / "laptop").mkdir(parents=True)
     encoder.save_encoder(ours, tmp_path / "runs" / "laptop" / "encoder.safetensors")
     monkeypatch.chdir(tmp_path)
     names = {}
     exec(block, names)
     latents = torch.randn(2, 16, 8, 8)
-    for a, b in zip(ours(latents), names["tower"](latents)):
-        assert_same(a, b, 1e-5)
-
-
-def test_readme_block_for_llava(tmp_path):
-    reference("transformers")
-    blocks = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.S)
-    names = {}
-    exec(next(b for b in blocks if "OpenVision3Tower" in b), names)
-    size = encoder.SIZES["Nano"]
-    ours = stirred(encoder.ImageEncoder(8, **{key: size[key] for key in ("width", "depth", "heads", "embed_dim")}))
-    encoder.save_encoder(ours, tmp_path / "encoder.safetensors")
-    tower = names["OpenVision3Tower"](str(tmp_path), "tiny", delay_load=True)
-    picture = data.shapes_example("test", 0, 64)["image"]
-    pixels = tower.image_processor.preprocess(picture, return_tensors="pt")["pixel_values"]
-    assert torch.allclose(pixels[0], data.to_tensor(picture), atol=1e-5)
-    tokens = tower(pixels)
-    assert_same(tokens, ours(vae.load_vae("tiny").encode(pixels))[1], 1e-6)
-    assert tokens.shape == (1, tower.num_patches, tower.hidden_size) and not tokens.requires_grad
-    assert not any("codec" in name for name in tower.state_dict()) and tower.dummy_feature.shape == (1, 192)
-
-
-def test_files_import_only_those_above_them():
-    order = re.findall(r"(?m)^\| \[(\w+)\.py\]", (HERE / "README.md").read_text())
-    for i, name in enumerate(order):
-        tree = ast.parse((HERE / f"{name}.py").read_text())
-        imported = {alias.name for node in tree.body if isinstance(node, ast.Import) for alias in node.names}
-        imported |= {node.module for node in tree.body if isinstance(node, ast.ImportFrom)}
-        later = imported & set(order[i:])
-        assert not later - ({"data"} if name == "vae" else set()), f"{name}.py imports {later}, which come after it"
-
-
-def test_every_setting_is_read_and_every_deviation_listed():
-    code = {p.name: p.read_text() for p in HERE.glob("*.py") if p.name != "test_all.py"}
-    for name in train.Config.__dataclass_fields__:
-        assert re.search(rf"\b(?:c|config|model\.config)\.{name}\b", code["train.py"]), f"{name} is read nowhere"
-    deviations = (HERE / "README.md").read_text().split("## Where we differ")[1].split("\n## ")[0]
-    for name, text in code.items():
-        if "DIFFERS:" in text:
-            assert f"`{name}`" in deviations, f"{name} differs from the paper; say so in the README"
-
-
-@pytest.mark.parametrize("file", ["encoder.py", "decoders.py", "losses.py", "vae.py"])
-def test_model_files_run_alone(file, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", [file])
-    runpy.run_path(str(HERE / file), run_name="__main__")
-    assert capsys.readouterr().out
+    with torch.no_grad():
+        for a, b in zip(ours(latents), names["tower"](latents), strict=True):
+            assert_same(a, b, 1e-5)

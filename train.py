@@ -1,846 +1,558 @@
 """
-train.py: stage 5, the joint training: one encoder learns to reconstruct and to mean something, at the same time.
+train.py: stage 7, joint training: one encoder learns to reconstruct and to understand.
 
-Everything meets here. A batch of pictures and captions goes through the frozen VAE and the encoder; the tokens that
-come out are asked two things at once, "paint me back" and "say what I am", and the gradients of both answers meet in
-the encoder (paper sec 3.2-3.3). `OpenVision3.forward` below is the method, on one screen; the rest of the file is
-configuration, one straight loop, and what a run leaves behind.
+The file is configuration and one straight loop; the method itself is openvision3.py. Without any
+flag it trains the laptop preset on drawn images, on whatever device is there, and downloads
+nothing. A preset `paper-*` is a column of the paper's Table 1 (sec 3.3).
 
-    images [B,3,R,R] -> VAE -> latents [B,16,R/8,R/8] -> encoder -> tokens z_u [B,N,W], pooled [B,E]
-        tokens + noise -> latent decoder -> latents^ -> VAE decoder -> images^     L1, 0.4 latent L1 (, LPIPS)   * 0.5
-        tokens, caption so far -> caption decoder -> next word                     cross entropy                 * 1.0
-        pooled, text encoder(caption)                                              InfoNCE over the batch        * 1.0
+    load_data -> uint8 images [B,3,R,R], caption ids [B,T] -> OpenVision3.forward -> loss
+    -> gradients -> clip -> AdamW -> log line, held-out losses, reconstruction grid, checkpoint
 
-Letters: B batch, R resolution, N = (R/16)^2 image tokens, W width, E shared embedding width, T text length,
-         V vocabulary; C channels of the latents and P side of a patch, 16 and 2. With --vae pixels latents are the
-         pictures, [B,3,R,R], and P is 16.
-
-Run:    python train.py                                   # laptop: 2 CPU cores, minutes, nothing downloaded
-        python train.py --data FOLDER --out runs/mine     # your own pictures, with captions or class folders
-        torchrun --nproc-per-node 2 train.py              # the same run on several processes, the same global batch
-        python train.py --preset paper-b --dry-run        # what a run would cost; --bench: how long a step takes here
-Source: paper sec 3-4 and Table 1 (presets); optimizer and schedule as OpenVision 1 where the paper is silent; batches
-        in parts as GradCache (arXiv 2101.06983).
-Next:   eval_probe.py; or bench.py, what a step costs, which can be left out
+Shapes: B batch, R resolution, T text length, V vocabulary.
+Run:    python train.py                                # laptop preset: minutes on 2 CPU cores
+        python train.py --data FOLDER --out runs/mine  # your images, captioned or in class folders
+        torchrun --nproc-per-node 8 train.py --preset gpu          # the same run on 8 GPUs
+        python train.py --preset paper-b --dry-run     # what a run costs; --bench times a step
+Source: paper sec 3-4 and Table 1; optimizer and schedule as OpenVision 1 where the paper is silent
+Next:   eval_probe.py
 """
-import argparse
-import ctypes
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: threads that wait do not spin
+
 import dataclasses
-import hashlib
 import json
 import math
-import os
 import shlex
-import signal
-import subprocess
 import sys
-import threading
 import time
-from contextlib import contextmanager, nullcontext
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, get_args
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
-from matplotlib.figure import Figure
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from data import (Data, Pictures, Tokenizer, UserError, at_least, check_crop, evaluation_loader, first_line, is_main,
-                  open_data, picture_grid, plain_errors, to_image, training_loader, write_atomically)
-from decoders import CaptionDecoder, LatentDecoder
-from encoder import SIZES, ImageEncoder, TextEncoder, save_encoder
-from losses import LPIPS, contrastive_loss, openvision3_loss, words_per_process
-from vae import AutoencoderKL, Pixels, find_vae, load_vae
+import cost
+import data as data_module
+import runtime
+from data import eval_loader, load_run_data, resolve_num_workers
+from encoder import SIZES
+from openvision3 import OpenVision3, grad_cache_backward, load_checkpoint, save_checkpoint
+from runtime import UserError, any_rank, arg
+from tokenizer import make_tokenizer
+from vae import load_vae, vae_sha256
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Configuration: one field, one flag
-# ---------------------------------------------------------------------------------------------------------------------
+LOSSES = ("loss", "pixel", "latent", "lpips", "caption", "contrastive")
+DTYPES, OPTIMIZERS = ("auto", "float32", "bfloat16"), ("adamw", "muon")
 
-
-def field(default, help: str):
-    return dataclasses.field(default=default, metadata={"help": help})
+# ---- Configuration: one field, one flag ----------------------------------------------------------
 
 
 @dataclass
 class Config:
-    """Every setting of a run. The defaults are the laptop preset."""
-    data: str = field("shapes", "shapes (drawn here), a folder, a parquet or tar file, or a Hugging Face hub id")
-    config: str | None = field(None, "configuration name of a hub data set")
-    split: str | None = field(None, "split to train on (default: train)")
-    image_col: str | None = field(None, "column with the pictures (default: found by the usual names)")
-    text_col: str | None = field(None, "column with the captions, likewise")
-    label_col: str | None = field(None, "column with the class labels, likewise; labels alone become captions")
-    streaming: bool = field(False, "read a hub data set, parquet files or tars as a stream, never whole")
-    tokenizer: str = field("bpe", "bpe (trained on the captions), or one of tiktoken's: gpt2, cl100k_base, ...")
-    context_length: int = field(26, "text tokens per caption, bos and eos included; longer captions are cut")
-    resolution: int = field(64, "picture side in pixels, a multiple of 16")
-    crop: float = field(0.4, "smallest share of the area a random crop keeps (shapes are never cropped)")
-    flip: bool = field(False, "mirror half of the pictures; wrong for captions that say left or right")
-    vae: str = field("tiny", "frozen VAE: tiny; flux (fetched, 335 MB); a file: vae.py's, FLUX's, diffusers'; or "
-                             "pixels, none at all: the ViT reads patches of 16x16 pixels")
-    size: str = field("Nano", f"row of encoder.SIZES: {', '.join(SIZES)}")
-    steps: int = field(900, "optimizer steps of the whole run")
-    batch_size: int = field(64, "pictures per step, over all processes; also the number of contrastive candidates")
-    accumulate: int = field(1, "parts each process's share of a step is cut into, to fit the memory; same gradients, "
-                               "but for the decoder's noise")
-    recompute: bool = field(False, "recompute the insides of blocks in the backward pass: less memory, more time")
-    lr: float = field(7e-4, "peak learning rate")
-    base_lr: float | None = field(None, "learning rate per 256 pictures of the batch, in place of --lr")
-    warmup: int = field(50, "steps of linear warm-up; cosine to zero follows")
-    weight_decay: float = field(0.1, "decoupled decay, on matrices only")
-    clip: float = field(1.0, "largest gradient norm; larger ones are scaled down to it")
-    w_rec: float = field(0.5, "weight of reconstruction (paper Table 1); 0: its decoder still learns, tokens do not")
-    w_und: float = field(1.0, "weight of understanding (paper Table 1); 0: its towers still learn, tokens do not")
-    beta: float = field(0.4, "weight of latent L1 within reconstruction (paper Table 1)")
-    alpha: float = field(1.0, "weight of the contrastive term within understanding (paper Table 1)")
-    lpips_weight: float = field(0.0, "weight of LPIPS (paper Table 1: 0, in finetuning 0.5); needs the two files below")
-    lpips_vgg: str | None = field(None, "torchvision's vgg16 weights file, for LPIPS; or fetch (553 MB)")
-    lpips_lin: str | None = field(None, "LPIPS v0.1's vgg.pth, or fetch")
-    pixel_every: int = field(16, "pixel L1 and LPIPS on every n-th picture of the batch only; 1: on all, as the paper")
-    tau: float = field(0.2, "noise on the decoder's tokens: strength drawn from U[0, tau] per image, in units of z_u")
-    out: str = field("runs/laptop", "run folder")
-    init: str | None = field(None, "run folder whose weights to start from, with a fresh optimizer: the second stage")
-    freeze_encoder: bool = field(False, "keep the encoder of --init as it is; decoders and text tower learn")
-    resume: bool = field(False, "continue the run in --out; takes the same flags")
-    seed: int = field(0, "fixes weights, order, crops and noise")
-    device: str = field("auto", "auto (cuda, else mps, else cpu), cuda, mps or cpu")
-    dtype: str = field("auto", "auto (bfloat16 on cuda, else float32), float32, bfloat16; weights stay float32")
-    compile: bool | None = field(None, "torch.compile the trained parts (default: on cuda only)")
-    workers: int = field(0, "loader processes; 0 loads in the training process")
-    log_every: int = field(10, "steps between log lines")
-    save_every: int = field(250, "steps between checkpoints; the last step always saves")
-    sample_every: int = field(100, "steps between picture grids; there is one before the first step")
-    log_ids: bool = field(False, "write the sample ids of every step to ids-RANK.jsonl")
-    dry_run: bool = field(False, "print what the run would cost and stop")
-    bench: bool = field(False, "time the training step on made-up pictures and stop; --steps of them, 20 if not given")
+    """All settings of a run. The defaults are the laptop preset."""
+    data: str = arg("shapes", "shapes (drawn), a folder, a table, tars, or a hub id", "data")
+    out: str = arg("runs/laptop", "run folder", "data", path=True)
+    resolution: int = arg(64, "image side in pixels, a multiple of 16", "data", min=16)
+    config: str | None = arg(None, "configuration name of a hub data set", "data")
+    split: str | None = arg(None, "split to train on (default: train)", "data")
+    image_col: str | None = arg(None, "image column (default: by the usual names)", "data")
+    text_col: str | None = arg(None, "caption column; json.caption reaches into json", "data")
+    label_col: str | None = arg(None, "label column; labels alone become captions", "data")
+    class_names: str | None = arg(None, "file: folder name -> class name", "data", path=True)
+    streaming: bool = arg(False, "stream a hub data set, parquet files or tars", "data")
+    stream_test_images: int = arg(2000, "images a stream holds out for testing", "data", min=1)
+    min_crop_scale: float = arg(0.4, "smallest area of random crops", "data", min=1e-3, max=1)
+    flip: bool = arg(False, "mirror half of the images; wrong for left/right captions", "data")
+    num_workers: str = arg("0", "DataLoader workers, or auto", "data")
+
+    size: str = arg("Nano", "row of encoder.SIZES", "model", choices=tuple(SIZES))
+    vae: str = arg("tiny", "tiny, flux (335 MB), a path, or pixels: none", "model", path=True)
+    vae_dtype: str = arg("float32", "precision of the VAE encoder", "model", choices=DTYPES[1:])
+    tokenizer: str = arg("bpe", "bpe (trained on the captions), gpt2, cl100k_base, ...", "model")
+    context_length: int = arg(26, "text tokens per caption, bos and eos included", "model", min=4)
+    init_from: str | None = arg(None, "run to take the weights from", "model", path=True)
+    freeze_encoder: bool = arg(False, "train only decoders and text encoder", "model")
+
+    w_rec: float = arg(0.5, "weight of reconstruction; 0: the decoder trains on detached tokens",
+                       "objective", min=0)
+    w_und: float = arg(1.0, "weight of understanding; 0: it trains on detached tokens",
+                       "objective", min=0)
+    beta: float = arg(0.4, "weight of latent L1 within reconstruction", "objective", min=0)
+    alpha: float = arg(1.0, "weight of contrastive within understanding", "objective", min=0)
+    lpips_weight: float = arg(0.0, "weight of LPIPS (fetches 553 MB)", "objective", min=0)
+    tau: float = arg(0.2, "decoder noise: std drawn from U[0, tau] per image", "objective", min=0)
+    pixel_loss_every: int = arg(16, "pixel loss on each n-th image; paper: 1", "objective", min=1)
+
+    steps: int = arg(900, "optimizer steps of the whole run", "optimization", min=1)
+    batch_size: int = arg(64, "global batch, over all ranks", "optimization", min=2)
+    lr: float = arg(7e-4, "peak learning rate", "optimization", min=0)
+    base_lr: float | None = arg(None, "lr = base_lr * batch_size / 256", "optimization", min=0)
+    warmup: int = arg(50, "steps of linear warm-up; cosine to 0 follows", "optimization", min=0)
+    weight_decay: float = arg(0.1, "decoupled decay of matrices", "optimization", min=0)
+    optimizer: str = arg("muon", "of matrices; paper: adamw", "optimization", choices=OPTIMIZERS)
+    grad_clip: float = arg(1.0, "maximum gradient norm", "optimization", min=1e-6)
+    accum_steps: int = arg(1, "micro-batches; the same gradients", "optimization", min=1)
+    grad_checkpointing: bool = arg(False, "recompute activations to save memory", "optimization")
+
+    resume: bool = arg(False, "continue the run in --out; takes the same flags")
+    seed: int = arg(0, "seed of weights, order, crops and noise", min=0)
+    device: str = arg("auto", "auto (cuda, else mps, else cpu), cuda, mps or cpu")
+    dtype: str = arg("auto", "autocast; auto: bfloat16 where the GPU has it", choices=DTYPES)
+    compile: bool | None = arg(None, "torch.compile (default: on GPUs that Triton supports)")
+    log_every: int = arg(10, "steps between log lines", min=1)
+    eval_every: int = arg(100, "steps between held-out losses", min=1)
+    sample_every: int = arg(100, "steps between reconstruction grids", min=1)
+    save_every: int = arg(250, "steps between checkpoints", min=1)
+    keep: int = arg(0, "numbered checkpoints to keep beside last.pt", min=0)
+    minutes: float | None = arg(None, "stop after so many minutes, with a checkpoint", min=0)
+    log_ids: bool = arg(False, "write each step's sample ids to ids-RANK.jsonl")
+    dry_run: bool = arg(False, "print parameters, FLOPs and memory, and stop")
+    bench: bool = arg(False, "time the training step on random images (--steps, else 20)")
 
 
 PRESETS = {
     "laptop": {},
-    "smoke": dict(steps=4, batch_size=8, pixel_every=4, warmup=1, log_every=1, save_every=2, sample_every=4,
-                  out="runs/smoke"),
-    "gpu": dict(size="S", resolution=128, pixel_every=1, steps=20_000, batch_size=512, lr=5e-4, warmup=1000,
-                workers=12, out="runs/gpu", log_every=20, save_every=1000, sample_every=1000),
-    # Table 1: 4000 + 400 ImageNet-sized epochs (steps = epochs * 1,281,167 // batch), warm-up 40 + 20 epochs
-    "paper-b": dict(size="B", vae="flux", resolution=128, pixel_every=1, steps=625_569, batch_size=8192, base_lr=8e-6,
-                    warmup=6255, weight_decay=0.2, context_length=80, workers=16, out="runs/paper-b",
-                    log_every=50, save_every=1000, sample_every=5000),
+    "smoke": dict(
+        steps=4, batch_size=8, pixel_loss_every=4, warmup=1, log_every=1, save_every=2,
+        sample_every=4, eval_every=4, out="runs/smoke"),
+    "gpu": dict(
+        size="S", resolution=128, pixel_loss_every=1, steps=20_000, batch_size=512,
+        optimizer="adamw", lr=5e-4, warmup=1000, num_workers="auto", log_every=20, save_every=1000,
+        sample_every=1000, eval_every=500, out="runs/gpu"),
+    # Table 1: 4000 + 400 ImageNet epochs (steps = epochs * 1,281,167 // batch), warm-up 40 + 20
+    "paper-b": dict(
+        size="B", vae="flux", resolution=128, pixel_loss_every=1, steps=625_569, batch_size=8192,
+        optimizer="adamw", base_lr=8e-6, warmup=6255, weight_decay=0.2, context_length=80,
+        num_workers="auto", log_every=50, save_every=1000, sample_every=5000, eval_every=1000,
+        out="runs/paper-b"),
 }
-PRESETS["paper-l"] = PRESETS["paper-b"] | dict(size="L", out="runs/paper-l")
+FINETUNE = dict(resolution=256, steps=125_113, batch_size=4096, base_lr=4e-7, lpips_weight=0.5)
+PRESETS["paper-l"] = {**PRESETS["paper-b"], "size": "L", "out": "runs/paper-l"}
 for name in ("paper-b", "paper-l"):
-    PRESETS[f"{name}-finetune"] = PRESETS[name] | dict(
-        init=f"runs/{name}", resolution=256, steps=125_113, batch_size=4096, base_lr=4e-7, lpips_weight=0.5,
-        lpips_vgg="fetch", lpips_lin="fetch", out=f"runs/{name}-finetune")
+    PRESETS[f"{name}-finetune"] = {**PRESETS[name], **FINETUNE, "init_from": f"runs/{name}",
+                                   "out": f"runs/{name}-finetune"}
+
+RESUME_MAY_CHANGE = (
+    "resume out device dtype compile num_workers log_every eval_every save_every sample_every "
+    "log_ids dry_run bench accum_steps init_from keep grad_checkpointing minutes").split()
 
 
-def parse_config(argv: list[str] | None = None) -> Config:
-    parser = argparse.ArgumentParser(
-        description="Trains the OpenVision 3 objective. Without flags: the laptop preset, on drawn shapes, on whatever "
-                    "this machine has.",
-        usage="%(prog)s [--preset NAME] [--FLAG VALUE ...]", allow_abbrev=False)
-    parser.add_argument("--preset", choices=PRESETS, default="laptop", help="starting values for all other flags")
-    for f in dataclasses.fields(Config):
-        kind = (get_args(f.type) or (f.type,))[0]  # of `float | None`, float
-        how = dict(action=argparse.BooleanOptionalAction) if kind is bool else dict(type=kind, metavar=kind.__name__)
-        parser.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS,
-                            help=f"{f.metadata['help']} (laptop: {f.default})", **how)
-    given = vars(parser.parse_args(argv))
-    preset = PRESETS[given.pop("preset")]
-    if "lr" in given:  # it overrules a preset's rule
-        preset = preset | {"base_lr": None}
-    config = Config(**{**preset, **given})
-    if config.bench and not config.dry_run and "steps" not in given:
-        config.steps = 20
-    check_config(config)
-    if config.base_lr is not None:
-        config.lr = config.base_lr * config.batch_size / 256  # OpenVision 1's rule
-    return config
-
-
-def check_config(c: Config) -> None:
-    for f in dataclasses.fields(Config):
-        value = getattr(c, f.name)
-        if isinstance(value, float) and not math.isfinite(value):
-            raise UserError(f"--{f.name.replace('_', '-')} is {value}; it must be a finite number")
-    at_least(c, steps=1, pixel_every=1, accumulate=1, resolution=16, context_length=4, log_every=1, save_every=1,
-             sample_every=1, warmup=0, workers=0, lr=0, w_rec=0, w_und=0, beta=0, alpha=0, lpips_weight=0, tau=0,
-             weight_decay=0, clip=0, seed=0)
-    if c.batch_size < 2:
-        raise UserError(f"--batch-size {c.batch_size} is too small; the contrastive loss needs another picture to "
-                        "compare with")
+def parse_config(argv=None):
+    description = "Trains OpenVision 3. Without flags: the laptop preset, on drawn images."
+    c, given = runtime.parse_args(Config, description, PRESETS, argv)
+    if "lr" in given and "base_lr" not in given:
+        c.base_lr = None  # --lr overrules a preset's rule
+    if c.base_lr is not None:
+        c.lr = c.base_lr * c.batch_size / 256  # OpenVision 1's rule
+    if c.bench and "steps" not in given:
+        c.steps = 20
     if c.resolution % 16:
-        raise UserError(f"--resolution {c.resolution} is not a multiple of 16: one token covers 16x16 pixels")
-    if c.size not in SIZES:
-        raise UserError(f"--size {c.size} is unknown; there are {', '.join(SIZES)}")
-    check_crop(c.crop)
-    if c.freeze_encoder and not c.init:
-        raise UserError("--freeze-encoder keeps the encoder of an earlier run: name that run with --init")
+        raise UserError(f"--resolution {c.resolution} is not a multiple of 16, the side of a token")
+    if c.freeze_encoder and not c.init_from:
+        raise UserError("--freeze-encoder keeps the encoder of an earlier run: give --init-from")
     if c.w_rec == c.w_und == 0:
         raise UserError("--w-rec 0 --w-und 0 leaves the encoder nothing to learn")
-    if c.clip == 0:
-        raise UserError("--clip 0 would scale every gradient to nothing; to switch clipping off, give a large number")
-    if c.dtype not in ("auto", "float32", "bfloat16"):
-        raise UserError(f"--dtype {c.dtype} is unknown; there are auto, float32, bfloat16")
+    resolve_num_workers(c.num_workers)
+    return c
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The method
-# ---------------------------------------------------------------------------------------------------------------------
+def check_batch(c, world_size):
+    """Ranks and micro-batches must not change which images of the batch are decoded."""
+    divisor = world_size * c.accum_steps * c.pixel_loss_every
+    if c.batch_size % divisor:
+        raise UserError(f"--batch-size {c.batch_size}, the global batch, must be a multiple of "
+                        f"processes x --accum-steps x --pixel-loss-every = {divisor}")
 
 
-class OpenVision3(nn.Module):
-    """All parts and the objective. The VAE is frozen; everything else learns."""
-
-    def __init__(self, config: Config, tokenizer: Tokenizer, vae: AutoencoderKL | Pixels):
-        super().__init__()
-        C, P = vae.config["z_channels"], 16 // vae.downsampling  # 16x16 pixels a token: 2x2 latents
-        if (C, P) not in ((16, 2), (3, 16)):
-            raise UserError(f"--vae {config.vae} gives {C} channels at 1/{vae.downsampling} of the picture's side; "
-                            "OpenVision 3 reads 16 at 1/8, as FLUX.1's VAE gives them")
-        size, V, T = SIZES[config.size], tokenizer.vocab_size, config.context_length
-        grid, W, E = config.resolution // vae.downsampling, size["width"], size["embed_dim"]
-        self.encoder = ImageEncoder(grid, P, C, W, size["depth"], size["heads"], E)
-        width, depth = size["decoder"]
-        self.latent_decoder = LatentDecoder(W, grid, width, depth, width // 64, P, C)
-        width, depth = size["caption"]
-        self.caption_decoder = CaptionDecoder(V, T, W, width, depth, width // 64)
-        width, depth = size["text"]
-        self.text_encoder = TextEncoder(V, T, width, depth, width // 64, E)
-        self.log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))  # CLIP's start; not bounded, as in OpenVision 1
-        perceptual = LPIPS(config.lpips_vgg, config.lpips_lin) if config.lpips_weight > 0 else None
-        self.frozen = [vae, perceptual]  # a list hides them from state_dict(), parameters() and train()
-        self.config, self.pad = config, tokenizer.pad
-
-    @property
-    def vae(self) -> AutoencoderKL | Pixels:
-        return self.frozen[0]
-
-    @property
-    def perceptual(self) -> LPIPS | None:
-        return self.frozen[1]
-
-    def forward(self, images: Tensor, ids: Tensor, cached: dict | None = None) -> dict[str, Tensor]:
-        """images [B,3,R,R] in [-1,1], ids [B,T] -> the loss, its five terms, and the tokens' standard deviation.
-        `cached`: what `backward_in_parts` knows of the whole batch, where this is only a part of it."""
-        c = self.config
-        with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
-            latents = self.vae.encode(images)                          # (B, 16, R/8, R/8), in fp32
-        pooled, tokens = self.encoder(latents)                         # (B, E), (B, N, W)
-        to_rebuild = to_understand = tokens
-        if c.w_rec == 0:                                               # weight 0: trains on detached tokens
-            to_rebuild = tokens.detach()                               # DIFFERS: the paper (figs 4, 5) does not say
-        if c.w_und == 0:
-            to_understand = tokens.detach()
-            pooled = self.encoder.pool(to_understand)                  # (B, E)
-
-        predicted = self.latent_decoder(to_rebuild, tau=c.tau)         # (B, 16, R/8, R/8)
-        every_nth = slice(None, None, c.pixel_every)                   # DIFFERS: see --pixel-every in the README
-        reconstruction = self.vae.decode(predicted[every_nth])         # (B/pixel_every, 3, R, R)
-
-        logits = self.caption_decoder(to_understand, ids[:, :-1])      # (B, T-1, V)
-        text = self.text_encoder(ids)                                  # (B, E)
-
-        with torch.autocast(images.device.type, enabled=False):        # losses in fp32
-            terms = openvision3_loss(
-                images=images[every_nth], reconstruction=reconstruction, latents=latents, predicted_latents=predicted,
-                caption_logits=logits, caption_targets=ids[:, 1:], pad_id=self.pad,
-                image_features=pooled, text_features=text, logit_scale=self.log_scale.exp(),
-                w_rec=c.w_rec or 0.5, w_und=c.w_und or 1.0,            # weight 0: detached above, still trained
-                beta=c.beta, alpha=c.alpha, perceptual=self.perceptual, lpips_weight=c.lpips_weight,
-                **(self.terms_of_the_whole(pooled, text, cached) if cached else {}))
-        return {**terms, "token_std": tokens.detach().float().std()}
-
-    @torch.no_grad()
-    def reconstruct(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Without noise: (what the VAE alone gives back, what we give back, tokens)."""
-        latents = self.vae.encode(images)
-        _, tokens = self.encoder(latents)
-        return self.vae.decode(latents), self.vae.decode(self.latent_decoder(tokens)), tokens
-
-    def write_captions(self, tokens: Tensor, tokenizer: Tokenizer) -> list[str]:
-        """The likeliest word after word, [B,N,W] -> B captions."""
-        ids = self.caption_decoder.generate(tokens, tokenizer.bos, tokenizer.eos, tokenizer.context_length)
-        return [tokenizer.decode(row) for row in ids.tolist()]
-
-    # The next two serve --accumulate: see backward_in_parts
-
-    @torch.no_grad()
-    def features(self, images: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """What the contrastive term compares, without a graph: pooled and text, [B,E] each, in fp32."""
-        with torch.autocast(images.device.type, enabled=False):
-            latents = self.vae.encode(images)
-        return self.encoder(latents)[0].float(), self.text_encoder(ids).float()
-
-    def terms_of_the_whole(self, pooled: Tensor, text: Tensor, cached: dict) -> dict[str, Tensor]:
-        """Returns, for a part of a batch, the number of words to divide the caption's loss by, and a contrastive term
-        that has the value and, through this part's features, the gradient of the whole batch's."""
-        # backward_in_parts divides each part's loss by their number: right for the scale, which is in all of them; a
-        # feature is in one of them only
-        pull = ((pooled.float() * cached["pooled_gradient"]).sum()
-                + (text.float() * cached["text_gradient"]).sum()) * cached["parts"]
-        pull = pull + self.log_scale * cached["log_scale_gradient"]  # its gradient is wanted, not its value
-        return {"words": cached["words"] / cached["parts"],
-                "contrastive": cached["contrastive"] + pull - pull.detach()}
+# ---- Setup ---------------------------------------------------------------------------------------
 
 
-def backward_in_parts(parallel: nn.Module, model: OpenVision3, images: Tensor, ids: Tensor, parts: int,
-                      autocast) -> dict[str, Tensor]:
-    """Backward of the whole batch's loss while only one part of it is in memory. Returns the terms.
+def make_optimizers(model, c):
+    """AdamW, betas 0.9 and 0.95, with weight decay on matrices; or, with --optimizer muon, Muon at
+    three times the rate for the matrices inside the blocks, and AdamW for the rest.
 
-    The contrastive term compares every picture with every caption, so that a part cannot be graded alone. As GradCache
-    does (arXiv 2101.06983): the features of all parts first, without a graph; the gradient of the term with respect to
-    those features; then part by part with a graph, each part's features pulled along that gradient."""
-    if parts == 1:
-        with autocast():
-            terms = parallel(images, ids)
-        terms["loss"].backward()
-        return terms
-    pieces = list(zip(images.chunk(parts), ids.chunk(parts)))
-    with autocast():
-        pooled, text = (torch.cat(feature).requires_grad_()                           # (B, E) each
-                        for feature in zip(*(model.features(*piece) for piece in pieces)))
-    log_scale = model.log_scale.detach().clone().requires_grad_()
-    contrastive = contrastive_loss(pooled, text, log_scale.exp())
-    contrastive.backward()
-    cached = dict(contrastive=contrastive.detach(), log_scale_gradient=log_scale.grad, parts=parts,
-                  words=words_per_process(ids[:, 1:], model.pad))
-    part_terms = []
-    for k, piece in enumerate(zip(pieces, pooled.grad.chunk(parts), text.grad.chunk(parts))):
-        (part_images, part_ids), pooled_gradient, text_gradient = piece
-        wait = parallel.no_sync if parallel is not model and k < parts - 1 else nullcontext  # gradients travel once
-        with wait():
-            gradients = dict(pooled_gradient=pooled_gradient, text_gradient=text_gradient)
-            with autocast():
-                terms = parallel(part_images, part_ids, cached | gradients)
-            (terms["loss"] / parts).backward()
-        part_terms.append({name: term.detach() for name, term in terms.items()})
-    return {name: torch.stack([terms[name] for terms in part_terms]).mean() for name in part_terms[0]}
+    DIFFERS: the paper names no optimizer. AdamW's settings are OpenVision 1's, which keeps its
+    first moment in bfloat16 and does not clip gradients. The laptop preset uses Muon, because it
+    needs half the steps; the latent decoder keeps AdamW, or reconstruction suffers."""
+    blocks, decay, no_decay = [], [], []
+    for name, p in model.named_parameters():
+        if not p.requires_grad:
+            continue
+        is_matrix = p.ndim >= 2 and "embedding" not in name
+        in_block = "resblocks" in name and not name.startswith("latent_decoder")
+        if is_matrix and in_block and c.optimizer == "muon":
+            blocks.append(p)
+        elif is_matrix:
+            decay.append(p)
+        else:
+            no_decay.append(p)
+    groups = [dict(params=decay, weight_decay=c.weight_decay, lr_scale=1),
+              dict(params=no_decay, weight_decay=0.0, lr_scale=1)]
+    optimizers = [torch.optim.AdamW(groups, lr=c.lr, betas=(0.9, 0.95), fused=True)]
+    if blocks:
+        group = dict(params=blocks, weight_decay=c.weight_decay / 3, lr_scale=3)
+        optimizers.append(runtime.Muon([group], lr=c.lr))
+    return optimizers
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What a run leaves behind
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def vae_hash(source: str) -> str:
-    if source == "pixels":
-        return source
-    with open(find_vae(source), "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def commit() -> str | None:
-    """The commit of these files, with a + where they differ from it; None outside of git."""
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+"]
-    try:
-        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):  # no git, or no repository
-        return None
-
-
-def save_checkpoint(out: Path, model: OpenVision3, optimizer: torch.optim.Optimizer, done: int,
-                    beside_weights: dict) -> None:
-    """All that a resume needs. No position in the data and no random state is among it: both follow from the step."""
-    state = {"step": done, "config": dataclasses.asdict(model.config), "model": model.state_dict(),
-             "optimizer": optimizer.state_dict(), **beside_weights}
-    # before last.pt: after a crash between the two, --resume takes the last steps again and writes both
-    save_encoder(model.encoder, out / "encoder.safetensors")
-    write_atomically(out / "last.pt", lambda path: torch.save(state, path))
-
-
-def read_checkpoint(folder: Path) -> dict:
-    path = folder / "last.pt"
-    if not path.is_file():
-        raise UserError(f"there is no checkpoint {path}; train one with: python train.py --out {folder}")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        needed = {"step", "config", "model", "optimizer", "tokenizer", "class_names", "vae_sha256"}
-        if not isinstance(state, dict) or not needed <= set(state):
-            raise ValueError("it is not one of train.py's")
-    except Exception as error:  # truncated, no zip archive, or objects that weights_only refuses
-        raise UserError(f"{path} is no readable checkpoint: {first_line(error)}") from None
-    if state["vae_sha256"] != vae_hash(state["config"]["vae"]):
-        raise UserError(f"the VAE {state['config']['vae']} is not the file {path} was trained with; its tokens "
-                        "would mean nothing")
+def load_resume_state(c, env):
+    """The checkpoint to resume from, or None for a run from step 0."""
+    out = Path(c.out)
+    has_checkpoint = (out / "last.pt").exists()
+    if has_checkpoint and not c.resume:
+        raise UserError(f"{out} already holds a run: give --resume, or another --out")
+    if not c.resume or (not has_checkpoint and (out / "config.json").exists()):
+        return None  # a new run, or one that was stopped before its first checkpoint
+    state = load_checkpoint(out)
+    runtime.check_resume(state["config"], dataclasses.asdict(c), RESUME_MAY_CHANGE)
+    old = (state["world_size"], state["config"]["num_workers"])
+    if c.streaming and old != (env.world_size, c.num_workers):
+        raise UserError(f"a streaming run must be resumed with {old[0]} process(es) and "
+                        f"--num-workers {old[1]}")
     return state
 
 
-def load_run(folder: str | Path, device: torch.device,
-             random_init: bool = False) -> tuple[OpenVision3, Tokenizer, dict]:
-    """A trained run for evaluation: the model in eval mode, its tokenizer, the checkpoint's step, class_names, ...; or
-    the same with fresh random weights, the baseline."""
-    state = read_checkpoint(Path(folder))
-    config = Config(**state["config"] | {"lpips_weight": 0.0})  # whoever evaluates brings the LPIPS weights
-    tokenizer = Tokenizer.from_state(state["tokenizer"], config.context_length)
-    vae = load_vae(config.vae).to(device, memory_format=torch.channels_last)
-    weights = state.pop("model")
-    if random_init:
-        torch.manual_seed(config.seed + 1)  # not those that the run began with
-    model = OpenVision3(config, tokenizer, vae).to(device)
-    if not random_init:
-        model.load_state_dict(weights)
-    return model.eval().requires_grad_(False), tokenizer, state
+def init_whitened(model, dataset, tokenizer):
+    """Fits the towers' first weights to 1,024 training images, the same ones on each rank."""
+    device = next(model.parameters()).device
+    latents, ids = [], []
+    batches = eval_loader(dataset, tokenizer, 32, limit=1024)
+    for batch in runtime.progress(batches, desc="whitening init", leave=False):
+        latents.append(model.encode_latents(batch["image"].to(device)))
+        ids.append(batch["text"].to(device))
+    model.encoder.init_whitened(torch.cat(latents))
+    model.text_encoder.init_whitened(torch.cat(ids))
+
+
+def load_init_weights(model, state, c):
+    """The weights of an earlier run, at any resolution: position tables are computed, not learned.
+    The optimizer starts fresh, as in OpenVision 1's stages."""
+    if state["vae_sha256"] != vae_sha256(c.vae):
+        raise UserError(f"--init-from {c.init_from} was trained with another VAE")
+    for name in ("size", "tokenizer", "context_length"):
+        old = state["config"][name]
+        if old != getattr(c, name):
+            raise UserError(f"--init-from {c.init_from} needs {runtime.flag_name(name)} {old}")
+    weights = dict(state["model"])
+    for name in ("encoder.positional_embedding", "latent_decoder.vit.positional_embedding"):
+        weights[name] = model.get_buffer(name)
+    model.load_trained_state_dict(weights)
+
+
+def prepare_model(model, c, device):
+    """Training mode, gradient checkpointing, VAE precision and compilation, as the flags say."""
+    model.encoder.requires_grad_(not c.freeze_encoder)
+    for module in model.modules():
+        if hasattr(module, "grad_checkpointing"):
+            module.grad_checkpointing = c.grad_checkpointing
+    model.vae.to(memory_format=runtime.memory_format(device))
+    model.vae.encode_dtype = getattr(torch, c.vae_dtype)
+    model.train()
+    if runtime.use_compile(c.compile, device):
+        for module in (model.encoder, model.latent_decoder, model.caption_decoder.transformer,
+                       model.text_encoder, model.vae.encoder, model.vae.decoder):
+            module.compile(dynamic=False)
+        model.compute_loss = torch.compile(model.compute_loss, dynamic=False)
+
+
+def setup(c, env, state):
+    """All that the loop needs: new, resumed, or with an earlier run's weights."""
+    data = load_run_data(c)
+    if state and data.stream:
+        data.stream.shard_rows.copy_(state["shard_rows"])
+    init_state = load_checkpoint(c.init_from) if c.init_from and not state else None
+    saved_tokenizer = (state or init_state or {}).get("tokenizer")
+    tokenizer = make_tokenizer(c.tokenizer, data.train.sample_captions(), c.context_length,
+                               saved_tokenizer)
+    torch.manual_seed(c.seed)
+    model = OpenVision3(c, tokenizer, load_vae(c.vae)).to(env.device)
+    if state:
+        model.load_trained_state_dict(state["model"])
+    elif init_state:
+        load_init_weights(model, init_state, c)
+    else:
+        init_whitened(model, data.train, tokenizer)
+    prepare_model(model, c, env.device)
+    optimizers = make_optimizers(model, c)
+    if state:
+        for optimizer, saved in zip(optimizers, state["optimizer"], strict=True):
+            optimizer.load_state_dict(saved)
+    ddp_model = model
+    if env.world_size > 1:
+        ddp_model = DistributedDataParallel(model, gradient_as_bucket_view=True,
+                                            broadcast_buffers=False)
+    num_test = min(c.batch_size, len(data.test), 256)
+    num_test = num_test // env.world_size * env.world_size or num_test
+    test_batch = next(iter(eval_loader(data.test, tokenizer, num_test, limit=num_test)))
+    extra_state = {"config": dataclasses.asdict(c), "tokenizer": tokenizer.state_dict(),
+                   "class_names": data.class_names, "vae_sha256": vae_sha256(c.vae),
+                   "world_size": env.world_size}
+    return SimpleNamespace(
+        config=c, env=env, out=Path(c.out), start=state["step"] if state else 0, data=data,
+        tokenizer=tokenizer, model=model, ddp_model=ddp_model, optimizers=optimizers,
+        test_batch=test_batch, extra_state=extra_state)
+
+
+def open_run_folder(run):
+    """Writes config.json, removes log lines past the checkpoint, prints the derived numbers and
+    what the losses should be at the first step."""
+    c, env, out, model = run.config, run.env, run.out, run.model
+    out.mkdir(parents=True, exist_ok=True)
+    if c.log_ids:
+        runtime.truncate_log(out / f"ids-{env.rank}.jsonl", run.start)
+    if not env.is_main:
+        return
+    settings = {**dataclasses.asdict(c), "torch": torch.__version__, "world_size": env.world_size,
+                "commit": runtime.git_commit(), "command": shlex.join(sys.argv)}
+    (out / "config.json").write_text(json.dumps(settings, indent=1) + "\n")
+    runtime.truncate_log(out / "log.jsonl", run.start)
+    V = run.tokenizer.vocab_size
+    print(f"run: steps {run.start:,} to {c.steps:,}, global batch {c.batch_size}, world size "
+          f"{env.world_size}, device {env.device}, dtype {env.dtype}, peak lr {c.lr:.3g}")
+    for name, module in model.named_children():
+        print(f"  {name:16} {sum(p.numel() for p in module.parameters()) / 1e6:7.2f} M parameters")
+    print(f"{(c.resolution // 16) ** 2} image tokens, vocab size {V}, chance: contrastive "
+          f"{math.log(c.batch_size):.2f}, caption {math.log(V):.2f}")
+    if run.start == 0:
+        save_recon_grid(model, run.tokenizer, run.test_batch, out / "recon_000000.png")
+
+
+def learning_rate(step, c):
+    """Linear to the peak over `warmup` steps, then a cosine to 0."""
+    if step < c.warmup:
+        return c.lr * (step + 1) / c.warmup
+    fraction = (step - c.warmup) / max(1, c.steps - c.warmup)
+    return c.lr * 0.5 * (1 + math.cos(math.pi * fraction))
+
+
+def train_step(ddp_model, model, optimizers, images, ids, step, env):
+    """One optimizer step on this rank's part of the batch. Returns the loss terms and the gradient
+    norm as tensors: nothing here waits for the device."""
+    c = model.config
+    # The decoder's noise follows from the step, so that a resumed run draws the same
+    torch.manual_seed((c.seed * c.steps + step) * env.world_size + env.rank)
+    for optimizer in optimizers:
+        optimizer.zero_grad()
+    terms = grad_cache_backward(ddp_model, model, images, ids, c.accum_steps, env.autocast)
+    grad_norm = nn.utils.clip_grad_norm_(model.parameters(), c.grad_clip)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, c) * group["lr_scale"]
+        optimizer.step()
+    terms = {name: term.detach() for name, term in terms.items()}
+    return {**terms, "grad_norm": grad_norm}
+
+
+def check_finite(pending, out):
+    """pending {step: terms}: a UserError names the first step and the terms that are not finite."""
+    for step, terms in pending.items():
+        bad = [name for name, term in terms.items() if not term.isfinite()]
+        if bad:
+            raise UserError(f"step {step}: non-finite {', '.join(bad)}; start again with a lower "
+                            f"--lr in another --out; the checkpoint in {out} is unchanged")
+    pending.clear()
+
+
+# ---- What a run writes. Outside of the step all runs eagerly, so the step's graphs stay static ---
 
 
 @torch.no_grad()
-def save_grid(model: OpenVision3, tokenizer: Tokenizer, batch: dict, path: Path) -> None:
-    """Eight held-out pictures: the input, the VAE's ceiling, ours, and the caption we generate."""
-    was_training = model.training
-    model.eval()
-    images = batch["image"].to(next(model.parameters()).device)
-    ceiling, ours, tokens = model.reconstruct(images)
-    columns = [[to_image(x) for x in column] for column in zip(images, ceiling, ours)]
-    grid = picture_grid(columns, model.write_captions(tokens, tokenizer), rows=("input", "VAE", "ours"))
-    write_atomically(path, lambda temporary: grid.save(temporary, format="png"))
-    model.train(was_training)
+@torch.compiler.set_stance("force_eager")
+def save_recon_grid(model, tokenizer, batch, path):
+    """Eight test images: input, VAE reconstruction, ours, the generated caption below. Returns the
+    captions."""
+    images = batch["image"][:8].to(next(model.parameters()).device)
+    vae_recon, recon, tokens = model.reconstruct(images)
+    captions = model.generate_captions(tokens, tokenizer)
+    columns = []
+    for column in zip(images, vae_recon, recon, strict=True):
+        columns.append([data_module.to_pil(image) for image in column])
+    row_names = ("input", "VAE recon", "recon")
+    grid = data_module.image_grid(columns, captions, row_names=row_names)
+    runtime.atomic_write(path, lambda tmp_path: grid.save(tmp_path, format="png"))
+    return captions
 
 
-def save_curves(log: Path, path: Path, batch_size: int, vocab_size: int) -> None:
-    """One small plot per loss term over the steps, with chance level where it is known."""
-    rows = [json.loads(line) for line in log.read_text().splitlines()]
-    if not rows:
-        return  # nothing logged yet
-    chance = {"contrastive": math.log(batch_size), "caption": math.log(vocab_size)}
-    names = [n for n in ("loss", "pixel", "latent", "lpips", "caption", "contrastive") if any(row[n] for row in rows)]
-    figure = Figure(figsize=(3 * len(names), 2.6), layout="constrained")
-    for axis, name in zip(figure.subplots(1, len(names)), names):
-        axis.plot([row["step"] for row in rows], [row[name] for row in rows], linewidth=1)
-        if name in chance:
-            axis.axhline(chance[name], linestyle=":", color="gray", linewidth=1)
-            axis.annotate("chance", (rows[-1]["step"], chance[name]), ha="right", va="top", fontsize=8, color="gray")
-        axis.set_title(name)
-        axis.set_xlabel("step")
-        axis.set_ylim(bottom=0, top=1.08 * max([row[name] for row in rows] + [chance.get(name, 0)]))
-    write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=110, format="png"))
+@torch.no_grad()
+@torch.compiler.set_stance("force_eager")
+def eval_losses(model, batch, env):
+    """The loss terms of a held-out batch, each rank on its part: {"eval_loss": ..., ...}."""
+    size = len(batch["image"]) // env.world_size
+    part = slice(env.rank * size, (env.rank + 1) * size)
+    if size == 0:  # fewer test images than ranks: each takes all of them
+        part = slice(None)
+    images, ids = batch["image"][part].to(env.device), batch["text"][part].to(env.device)
+    with env.autocast():
+        terms = model(images, ids)
+    terms = {f"eval_{name}": term for name, term in terms.items() if name != "token_std"}
+    return runtime.mean_over_ranks(terms, env.world_size)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Where a run runs
-# ---------------------------------------------------------------------------------------------------------------------
+def log_step(record, out, bar, eta_seconds):
+    """One record: a JSON line in log.jsonl, and a line on the screen that survives nohup."""
+    runtime.log_record(out / "log.jsonl", record)
+    names = [name for name in LOSSES if record[name]]
+    losses = "  ".join(f"{name} {record[name]:.4f}" for name in names)
+    bar.set_postfix_str(losses)
+    tqdm.write(f"step {record['step']:6d}  {losses}  grad_norm {record['grad_norm']:.2f}  "
+               f"{record['images_per_s']:.0f} images/s  data {record['data_time_frac']:.0%}  "
+               f"eta {tqdm.format_interval(eta_seconds)}")
+    if record["data_time_frac"] > 0.5:  # Python shows a warning once
+        warnings.warn("most of the time is waiting for data: raise --num-workers", stacklevel=1)
+    if "eval_loss" in record:
+        losses = "  ".join(f"{name} {record[f'eval_{name}']:.4f}" for name in names)
+        tqdm.write(f"  held out     {losses}")
 
 
-def choose_device(name: str) -> torch.device:
-    """For "auto": cuda (this process's own, under torchrun), else mps, else cpu. A missing one is a UserError."""
-    alone = int(os.environ.get("WORLD_SIZE", 1)) == 1  # gloo cannot serve several processes on mps
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available() and alone, "cpu": True}
-    if name not in ("auto", *available):
-        raise UserError(f"--device {name} is unknown; there are auto, {', '.join(available)}")
-    if name == "auto":
-        name = next(device for device, there in available.items() if there)
-    own = int(os.environ.get("LOCAL_RANK", 0))
-    if name == "cuda" and own >= torch.cuda.device_count() > 0:
-        raise UserError(f"process {own} of this machine has no GPU of its own: give torchrun --nproc-per-node "
-                        f"{torch.cuda.device_count()}")
-    if not available[name]:
-        raise UserError(f"--device {name}: this machine has none that PyTorch can use; take --device cpu or "
-                        "leave the flag out")
-    return torch.device(name, own) if name == "cuda" else torch.device(name)
-
-
-def keep_freed_memory(device: torch.device) -> None:
-    """What a step on a CPU frees stays with the process, under Linux. The C library would hand it back to the system,
-    to get it again in the next step as pages to be filled with zeros: 9 % of the laptop preset's time."""
-    if device.type != "cpu" or sys.platform != "linux":
+def save_outputs(run, step, sample, save):
+    """Rank 0 writes the reconstruction grid, the captions and the curves; the checkpoint."""
+    c, out = run.config, run.out
+    if sample:
+        path = out / f"recon_{step:06d}.png"
+        captions = save_recon_grid(run.model, run.tokenizer, run.test_batch, path)
+        tqdm.write(f"  captions     {', '.join(map(repr, captions[:2]))}  ({path})")
+        chance = {"contrastive": math.log(c.batch_size),
+                  "caption": math.log(run.tokenizer.vocab_size)}
+        runtime.plot_log(out / "log.jsonl", out / "curves.png", LOSSES, chance)
+    if not save:
         return
-    adjust = getattr(ctypes.CDLL(None), "mallopt", None)
-    if adjust:  # glibc's; other C libraries have none
-        trim_threshold, map_threshold = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
-        adjust(map_threshold, 2**25)  # the most it takes: larger pieces are the system's as before
-        adjust(trim_threshold, 2**31 - 1)
+    save_checkpoint(out, run.model, run.optimizers, step, run.extra_state)
+    if c.keep:  # last.pt is replaced by renaming, so a numbered hard link keeps its content
+        numbered = out / f"checkpoint_{step:07d}.pt"
+        numbered.unlink(missing_ok=True)
+        os.link(out / "last.pt", numbered)
+        for old in sorted(out.glob("checkpoint_*.pt"))[: -c.keep]:
+            old.unlink()
 
 
-class Place(NamedTuple):
-    """Where this process runs, one of `world`."""
-    rank: int
-    world: int
-    device: torch.device
-    dtype: torch.dtype
-
-    @property
-    def main(self) -> bool:
-        return self.rank == 0
-
-    def autocast(self):
-        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
-
-
-def find_place(device: str, dtype: str, batch_size: int, multiple: int = 1) -> Place:
-    """Alone, or one of several under torchrun, which are connected here. Each one's share of the batch must be a
-    multiple of `multiple`."""
-    rank, world, device = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), choose_device(device)
-    if batch_size % world:
-        raise UserError(f"--batch-size {batch_size} is the global batch; it must be a multiple of the {world} "
-                        "processes")
-    if batch_size // world % multiple:  # else processes and parts would change which pictures are decoded
-        raise UserError(f"{batch_size // world} pictures per process are no multiple of --accumulate x --pixel-every, "
-                        f"{multiple}; give --pixel-every 1, as in the paper, or other divisors")
-    if world > 1:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    auto = "bfloat16" if device.type == "cuda" else "float32"
-    return Place(rank, world, device, getattr(torch, auto if dtype == "auto" else dtype))
-
-
-def any_process(said: bool, world: int) -> bool:
-    """Whether one of them says so. The vote is a number on the CPU, so that no GPU is waited for."""
-    if world > 1:
-        votes = torch.tensor(float(said))
-        dist.all_reduce(votes)
-        said = bool(votes)
-    return said
-
-
-def end_group() -> None:
-    """Ends the process group after a pause: gloo's threads need the interpreter's lock to let go of the last
-    tensors, and the group's end holds it while it waits for them. Without the pause one run in twelve hung there
-    (PyTorch 2.13)."""
-    time.sleep(0.5)
-    dist.destroy_process_group()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What a run begins with
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def make_optimizer(model: OpenVision3, c: Config) -> torch.optim.AdamW:
-    """AdamW, betas 0.9 and 0.95; decay on matrices and convolutions, not on biases, norms, embeddings or the scale.
-
-    DIFFERS: the paper names no optimizer; these are OpenVision 1's, which keeps its first moment in bfloat16 and sets
-    no gradient clipping (here: norm 1, in take_step)."""
-    learning = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    decayed = [p for name, p in learning if p.ndim >= 2 and "embedding" not in name]
-    others = [p for name, p in learning if p.ndim < 2 or "embedding" in name]
-    groups = [dict(params=decayed, weight_decay=c.weight_decay), dict(params=others, weight_decay=0.0)]
-    return torch.optim.AdamW(groups, lr=c.lr, betas=(0.9, 0.95), fused=True)
-
-
-def earlier_run(c: Config, place: Place) -> dict | None:
-    """The checkpoint to go on from, or None for a run from step 0; what does not fit together is a UserError."""
-    out = Path(c.out)
-    unsaved = (out / "config.json").exists() and not (out / "last.pt").exists()
-    if c.resume and unsaved and place.main:
-        print(f"{out} was stopped before its first checkpoint: it starts again from step 0")
-    resumed = read_checkpoint(out) if c.resume and not unsaved else None
-    if resumed is None:
-        if (out / "last.pt").exists():
-            raise UserError(f"{out} already holds a run: continue it with --resume, or choose another --out")
-        return None
-    now, may_change = dataclasses.asdict(c), ("resume", "out", "device", "dtype", "compile", "workers", "log_every",
-                                              "save_every", "sample_every", "log_ids", "dry_run", "bench",
-                                              "accumulate", "recompute", "init")
-    changed = [f"--{k.replace('_', '-')} {now[k]} (was {v})" for k, v in resumed["config"].items()
-               if k not in may_change and now[k] != v]
-    if changed:
-        raise UserError(f"--resume takes the flags the run began with; changed: {', '.join(changed)}. A new run can "
-                        f"start from its weights: --init {out} --out ...")
-    if c.streaming and (resumed["world"], resumed["config"]["workers"]) != (place.world, c.workers):
-        raise UserError(f"a stream goes on only as it was cut: with {resumed['world']} process(es) and --workers "
-                        f"{resumed['config']['workers']}")
-    return resumed
-
-
-def open_run_data(c: Config, other: str | None = None, need_text: bool = True) -> Data:
-    """The data set of a run, columns and all; or another one at the run's resolution."""
-    if other not in (None, c.data):
-        return open_data(other, c.resolution, need_text=need_text)
-    return open_data(c.data, c.resolution, c.config, c.split, c.image_col, c.text_col, c.label_col, c.seed, c.crop,
-                     c.flip, need_text, c.streaming)
-
-
-def whiten(model: OpenVision3, pictures: Pictures, tokenizer: Tokenizer, count: int = 1024) -> None:
-    """Fits the towers' first weights to plain views of the first training pictures, the same ones in every process."""
-    device = next(model.parameters()).device
-    latents, ids = [], []
-    for batch in tqdm(evaluation_loader(pictures, tokenizer, 32, limit=count), desc="first look at the data",
-                      leave=False, disable=None if is_main() else True):
-        latents.append(model.vae.encode(batch["image"].to(device)))
-        ids.append(batch["text"].to(device))
-    model.encoder.whiten(torch.cat(latents))
-    model.text_encoder.whiten(torch.cat(ids))
-
-
-def start_from(model: OpenVision3, stage_one: dict, vae_sha256: str) -> None:
-    """The weights of an earlier run, at whatever resolution: the position tables of pictures are computed, not learned
-    (OpenVision 1 passes from stage to stage the same way, with a fresh optimizer)."""
-    if stage_one["vae_sha256"] != vae_sha256:
-        raise UserError("--init names a run with another VAE; its tokens would mean nothing here")
-    tables = ("encoder.positional_embedding", "latent_decoder.positional_embedding")
-    own = {name: t for name, t in model.state_dict().items() if name in tables}
-    try:
-        model.load_state_dict(stage_one["model"] | own)
-    except RuntimeError as error:
-        raise UserError("--init names a run of another --size, --tokenizer or --context-length: "
-                        + str(error).split("\n\t")[1][:200]) from None
-
-
-def build(c: Config, place: Place, resumed: dict | None) -> tuple[Data, Tokenizer, OpenVision3, torch.optim.Optimizer]:
-    """All that a run is made of: new, as the checkpoint has it, or beginning with an earlier stage's weights."""
-    vae = load_vae(c.vae)
-    data = open_run_data(c)
-    stage_one = read_checkpoint(Path(c.init)) if c.init and not resumed else None
-    if stage_one and stage_one["config"]["tokenizer"] != c.tokenizer:
-        raise UserError(f"--init keeps the tokenizer of {c.init}: give --tokenizer {stage_one['config']['tokenizer']}")
-    if resumed or stage_one:
-        tokenizer = Tokenizer.from_state((resumed or stage_one)["tokenizer"], c.context_length)
-    elif c.tokenizer == "bpe":
-        tokenizer = Tokenizer.train(data.train.sample_captions(), c.context_length)
-    else:
-        tokenizer = Tokenizer.named(c.tokenizer, c.context_length)
-    torch.manual_seed(c.seed)
-    model = OpenVision3(c, tokenizer, vae.to(place.device, memory_format=torch.channels_last)).to(place.device)
-    if model.perceptual is not None:
-        model.perceptual.to(place.device)
-    model.encoder.requires_grad_(not c.freeze_encoder)
-    optimizer = make_optimizer(model, c)
-    if resumed:
-        model.load_state_dict(resumed["model"])
-        optimizer.load_state_dict(resumed["optimizer"])
-    elif stage_one:
-        start_from(model, stage_one, vae_hash(c.vae))
-    else:
-        whiten(model, data.train, tokenizer)
-    make_ready(model, c, place.device)
-    return data, tokenizer, model, optimizer
-
-
-def make_ready(model: OpenVision3, c: Config, device: torch.device) -> None:
-    """Training mode, recomputation and compilation, as the flags say; freed memory is kept."""
-    keep_freed_memory(device)
-    parts = (model.encoder, model.latent_decoder, model.caption_decoder, model.text_encoder)
-    for part in parts:
-        part.transformer.recompute = c.recompute
-    model.vae.decoder.recompute = c.recompute
-    model.train()
-    if c.compile or (c.compile is None and device.type == "cuda"):
-        for part in (*parts, model.vae.encoder, model.vae.decoder):
-            part.compile()
-
-
-def announce(model: OpenVision3, tokenizer: Tokenizer, data: Data, place: Place, start: int, caption: str) -> None:
-    """Says what is about to happen, and what the losses should begin at."""
-    c, E, V = model.config, SIZES[model.config.size]["embed_dim"], tokenizer.vocab_size
-    parts = {"encoder": model.encoder, "latent decoder": model.latent_decoder,
-             "caption decoder": model.caption_decoder, "text encoder": model.text_encoder, "frozen VAE": model.vae}
-    size = "streamed" if data.stream else f"{len(data.train):,} training"
-    print(f"{c.data}: {size} pictures, {len(data.test):,} held out; "
-          f"{c.steps - start:,} steps of {c.batch_size} on {place.world} x {place.device} in {place.dtype}")
-    print("millions of parameters: " + ", ".join(f"{name} {sum(p.numel() for p in part.parameters()) / 1e6:.1f}"
-                                                 for name, part in parts.items()))
-    print(f"{(c.resolution // 16) ** 2} tokens a picture, {V} words and pieces")
-    if start == 0 and not c.init:
-        spread = model.log_scale.exp().item() ** 2 / (2 * E)  # what the chance similarities of whitened vectors cost
-        print(f"expected at the start: contrastive ln {c.batch_size} + {spread:.2f} = "
-              f"{math.log(c.batch_size) + spread:.2f}, caption ln {V} = {math.log(V):.2f}")
-    print(f"a caption: {tokenizer.decode(tokenizer.encode(caption))!r}")
-    rule = f" = {c.base_lr:.3g} * {c.batch_size} / 256" if c.base_lr is not None else ""
-    print(f"peak learning rate {c.lr:.3g}{rule} after {c.warmup} steps"
-          f"{', beyond the end of this run' if c.warmup >= c.steps else ''}; "
-          f"starting from {c.init or 'random weights' if start == 0 else f'step {start}'}")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The loop
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def learning_rate(step: int, c: Config) -> float:
-    """Linear to the peak over `warmup` steps, then a cosine towards 0."""
-    if step < c.warmup:
-        return c.lr * (step + 1) / c.warmup
-    return c.lr * 0.5 * (1 + math.cos(math.pi * (step - c.warmup) / max(1, c.steps - c.warmup)))
-
-
-def take_step(parallel: nn.Module, model: OpenVision3, optimizer: torch.optim.Optimizer, images: Tensor, ids: Tensor,
-              step: int, place: Place) -> dict[str, Tensor]:
-    """One optimizer step on this process's share of the batch. Returns the terms and the gradient's norm, still on the
-    device: nothing here waits for it."""
-    c = model.config
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate(step, c)
-    torch.manual_seed((c.seed * c.steps + step) * place.world + place.rank)  # the decoder's noise, same after a resume
-    optimizer.zero_grad()
-    terms = backward_in_parts(parallel, model, images, ids, c.accumulate, place.autocast)
-    norm = nn.utils.clip_grad_norm_(model.parameters(), c.clip)
-    optimizer.step()
-    return {name: term.detach() for name, term in terms.items()} | {"grad_norm": norm}
-
-
-def last_checkpoint(out: Path) -> str:
-    path = out / "last.pt"
-    return f"the last good checkpoint is {path}" if path.exists() else "there is no checkpoint yet"
-
-
-def next_batch(batches, step: int, out: Path) -> dict:
-    """A worker that died, a shard that cannot be read: whatever ends the loading ends the run, with its reason."""
+def next_batch(batches, step):
+    """Whatever ends the loading ends the run, with its reason."""
     try:
         return next(batches)
-    except Exception as error:  # a worker's comes as its whole traceback, the reason last
-        reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[-1]}"
-        raise UserError(f"step {step + 1}: the data could not be loaded ({reason}); {last_checkpoint(out)}") from None
+    except UserError:
+        raise
+    except Exception as error:  # a worker's error arrives with its whole traceback, the reason last
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+        raise UserError(f"step {step}: the data could not be loaded ({reason})") from None
 
 
-def keep_log_until(path: Path, step: int) -> None:
-    """Drops log lines past the checkpoint, whose steps are about to be taken again, and a line cut off by a crash."""
-    kept = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            kept += [line] if json.loads(line)["step"] <= step else []
-        except json.JSONDecodeError:
-            continue
-    write_atomically(path, lambda temporary: temporary.write_text("".join(line + "\n" for line in kept)))
+def remember_shard_rows(run):
+    """Rows per shard of a stream, as far as any rank knows: a resume skips past epochs by them."""
+    shard_rows = run.data.stream.shard_rows.clone()
+    if run.env.world_size > 1:
+        dist.all_reduce(shard_rows, dist.ReduceOp.MAX)
+    run.extra_state["shard_rows"] = shard_rows
 
 
-def check_finite(recent: dict[int, dict[str, Tensor]], out: Path) -> None:
-    """{steps done: terms of the last of them}: an error names the first that went wrong, and what in it."""
-    values = torch.stack([torch.stack(list(terms.values())) for terms in recent.values()]).tolist()
-    for (done, terms), row in zip(recent.items(), values):
-        broken = [name for name, value in zip(terms, row) if not math.isfinite(value)]
-        if broken:
-            raise UserError(f"step {done}: not finite any more: {', '.join(broken)}; {last_checkpoint(out)}; start "
-                            "again with a lower --lr in another --out")
+def train_loop(run, stop):
+    """Returns whether the run came to its last step; `stop` ends it early, with a checkpoint."""
+    c, env, out, model = run.config, run.env, run.out, run.model
+    batches = iter(data_module.train_loader(
+        run.data, run.tokenizer, c.batch_size, seed=c.seed, start=run.start, stop=c.steps,
+        rank=env.rank, world_size=env.world_size, num_workers=resolve_num_workers(c.num_workers),
+        pin_memory=env.device.type == "cuda"))
+    bar = runtime.progress(total=c.steps, initial=run.start, desc="train", smoothing=0.05)
+    deadline = math.inf if c.minutes is None else time.time() + 60 * c.minutes
+    pending, data_time, last_log, t_log = {}, 0.0, run.start, time.time()
+    for step in range(run.start + 1, c.steps + 1):
+        # 1. Batch
+        t_data = time.time()
+        batch = next_batch(batches, step)
+        images = batch["image"].to(env.device, non_blocking=True)
+        ids = batch["text"].to(env.device, non_blocking=True)
+        data_time += time.time() - t_data
+        if c.log_ids:
+            record = {"step": step, "rank": env.rank, "epoch": batch["epochs"][0]}
+            runtime.log_record(out / f"ids-{env.rank}.jsonl", {**record, "ids": batch["ids"]})
+
+        # 2. Step
+        terms = train_step(run.ddp_model, model, run.optimizers, images, ids, step - 1, env)
+        pending[step] = terms
+        bar.update()
+
+        # 3. Log, evaluate, sample, save. Reading a number makes the host wait for the device
+        should_stop = any_rank(stop.is_set() or time.time() > deadline, env.world_size)
+        is_last = step == c.steps
+        evaluate = step % c.eval_every == 0 or is_last
+        sample = step % c.sample_every == 0 or is_last
+        save = step % c.save_every == 0 or is_last or should_stop
+        log = step % c.log_every == 0 or evaluate
+        if log or sample or save:
+            check_finite(pending, out)
+        t_pause = time.time()
+        if log:
+            elapsed, num_steps = t_pause - t_log, step - last_log
+            record = {"step": step, **runtime.mean_over_ranks(terms, env.world_size),
+                      "lr": learning_rate(step - 1, c), "logit_scale": model.log_scale.exp().item(),
+                      "images_per_s": round(c.batch_size * num_steps / elapsed, 1),
+                      "data_time_frac": round(data_time / elapsed, 3)}
+            if evaluate:
+                record.update(eval_losses(model, run.test_batch, env))
+            if env.is_main:
+                log_step(record, out, bar, (c.steps - step) * elapsed / num_steps)
+            last_log, data_time, t_log, t_pause = step, 0.0, time.time(), time.time()
+        if save and run.data.stream:
+            remember_shard_rows(run)
+        if env.is_main:
+            save_outputs(run, step, sample, save)
+        t_log += time.time() - t_pause  # images_per_s measures training only
+        if should_stop and not is_last:
+            tqdm.write(f"stopped at step {step}; rerun with --resume to continue")
+            return False
+    bar.close()
+    return True
 
 
-def log_row(done: int, terms: dict[str, Tensor], model: OpenVision3, place: Place) -> dict:
-    """The terms, as means over the processes, and what else is worth a curve."""
-    values = torch.stack(list(terms.values()))
-    if place.world > 1:
-        dist.all_reduce(values)
-        values /= place.world
-    return {"step": done, **dict(zip(terms, values.tolist())), "lr": learning_rate(done - 1, model.config),
-            "logit_scale": model.log_scale.exp().item()}
-
-
-def tell(row: dict, log_file, progress: tqdm, seconds_left: float) -> None:
-    """A logged step: as JSON for programs, beside the bar, and as a line that stays."""
-    print(json.dumps(row), file=log_file, flush=True)
-    progress.set_postfix_str(f"loss {row['loss']:.3f} caption {row['caption']:.2f} match {row['contrastive']:.2f} "
-                             f"pixel {row['pixel']:.3f}")
-    lpips = f"lpips {row['lpips']:.4f}  " if row["lpips"] else ""
-    tqdm.write(f"step {row['step']:6d}  loss {row['loss']:.4f}  pixel {row['pixel']:.4f}  latent {row['latent']:.4f}  "
-               f"{lpips}caption {row['caption']:.4f}  contrastive {row['contrastive']:.4f}  |grad| "
-               f"{row['grad_norm']:.2f}  {row['images_per_s']:.0f} img/s  {tqdm.format_interval(seconds_left)} left")
-
-
-def train(c: Config, stop: threading.Event) -> None:
-    """The whole run; `stop`, once set, ends it after the step at hand with a checkpoint."""
-    # 1. Where are we, and is there a run to go on with
-    place = find_place(c.device, c.dtype, c.batch_size, c.accumulate * c.pixel_every)
-    out, main, device = Path(c.out), place.main, place.device
-    resumed = earlier_run(c, place)
-    if resumed and resumed["step"] >= c.steps:
-        if main:
-            print(f"{out} is finished: {resumed['step']} steps")
+def train(c, stop):
+    env = runtime.init_distributed(c.device, c.dtype)
+    check_batch(c, env.world_size)
+    state = load_resume_state(c, env)
+    if state and state["step"] >= c.steps:
+        print(f"{c.out} is finished: {state['step']} steps")
         return
-
-    # 2. Data, tokenizer, model
-    start = resumed["step"] if resumed else 0
-    data, tokenizer, model, optimizer = build(c, place, resumed)
-    resumed = None  # its memory is free again
-    beside_weights = {"tokenizer": tokenizer.state(), "class_names": data.class_names, "vae_sha256": vae_hash(c.vae),
-                      "world": place.world}
-    parallel = DistributedDataParallel(model) if place.world > 1 else model
-    loader = training_loader(data, tokenizer, c.batch_size, c.seed, start, c.steps, place.rank, place.world, c.workers,
-                             pin_memory=device.type == "cuda")
-    test_batch = next(iter(evaluation_loader(data.test, tokenizer, 8, limit=8)))
-    out.mkdir(parents=True, exist_ok=True)
-    if main:  # nothing the user gave can be wrong any more; from here on --resume goes on
-        settings = dataclasses.asdict(c) | {"torch": torch.__version__, "world_size": place.world, "commit": commit(),
-                                            "command": shlex.join(sys.argv)}
-        (out / "config.json").write_text(json.dumps(settings, indent=1) + "\n")
-        keep_log_until(out / "log.jsonl", start)
-        announce(model, tokenizer, data, place, start, test_batch["captions"][0])
-        if start == 0:
-            save_grid(model, tokenizer, test_batch, out / "recon_000000.png")
-
-    # 3. Train
-    progress = tqdm(total=c.steps, initial=start, desc="train", disable=None if main else True, mininterval=1,
-                    smoothing=0.05)  # None: a bar on a terminal only; the log lines go everywhere
-    if c.log_ids:
-        keep_log_until(out / f"ids-{place.rank}.jsonl", start)
-    ids_file = open(out / f"ids-{place.rank}.jsonl", "a") if c.log_ids else None
-    log_file = open(out / "log.jsonl", "a") if main else None
-    logged, waited, clock, recent = start, 0.0, time.time(), {}
-    batches = (batch for batch in loader if batch is not None)  # None: a turn that a resumed Stream passes
-    for step in range(start, c.steps):
-        began, done = time.time(), step + 1
-        batch = next_batch(batches, step, out)
-        images = batch["image"].to(device, non_blocking=True, memory_format=torch.channels_last)
-        ids = batch["text"].to(device, non_blocking=True)
-        waited += time.time() - began
-        if ids_file:
-            row = {"step": done, "rank": place.rank, "epoch": batch["epochs"][0], "ids": batch["ids"]}
-            print(json.dumps(row), file=ids_file, flush=True)
-
-        terms = take_step(parallel, model, optimizer, images, ids, step, place)
-
-        progress.update()
-        stopping = any_process(stop.is_set(), place.world)
-        logging, sampling = (done % every == 0 or done == c.steps for every in (c.log_every, c.sample_every))
-        saving = done % c.save_every == 0 or done == c.steps or stopping
-        recent[done] = terms
-        if logging or sampling or saving:  # not at every step: reading a number makes the device wait
-            check_finite(recent, out)
-            recent.clear()
-        if logging:
-            row = log_row(done, terms, model, place)
-            elapsed, clock = time.time() - clock, time.time()
-            pace = elapsed / (done - logged)  # seconds a step
-            row |= {"images_per_s": round(c.batch_size / pace, 1), "data_share": round(waited / elapsed, 3)}
-            logged, waited = done, 0.0
-            if main:
-                tell(row, log_file, progress, (c.steps - done) * pace)
-        pause = time.time()
-        if main and sampling:
-            save_grid(model, tokenizer, test_batch, out / f"recon_{done:06d}.png")
-            save_curves(out / "log.jsonl", out / "curves.png", c.batch_size, tokenizer.vocab_size)
-        if main and saving:
-            save_checkpoint(out, model, optimizer, done, beside_weights)
-        if stopping and done < c.steps:
-            if main:
-                tqdm.write(f"stopped after step {done} as asked; the same command with --resume goes on")
-            break
-        clock += time.time() - pause  # images_per_s is that of training alone
-    progress.close()
-    if main and done == c.steps:
-        print(f"done: {out / 'encoder.safetensors'}, pictures {out / 'recon_*.png'}, curves {out / 'curves.png'}; "
-              f"next: python eval_probe.py --ckpt {out}")
-    if place.world > 1:
-        end_group()
+    run = setup(c, env, state)
+    del state  # its memory is free again
+    open_run_folder(run)
+    if train_loop(run, stop) and env.is_main:
+        print(f"done: {c.out}/encoder.safetensors, recon_*.png, curves.png; next: python "
+              f"eval_probe.py --ckpt {c.out}")
+    if env.world_size > 1:
+        runtime.end_distributed()
 
 
-@contextmanager
-def stop_signal():
-    """An event that is set by SIGTERM, which schedulers send before they kill, or by the first Ctrl-C."""
-    stop = threading.Event()
+def bench(c):
+    """Times the real training step on random images; the last line printed is JSON."""
+    env = runtime.init_distributed(c.device, c.dtype)
+    check_batch(c, env.world_size)
+    torch.manual_seed(c.seed)
+    model = cost.random_model(c).to(env.device)
+    prepare_model(model, c, env.device)
+    optimizers = make_optimizers(model, c)
 
-    def note(number: int, frame) -> None:
-        if number == signal.SIGINT:
-            signal.signal(signal.SIGINT, before[signal.SIGINT])
-            tqdm.write("stopping after this step, with a checkpoint; Ctrl-C again ends it at once")
-        stop.set()
+    def step(images, ids):
+        train_step(model, model, optimizers, images, ids, 0, env)
 
-    heard = [n for n in (signal.SIGTERM, signal.SIGINT) if signal.getsignal(n) is not signal.SIG_IGN]  # "&" in a script
-    before = {number: signal.signal(number, note) for number in heard}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    cost.bench(model, step, env)
 
 
-def main() -> None:
-    with plain_errors():
+def main():
+    with runtime.cli_errors():
         config = parse_config()
-        if config.dry_run or config.bench:
-            import bench  # it builds on this file
-            bench.cost_card(config, int(os.environ.get("WORLD_SIZE", 1))) if config.dry_run else bench.bench(config)
+        world_size = int(os.environ.get("WORLD_SIZE", 1))
+        if config.dry_run:
+            cost.cost_card(config, world_size)
+        elif config.bench and world_size > 1:
+            raise UserError("--bench times one process: start it with python")
+        elif config.bench:
+            bench(config)
         else:
-            with stop_signal() as stop:
+            with runtime.stop_on_signal() as stop:
                 train(config, stop)
 
 

@@ -1,0 +1,278 @@
+"""
+openvision3.py: stage 4, the method on one screen: one encoder, trained to reconstruct and to
+understand at the same time.
+
+A frozen VAE turns the image into latents and a ViT turns the latents into tokens. Two branches read
+the same tokens. The reconstruction branch decodes them into the image; the understanding branch
+matches them with the caption (contrastive) and generates the caption from them. Both send their
+gradients into the encoder (paper sec 3.2-3.3). `OpenVision3.forward` is all of it. The rest of the
+file splits a batch into micro-batches, and saves and loads a run.
+
+    images [B,3,R,R] -> VAE -> latents [B,16,R/8,R/8] -> encoder -> tokens [B,N,W], pooled [B,E]
+        tokens + noise -> latent decoder -> latents^ -> VAE decoder -> images^
+                                    pixel L1 + 0.4 latent L1 (+ LPIPS)             * 0.5
+        tokens, caption ids -> caption decoder -> next-token cross entropy         * 1.0
+        pooled, text encoder(caption ids) -> InfoNCE over the global batch         * 1.0
+
+Shapes: B batch, R resolution, N = (R/16)^2 image tokens, W width, E embedding width, T text length,
+        M images of the pixel subset. With --vae pixels the latents are the images, [B,3,R,R].
+Run:    python openvision3.py        # sizes and one forward pass of the laptop model
+Source: paper sec 3 and eqs 1-6; micro-batches as in GradCache (arXiv 2101.06983)
+Next:   shapes.py
+"""
+import math
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from torch import nn
+
+from decoders import CaptionDecoder, LatentDecoder
+from encoder import SIZES, ImageEncoder, TextEncoder, save_encoder
+from losses import (
+    LPIPS,
+    caption_tokens_per_rank,
+    chunked_caption_loss,
+    contrastive_loss,
+    openvision3_loss,
+)
+from runtime import UserError, atomic_write, memory_format
+from tokenizer import Tokenizer
+from vae import load_vae, scale_images, vae_sha256
+
+FROZEN = ("vae.", "perceptual.")  # prefixes of the weights that a checkpoint leaves out
+DECODE_CHUNK = 32  # images: FLUX's decoder takes 0.2 GB for each at 256 px
+
+
+class OpenVision3(nn.Module):
+    """All modules and the objective. The VAE and LPIPS are frozen; everything else is trained.
+
+    config: any object with size, resolution, context_length, pixel_loss_every, tau and the weights
+    of the losses (train.Config has them). vae: from vae.load_vae."""
+
+    def __init__(self, config, tokenizer, vae):
+        super().__init__()
+        C, P = vae.config["z_channels"], 16 // vae.downsample_factor  # one token per 16x16 pixels
+        if (C, P) not in ((16, 2), (3, 16)):
+            raise UserError(f"this VAE has {C} channels at 1/{vae.downsample_factor} of the image "
+                            "side; OpenVision 3 needs 16 at 1/8, like FLUX.1's VAE")
+        size, V, T = SIZES[config.size], tokenizer.vocab_size, config.context_length
+        grid, W, E = config.resolution // vae.downsample_factor, size["width"], size["embed_dim"]
+        self.encoder = ImageEncoder(grid, P, C, W, size["depth"], size["heads"], E)
+        width, depth = size["decoder"]
+        self.latent_decoder = LatentDecoder(W, grid, width, depth, width // 64, P, C)
+        width, depth = size["caption"]
+        self.caption_decoder = CaptionDecoder(V, T, W, width, depth, width // 64)
+        width, depth = size["text"]
+        self.text_encoder = TextEncoder(V, T, width, depth, width // 64, E)
+        self.log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))  # CLIP's temperature
+        self.vae = vae.requires_grad_(False).eval()
+        self.perceptual = LPIPS() if config.lpips_weight > 0 else None
+        self.config, self.pad = config, tokenizer.pad
+        self.compute_loss = openvision3_loss  # train.py may compile it
+
+    def train(self, mode=True):
+        super().train(mode)
+        self.vae.eval()  # important! the frozen networks never change
+        return self
+
+    def forward(self, images, ids, latents=None, cache=None):
+        """images [B,3,R,R], uint8 or float in [-1,1]; ids [B,T] -> the loss, its five terms, the
+        tokens' standard deviation (the scale of tau). `latents` and `cache` come from
+        `grad_cache_backward` where these images are one micro-batch of a batch."""
+        c = self.config
+        images = scale_images(images)
+        if latents is None:
+            latents = self.encode_latents(images)                      # (B, 16, R/8, R/8)
+        pooled, tokens = self.encoder(latents)                         # (B, E), (B, N, W)
+
+        # A branch of weight 0 is still trained, but on detached tokens: it measures, without effect
+        # on the encoder. DIFFERS: the paper (figs 4, 5) does not say how it measures
+        rec_tokens, und_tokens = tokens, tokens
+        if c.w_rec == 0:
+            rec_tokens = tokens.detach()
+        if c.w_und == 0:
+            und_tokens = tokens.detach()
+            pooled = self.encoder.pool(und_tokens)                     # (B, E)
+
+        # Reconstruction
+        pred_latents = self.latent_decoder(rec_tokens, tau=c.tau)      # (B, 16, R/8, R/8)
+        subset = slice(None, None, c.pixel_loss_every)                 # DIFFERS: paper: all
+        recon = self.vae.decode(pred_latents[subset])                  # (M, 3, R, R)
+
+        # Understanding
+        hidden = self.caption_decoder.forward_features(und_tokens, ids[:, :-1])  # (B, T-1, W)
+        text = self.text_encoder(ids)                                  # (B, E)
+
+        with torch.autocast(images.device.type, enabled=False):        # losses in fp32
+            num_tokens = cache.num_tokens if cache else None
+            caption = chunked_caption_loss(hidden, self.caption_decoder.head, targets=ids[:, 1:],
+                                           pad_id=self.pad, num_tokens=num_tokens)
+            if cache:
+                contrastive = contrastive_surrogate(pooled, text, self.log_scale, cache)
+            else:
+                contrastive = contrastive_loss(pooled, text, self.log_scale.exp())
+        terms = self.compute_loss(
+            images=images[subset], recon=recon, latents=latents, pred_latents=pred_latents,
+            caption=caption, contrastive=contrastive, perceptual=self.perceptual,
+            w_rec=c.w_rec or 0.5, w_und=c.w_und or 1.0, beta=c.beta, alpha=c.alpha,
+            lpips_weight=c.lpips_weight)
+        return {**terms, "token_std": tokens.detach().float().std()}
+
+    @torch.no_grad()
+    def encode_latents(self, images):
+        """[B,3,R,R], uint8 or float in [-1,1] -> [B,16,R/8,R/8]."""
+        images = scale_images(images).contiguous(memory_format=memory_format(images.device))
+        return self.vae.encode(images)
+
+    @torch.no_grad()
+    def decode_tokens(self, tokens):
+        """tokens [B,N,W] -> images [B,3,R,R], about [-1,1], without noise, a chunk at a time."""
+        chunks = []
+        for chunk in tokens.split(DECODE_CHUNK):
+            chunks.append(self.vae.decode(self.latent_decoder(chunk)))
+        return torch.cat(chunks)
+
+    @torch.no_grad()
+    def reconstruct(self, images):
+        """(VAE reconstruction, our reconstruction, tokens); the first is the upper reference."""
+        latents = self.encode_latents(images)
+        _, tokens = self.encoder(latents)
+        vae_recon = torch.cat([self.vae.decode(chunk) for chunk in latents.split(DECODE_CHUNK)])
+        return vae_recon, self.decode_tokens(tokens), tokens
+
+    def generate_captions(self, tokens, tokenizer):
+        """[B,N,W] -> B greedy captions."""
+        ids = self.caption_decoder.generate(tokens, tokenizer.bos, tokenizer.eos,
+                                            tokenizer.context_length)
+        return [tokenizer.decode(row) for row in ids.tolist()]
+
+    def trained_state_dict(self):
+        """The weights that training changes: all but the frozen networks'."""
+        state = self.state_dict()
+        return {name: t for name, t in state.items() if not name.startswith(FROZEN)}
+
+    def load_trained_state_dict(self, state):
+        """Strict: a missing, unexpected or misshapen tensor is a RuntimeError that names it."""
+        frozen = {name: t for name, t in self.state_dict().items() if name.startswith(FROZEN)}
+        self.load_state_dict({**state, **frozen})
+
+
+# ---- Micro-batches: the gradients of the whole batch, with the memory of a part ------------------
+
+
+def contrastive_surrogate(pooled, text, log_scale, cache):
+    """A number whose gradient is the whole batch's contrastive loss's. Its value means nothing."""
+    return ((pooled.float() * cache.pooled_grad).sum() + (text.float() * cache.text_grad).sum()
+            + log_scale * cache.log_scale_grad)
+
+
+def grad_cache_backward(ddp_model, model, images, ids, accum_steps, autocast):
+    """Backward pass of the whole batch's loss, one micro-batch in memory at a time; returns the
+    terms. `ddp_model` is `model`, or the DistributedDataParallel around it.
+
+    The contrastive loss compares each image with each caption, so it is not a sum over
+    micro-batches. GradCache: (1) all features without a graph, (2) the gradient of the loss with
+    respect to the features, (3) each micro-batch with a graph, its features times that gradient."""
+    if accum_steps == 1:
+        with autocast():
+            terms = ddp_model(images, ids)
+        terms["loss"].backward()
+        return terms
+
+    # 1. Features of all micro-batches. Their latents are kept: the VAE encodes each image once
+    micro_images, micro_ids = images.chunk(accum_steps), ids.chunk(accum_steps)
+    micro_latents, pooled, text = [], [], []
+    with torch.no_grad(), autocast():
+        for part_images, part_ids in zip(micro_images, micro_ids, strict=True):
+            micro_latents.append(model.encode_latents(part_images))
+            pooled.append(model.encoder(micro_latents[-1])[0].float())
+            text.append(model.text_encoder(part_ids).float())
+
+    # 2. The loss of the whole batch, and its gradients
+    pooled, text = torch.cat(pooled).requires_grad_(), torch.cat(text).requires_grad_()  # (B, E)
+    log_scale = model.log_scale.detach().clone().requires_grad_()
+    contrastive = contrastive_loss(pooled, text, log_scale.exp())
+    contrastive.backward()
+    # Step 3 divides by accum_steps; a feature is in one micro-batch only, log_scale is in all
+    pooled_grads = (pooled.grad * accum_steps).chunk(accum_steps)
+    text_grads = (text.grad * accum_steps).chunk(accum_steps)
+    num_tokens = caption_tokens_per_rank(ids[:, 1:], model.pad) / accum_steps
+
+    # 3. One micro-batch at a time
+    micro_terms = []
+    for k in range(accum_steps):
+        cache = SimpleNamespace(pooled_grad=pooled_grads[k], text_grad=text_grads[k],
+                                log_scale_grad=log_scale.grad, num_tokens=num_tokens)
+        last = k == accum_steps - 1
+        sync_context = nullcontext() if ddp_model is model or last else ddp_model.no_sync()
+        with sync_context:
+            with autocast():
+                terms = ddp_model(micro_images[k], micro_ids[k], micro_latents[k], cache)
+            (terms["loss"] / accum_steps).backward()
+        micro_terms.append({name: term.detach() for name, term in terms.items()})
+    mean = {name: torch.stack([t[name] for t in micro_terms]).mean() for name in micro_terms[0]}
+    scale = (model.config.w_und or 1.0) * model.config.alpha
+    mean["loss"] = mean["loss"] + scale * (contrastive.detach() - mean["contrastive"])
+    return {**mean, "contrastive": contrastive.detach()}
+
+
+# ---- A run's folder ------------------------------------------------------------------------------
+
+
+def save_checkpoint(out, model, optimizers, step, extra):
+    """All that a resume needs. The position in the data and the random state follow from the step.
+    extra: tokenizer, class_names, vae_sha256, world_size, config."""
+    state = {"step": step, "model": model.trained_state_dict(),
+             "optimizer": [optimizer.state_dict() for optimizer in optimizers], **extra}
+    # Before the checkpoint: after a crash in between, --resume takes the last steps again
+    save_encoder(model.encoder, out / "encoder.safetensors")
+    atomic_write(out / "last.pt", lambda tmp_path: torch.save(state, tmp_path))
+
+
+def load_checkpoint(folder):
+    """DIR/last.pt of a run; UserError where there is none, or where it is damaged."""
+    path = Path(folder).expanduser() / "last.pt"
+    if not path.is_file():
+        raise UserError(f"no checkpoint {path}; train one with: python train.py --out {folder}")
+    required = {"step", "config", "model", "optimizer", "tokenizer", "class_names", "vae_sha256"}
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # truncated, no zip archive, or objects that weights_only refuses
+        raise UserError(f"{path} is not a readable checkpoint ({type(error).__name__})") from None
+    if not isinstance(state, dict) or not required <= set(state):
+        raise UserError(f"{path} is not a checkpoint of this version of train.py")
+    if state["vae_sha256"] != vae_sha256(state["config"]["vae"]):
+        raise UserError(f"{path} was trained with another VAE than {state['config']['vae']} is "
+                        "now; its tokens cannot be decoded with this one")
+    return state
+
+
+def load_run(folder, device, random_init=False):
+    """A trained run, to evaluate: (model in eval mode, its tokenizer, the checkpoint's other
+    entries). random_init: the same model with random weights, as a baseline."""
+    state = load_checkpoint(folder)
+    config = SimpleNamespace(**{**state["config"], "lpips_weight": 0.0})  # no training loss here
+    tokenizer = Tokenizer.from_state_dict(state["tokenizer"], config.context_length)
+    vae = load_vae(config.vae).to(device, memory_format=memory_format(device))
+    weights = state.pop("model")
+    if random_init:
+        torch.manual_seed(config.seed + 1)  # not the weights that training began with
+    model = OpenVision3(config, tokenizer, vae).to(device)
+    if not random_init:
+        model.load_trained_state_dict(weights)
+    return model.eval().requires_grad_(False), tokenizer, state
+
+
+if __name__ == "__main__":
+    config = SimpleNamespace(size="Nano", resolution=64, context_length=26, pixel_loss_every=1,
+                             tau=0.2, w_rec=0.5, w_und=1.0, beta=0.4, alpha=1.0, lpips_weight=0.0)
+    tokenizer = Tokenizer.train(["a red circle", "a blue square"], context_length=26)
+    model = OpenVision3(config, tokenizer, load_vae("tiny"))
+    for name, module in model.named_children():
+        print(f"{name:16} {sum(p.numel() for p in module.parameters()) / 1e6:6.2f} M parameters")
+    images = torch.randint(256, (2, 3, 64, 64), dtype=torch.uint8)
+    ids = tokenizer.encode_batch(["a red circle", "a blue square"])
+    for name, term in model(images, ids).items():
+        print(f"{name:16} {term.item():.4f}")

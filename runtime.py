@@ -1,0 +1,452 @@
+"""
+runtime.py: the plumbing that every program shares. Skip it on a first reading.
+
+Nothing here is about OpenVision 3. A program is a dataclass of settings, one field per flag, and
+a `main()` inside `cli_errors()`. The same program runs on a CPU, on one GPU, or on several
+processes under torchrun. It stops at a signal, writes files atomically, and logs JSON lines.
+
+    dataclass with arg(...) fields -> parse_args -> settings
+    RANK, WORLD_SIZE, LOCAL_RANK (set by torchrun) -> init_distributed -> DistEnv
+
+Run:    not a program
+Source: Muon: Keller Jordan's, with step lengths as in Moonlight (arXiv 2502.16982)
+Next:   tokenizer.py
+"""
+import argparse
+import ctypes
+import dataclasses
+import importlib.util
+import json
+import math
+import multiprocessing
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple, get_args
+
+import torch
+import torch.distributed as dist
+from matplotlib.figure import Figure
+from safetensors import SafetensorError
+from tqdm import tqdm
+
+# ---- Errors: one sentence and exit status 1 for what a user can mend, a traceback for a bug ------
+
+
+class UserError(Exception):
+    """A requested thing cannot be had. The message is one sentence that names it and the fix."""
+
+
+def describe_error(error):
+    """One sentence for an error that a user can mend; None for a bug, which keeps its traceback."""
+    text = str(error) or type(error).__name__
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted"
+    if isinstance(error, (UserError, OSError)):
+        return text
+    if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+        return f"torch.compile failed here ({type(error).__name__}); run with --no-compile"
+    if isinstance(error, ValueError):  # raised by a model file, or a slip in a fork: name the line
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        return f"{text} ({Path(last.filename).name}, line {last.lineno})"
+    # The CPU allocator and dead workers raise a plain RuntimeError
+    if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text:
+        return ("out of memory on this device: lower --batch-size, or keep it and give train.py "
+                "--accum-steps or --grad-checkpointing")
+    if "DataLoader worker" in text:
+        return "a DataLoader worker died, perhaps out of memory: lower --num-workers"
+    return None
+
+
+@contextmanager
+def cli_errors():
+    """Wraps every main(): known errors become "error: one sentence" and exit status 1. DataLoader
+    workers are ended in any case. Letters that the terminal cannot show are replaced."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a notebook's has no such method
+            stream.reconfigure(line_buffering=True, errors="replace")
+    try:
+        yield
+    except (Exception, KeyboardInterrupt) as error:
+        message = describe_error(error)
+        if message is None:
+            raise
+        raise SystemExit("error: " + re.sub(r"\s*\n\s*", " ", message)) from None
+    finally:
+        for worker in multiprocessing.active_children():
+            worker.kill()  # they ignore SIGTERM, see ignore_signals
+
+
+# ---- Settings: one dataclass field, one flag -----------------------------------------------------
+
+
+def arg(default, help, group="run", **options):
+    """A dataclass field that is also a flag. Options: min, max (inclusive), choices, nargs,
+    metavar, path=True (expands ~)."""
+    metadata = {"help": help, "group": group, **options}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def flag_name(name):
+    return "--" + name.replace("_", "-")
+
+
+def value_type(annotation):
+    """int of `int`, `int | None` and `tuple[int, int]`."""
+    return (get_args(annotation) or (annotation,))[0]
+
+
+def add_flag(parser, field):
+    meta, kind = field.metadata, value_type(field.type)
+    text = meta["help"].replace("%", "%%")
+    if field.default not in (None, False, "", ()):
+        text += f" (default: {field.default})"
+    options = dict(default=argparse.SUPPRESS, help=text)
+    if kind is bool:
+        options["action"] = argparse.BooleanOptionalAction
+    else:
+        options["type"] = kind
+        options["metavar"] = None if "choices" in meta else kind.__name__.upper()
+        options.update({key: meta[key] for key in ("choices", "nargs", "metavar") if key in meta})
+    parser.add_argument(flag_name(field.name), **options)
+
+
+def check_value(field, value):
+    """A UserError where a number is not finite or out of the field's bounds."""
+    flag = flag_name(field.name)
+    low, high = field.metadata.get("min", -math.inf), field.metadata.get("max", math.inf)
+    for number in value if isinstance(value, (tuple, list)) else (value,):
+        if not isinstance(number, (int, float)):
+            continue
+        if not math.isfinite(number):
+            raise UserError(f"{flag} is {number}; it must be a finite number")
+        if not low <= number <= high:
+            raise UserError(f"{flag} {number} is out of range: {low} to {high}")
+
+
+def parse_args(cls, description, presets=None, argv=None):
+    """Command line -> (an instance of the dataclass `cls`, the names of the flags that were given).
+    `presets` {name: {field: value}} adds --preset. Unknown and abbreviated flags fail."""
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
+                                     usage="%(prog)s [--FLAG VALUE ...]")
+    if presets:
+        first = next(iter(presets))
+        parser.add_argument("--preset", choices=presets, default=first,
+                            help=f"starting values for all other flags (default: {first})")
+    groups = {}
+    for field in dataclasses.fields(cls):
+        name = field.metadata["group"]
+        if name not in groups:
+            groups[name] = parser.add_argument_group(name)
+        add_flag(groups[name], field)
+    given = vars(parser.parse_args(argv))
+    values = dict(presets[given.pop("preset")]) if presets else {}
+    values.update(given)
+    for field in dataclasses.fields(cls):
+        value = values.get(field.name, field.default)
+        if field.metadata.get("path") and isinstance(value, str):
+            value = os.path.expanduser(value)
+        if isinstance(value, list):
+            value = tuple(value)
+        check_value(field, value)
+        values[field.name] = value
+    return cls(**values), set(given)
+
+
+# ---- Devices and processes -----------------------------------------------------------------------
+
+
+def is_main_process():
+    """Rank 0 prints and writes; without torchrun there is no other."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def progress(iterable=None, **options):
+    """A tqdm bar on rank 0, and only on a terminal."""
+    disable = None if is_main_process() else True  # None: tqdm asks whether stderr is a terminal
+    return tqdm(iterable, disable=disable, **{"mininterval": 1, **options})
+
+
+def choose_device(name):
+    """auto: cuda (under torchrun the local rank's GPU), else mps, else cpu."""
+    single_process = int(os.environ.get("WORLD_SIZE", 1)) == 1  # gloo has no collectives on mps
+    available = {"cuda": torch.cuda.is_available(),
+                 "mps": torch.backends.mps.is_available() and single_process,
+                 "cpu": True}
+    if name == "auto":
+        name = next(device for device in available if available[device])
+    if not available.get(name):
+        raise UserError(f"--device {name}: not found here; choose auto, "
+                        + ", ".join(device for device in available if available[device]))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if name == "cuda" and local_rank >= torch.cuda.device_count():
+        raise UserError(f"local rank {local_rank} has no GPU: give torchrun --nproc-per-node "
+                        f"{torch.cuda.device_count()}")
+    return torch.device(f"cuda:{local_rank}" if name == "cuda" else name)
+
+
+def choose_dtype(name, device):
+    """Precision of the autocast regions. auto: bfloat16 on a GPU that has it in hardware, else
+    float32. float16 is never chosen, because it would need loss scaling."""
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type != "cuda":
+        return torch.float32
+    if torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.bfloat16
+    if is_main_process():
+        print("dtype: this GPU has no bfloat16; using float32 with TF32 where it has that")
+    return torch.float32
+
+
+def memory_format(device):
+    """channels_last makes convolutions up to twice as fast on CPU and GPU. Not on mps, where its
+    backward pass is wrong or fails (pytorch issue 142344)."""
+    return torch.contiguous_format if device.type == "mps" else torch.channels_last
+
+
+def use_compile(flag, device):
+    """Whether to torch.compile. Default (None): on a CUDA GPU that Triton supports (sm_70 and
+    newer), where Triton is installed."""
+    if flag is not None or device.type != "cuda":
+        return bool(flag)
+    has_triton = importlib.util.find_spec("triton") is not None
+    return has_triton and torch.cuda.get_device_capability(device) >= (7, 0)
+
+
+def tune_malloc(device):
+    """Keeps freed memory in the process on Linux CPUs. glibc would return it to the system and get
+    it back in the next step as pages to be zeroed: 9 % of the laptop preset's time."""
+    if device.type != "cpu" or sys.platform != "linux":
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt:  # only glibc has it
+        trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
+        mallopt(mmap_threshold, 2**25)
+        mallopt(trim_threshold, 2**31 - 1)
+
+
+class DistEnv(NamedTuple):
+    """This process among `world_size`, its device, and the dtype of its autocast regions."""
+    rank: int
+    world_size: int
+    device: torch.device
+    dtype: torch.dtype
+
+    @property
+    def is_main(self):
+        return self.rank == 0
+
+    def autocast(self):
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+
+def init_distributed(device="auto", dtype="auto"):
+    """Reads torchrun's variables and joins the process group; without torchrun there is one
+    process. float32 matrix products on a GPU use TF32: 10 bits of mantissa, much faster."""
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = choose_device(device)
+    torch.set_float32_matmul_precision("high")
+    tune_malloc(device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # before the process group, or all ranks meet on GPU 0
+    if world_size > 1 and device.type == "cuda":
+        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device)
+    elif world_size > 1:
+        dist.init_process_group("gloo")
+    return DistEnv(rank, world_size, device, choose_dtype(dtype, device))
+
+
+def any_rank(flag, world_size):
+    """Whether the flag is set on any rank. The tensor is on the CPU: no GPU is waited for."""
+    if world_size == 1:
+        return flag
+    count = torch.tensor(float(flag))
+    dist.all_reduce(count)
+    return bool(count)
+
+
+def mean_over_ranks(terms, world_size):
+    """{name: scalar tensor} -> {name: number}, the mean over all ranks."""
+    values = torch.stack([term.float() for term in terms.values()])
+    if world_size > 1:
+        dist.all_reduce(values)
+    return dict(zip(terms, (values / world_size).tolist(), strict=True))
+
+
+def end_distributed():
+    """Ends the process group after a pause: gloo's threads need the interpreter lock to release the
+    last tensors. Without the pause one run in twelve hung here (PyTorch 2.13)."""
+    time.sleep(0.5)
+    dist.destroy_process_group()
+
+
+def ignore_signals(worker_id):
+    """For DataLoader workers. Schedulers and Ctrl-C signal the whole process group; the training
+    process saves a checkpoint first and then ends its workers."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+@contextmanager
+def stop_on_signal():
+    """Yields an event that SIGTERM or the first Ctrl-C sets; a second Ctrl-C interrupts at once."""
+    stop = threading.Event()
+    handled = [n for n in (signal.SIGTERM, signal.SIGINT) if signal.getsignal(n) != signal.SIG_IGN]
+
+    def handler(number, frame):
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, old_handlers[signal.SIGINT])
+            tqdm.write("stopping after this step, with a checkpoint; Ctrl-C again stops at once")
+        stop.set()
+
+    old_handlers = {number: signal.signal(number, handler) for number in handled}
+    try:
+        yield stop
+    finally:
+        for number, old_handler in old_handlers.items():
+            signal.signal(number, old_handler)
+
+
+# ---- Files and logs ------------------------------------------------------------------------------
+
+
+def atomic_write(path, write):
+    """write(tmp_path), flush to disk, rename: a reader finds the old file or the new one."""
+    path = Path(path)
+    tmp_path = path.with_name(path.name + ".tmp")
+    try:
+        write(tmp_path)
+        with open(tmp_path, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(tmp_path, path)
+    except (OSError, RuntimeError, SafetensorError) as error:  # a full disk, in three libraries
+        if "DataLoader worker" in str(error):  # its signal arrived by chance at this moment
+            raise
+        tmp_path.unlink(missing_ok=True)
+        kept = "; the previous file is unchanged" if path.exists() else ""
+        raise UserError(f"{path} could not be written: {error}{kept}") from None
+
+
+def save_json(content, path):
+    atomic_write(path, lambda tmp_path: tmp_path.write_text(json.dumps(content, indent=1) + "\n"))
+    print(f"wrote {path}")
+
+
+def log_record(path, record):
+    """Appends one JSON line."""
+    with open(path, "a") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+def read_log(path):
+    """The records of a JSON-lines file; a line cut off by a crash is left out."""
+    records = []
+    for line in Path(path).read_text().splitlines() if Path(path).exists() else ():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return records
+
+
+def truncate_log(path, step):
+    """Drops records past the checkpoint, whose steps are about to be taken again."""
+    records = [record for record in read_log(path) if record["step"] <= step]
+    text = "".join(json.dumps(record) + "\n" for record in records)
+    atomic_write(path, lambda tmp_path: tmp_path.write_text(text))
+
+
+def plot_log(log_path, png_path, panels, chance=None):
+    """One small plot per panel over "step", held-out values (`eval_NAME`) in the same panel, a
+    dotted line at chance level where it is known. A panel that no record has is left out."""
+    records = read_log(log_path)
+    panels = [panel for panel in panels if any(record.get(panel) for record in records)]
+    if not panels:
+        return  # nothing logged yet
+    figure = Figure(figsize=(3 * len(panels), 2.6), layout="constrained")
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axis, panel in zip(axes, panels, strict=True):
+        for key, label in ((panel, "train"), (f"eval_{panel}", "held out")):
+            points = [(record["step"], record[key]) for record in records if key in record]
+            if points:
+                axis.plot(*zip(*points, strict=True), linewidth=1, label=label)
+        if panel in (chance or {}):
+            axis.axhline(chance[panel], linestyle=":", color="gray", linewidth=1, label="chance")
+        axis.legend(fontsize=7)
+        axis.set(title=panel, xlabel="step", ylim=(0, None))
+    atomic_write(png_path, lambda tmp_path: figure.savefig(tmp_path, dpi=110, format="png"))
+
+
+def print_table(title, metrics):
+    """Metrics as a Markdown table."""
+    print(f"\n| {title} | |\n|---|---|")
+    for key, value in metrics.items():
+        text = f"{value:.3f}" if isinstance(value, float) else str(value)
+        print(f"| {key} | {'null' if value is None else text} |")
+
+
+def check_resume(old, new, may_change):
+    """A UserError that names the flags that differ from those the run was started with."""
+    changed = []
+    for name, value in old.items():
+        if name not in may_change and new.get(name) != value:
+            changed.append(f"{flag_name(name)} {new.get(name)} (was {value})")
+    if changed:
+        raise UserError("--resume takes the flags that the run was started with; changed: "
+                        + ", ".join(changed))
+
+
+def git_commit():
+    """The commit of these files, with a + where they differ from it; None outside of git."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40",
+           "--exclude=*", "--dirty=+"]
+    try:
+        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):  # no git, or no repository
+        return None
+
+
+# ---- Muon ----------------------------------------------------------------------------------------
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum SGD whose update is orthogonalized by five Newton-Schulz steps; convolutions count
+    as (out, in*k*k) matrices, which torch.optim.Muon does not take. Decay is decoupled."""
+
+    def __init__(self, params, lr, momentum=0.95, weight_decay=0.0):
+        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
+
+    @staticmethod
+    def orthogonalize(x):
+        """[m,n] -> a matrix with the same singular vectors and singular values near 1."""
+        transposed = x.shape[0] > x.shape[1]
+        if transposed:
+            x = x.T
+        x = x / (x.norm() + 1e-7)
+        for _ in range(5):  # this quintic drives each singular value towards 1
+            gram = x @ x.T
+            x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+        return x.T if transposed else x
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                if "momentum_buffer" not in state:
+                    state["momentum_buffer"] = torch.zeros_like(p)
+                buffer = state["momentum_buffer"].lerp_(p.grad, 1 - group["momentum"])
+                update = self.orthogonalize(p.grad.lerp(buffer, group["momentum"]).flatten(1))
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                step_size = 0.2 * group["lr"] * max(update.shape) ** 0.5  # AdamW's usual length
+                p.sub_(step_size * update.reshape(p.shape))

@@ -1,0 +1,164 @@
+r"""
+tokenizer.py: part of stage 4, captions to token ids: byte-pair encoding trained on captions.
+
+BPE starts with the 256 bytes as tokens and repeatedly joins the most frequent pair of neighbors,
+never across words. The paper names no tokenizer.
+
+    captions -> words -> train_bpe -> tokens, by rank -> tiktoken.Encoding -> Tokenizer
+    text -> encode -> [bos, ids, eos] -> encode_batch, which pads -> int64 [B,T]
+
+Shapes: B batch, T context length.
+Run:    not a program
+Source: Sennrich et al. 2016 (arXiv 1508.07909), on bytes as in GPT-2; tiktoken encodes
+Next:   openvision3.py
+"""
+import re
+from bisect import insort
+from collections import Counter, defaultdict
+from contextlib import suppress
+from operator import add
+
+import tiktoken
+import torch
+
+from runtime import UserError, is_main_process, progress
+
+# Punctuation, signs and emoji. Ranges, because re and tiktoken do not agree on \w.
+SIGNS = (r"!-/:-@\[-^`{-~\xa1-\xbf\xd7\xf7\u2000-\u2bff\u3000-\u303f\ufe00-\ufe6f"
+         r"\uff01-\uff0f\uff1a-\uff20\U0001f000-\U0001faff")
+# A word has the space before it, and at most 32 letters: some scripts write no spaces.
+WORD_PATTERN = rf" ?[^\s{SIGNS}]{{1,32}}| ?[{SIGNS}]{{1,32}}|\s{{1,32}}"
+MAX_WORDS = 5000  # the most frequent words are trained on; bounds the time
+
+
+def train_bpe(texts, vocab_size):
+    """The tokens (bytes) by rank: vocab_size, or fewer where no other pair occurs twice.
+    While it trains, a word is a string in which the character chr(rank) stands for a token."""
+    found = Counter()
+    for text in texts:
+        found.update(re.findall(WORD_PATTERN, text))
+    found = found.most_common(MAX_WORDS)
+    words = [word.encode(errors="replace").decode("latin-1") for word, _ in found]
+    words_with = defaultdict(set)  # pair -> indices of words
+    tokens = [bytes([b]) for b in range(256)]
+    queue = []  # of candidates, the best one last; their counts may have fallen since
+
+    def candidate(pair):
+        count = sum(words[i].count(pair) * found[i][1] for i in words_with[pair])
+        return count, [tokens[ord(char)] for char in pair], pair
+
+    def merge(indices, pair, char):
+        """In these words. Then queues the pairs that contain the new token."""
+        new_pairs = set()
+        for i in indices:
+            words[i] = words[i].replace(pair, char)
+            for new in map(add, words[i], words[i][1:]):
+                if char in new:
+                    words_with[new].add(i)
+                    new_pairs.add(new)
+        for new in new_pairs:
+            insort(queue, candidate(new))
+
+    merge(range(len(words)), "", "")  # merges nothing and queues all pairs
+    bar = progress(total=vocab_size - 256, desc="training tokenizer")
+    while queue and len(tokens) < vocab_size:
+        count, halves, pair = best = candidate(queue.pop()[-1])
+        if queue and best < queue[-1]:
+            insort(queue, best)
+            continue
+        if count < 2:
+            break
+        token = b"".join(halves)
+        if token not in tokens:  # a+bc is the same token as ab+c
+            tokens.append(token)
+            bar.update()
+        merge(words_with.pop(pair), pair, chr(tokens.index(token)))
+    return tokens
+
+
+class Tokenizer:
+    """A tiktoken encoding with three more ids after its own: bos, eos and pad.
+
+    DIFFERS: OpenVision 1 and 2 use BERT's lower-cased word pieces, and two texts per image (web
+    text, 80 tokens; a synthetic caption, 128). Here one caption serves both text towers."""
+
+    def __init__(self, encoding, context_length):
+        self.encoding = encoding
+        self.context_length = context_length
+        self.bos, self.eos, self.pad = range(encoding.n_vocab, encoding.n_vocab + 3)
+        self.vocab_size = self.pad + 1
+        self.encode_ordinary = encoding.encode_ordinary  # text -> all its ids, without bos and eos
+        self.special_ids = set(map(encoding.encode_single_token, encoding.special_tokens_set))
+
+    @classmethod
+    def train(cls, texts, context_length, vocab_size=2048):
+        """BPE on these texts. vocab_size is the largest, without bos, eos and pad."""
+        tokens = [token.hex() for token in train_bpe(texts, vocab_size)]
+        return cls.from_state_dict({"tokens": tokens}, context_length)
+
+    @classmethod
+    def from_tiktoken(cls, name, context_length):
+        """One of tiktoken's encodings, such as gpt2; its file is downloaded once."""
+        try:
+            return cls(tiktoken.get_encoding(name), context_length)
+        except (OSError, ValueError):  # no network; an unknown name or a damaged file
+            known = ", ".join(tiktoken.list_encoding_names())
+            raise UserError(f"--tokenizer {name} cannot be loaded: use bpe or one of {known}; "
+                            "offline, put its file into the folder TIKTOKEN_CACHE_DIR") from None
+
+    @classmethod
+    def from_state_dict(cls, state, context_length):
+        if "name" in state:
+            return cls.from_tiktoken(state["name"], context_length)
+        ranks = {bytes.fromhex(token): rank for rank, token in enumerate(state["tokens"])}
+        encoding = tiktoken.Encoding(
+            "bpe", pat_str=WORD_PATTERN, mergeable_ranks=ranks, special_tokens={})
+        return cls(encoding, context_length)
+
+    def state_dict(self):
+        """Plain data for a checkpoint: tiktoken's name, or the tokens by rank."""
+        if self.encoding.name != "bpe":
+            return {"name": self.encoding.name}
+        tokens = self.encoding.decode_tokens_bytes(range(self.bos))
+        return {"tokens": [token.hex() for token in tokens]}
+
+    def encode(self, text):
+        """[bos, ids, eos], cut to context_length; eos stays: it teaches the captioner to stop."""
+        return [self.bos, *self.encode_ordinary(text)[: self.context_length - 2], self.eos]
+
+    def decode(self, ids):
+        """The text before the first eos; skips bos, pad, special ids and gaps in the numbering."""
+        text = b""
+        for i in ids:
+            if i == self.eos:
+                break
+            if i not in self.special_ids:
+                with suppress(KeyError):
+                    text += self.encoding.decode_single_token_bytes(i)
+        return text.decode(errors="replace")
+
+    def truncate(self, text):
+        """What of the text fits into context_length: all that a captioner could generate of it."""
+        return self.decode(self.encode(text))
+
+    def encode_batch(self, texts):
+        """int64 [B, context_length], padded."""
+        padding = [self.pad] * self.context_length
+        return torch.tensor([(self.encode(text) + padding)[: len(padding)] for text in texts])
+
+
+def make_tokenizer(name, texts, context_length, state=None):
+    """`name`: bpe, which is trained on the texts, or one of tiktoken's encodings; or a checkpoint's
+    `state`. Says how many of the texts are cut."""
+    if state:
+        tokenizer = Tokenizer.from_state_dict(state, context_length)
+    elif name == "bpe":
+        tokenizer = Tokenizer.train(texts, context_length)
+    else:
+        tokenizer = Tokenizer.from_tiktoken(name, context_length)
+    lengths = [len(tokenizer.encode_ordinary(text)) + 2 for text in texts]
+    num_cut = sum(length > context_length for length in lengths)
+    if num_cut and is_main_process():
+        print(f"captions: {num_cut:,} of {len(texts):,} are cut to --context-length "
+              f"{context_length}; the longest has {max(lengths)} tokens")
+    return tokenizer
