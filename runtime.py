@@ -80,7 +80,10 @@ def cli_errors():
             raise
         raise SystemExit("error: " + re.sub(r"\s*\n\s*", " ", message)) from None
     finally:
-        for worker in multiprocessing.active_children():
+        workers = multiprocessing.active_children()
+        if workers and hasattr(signal, "SIGCHLD"):  # PyTorch's handler would add a traceback
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        for worker in workers:
             worker.kill()  # they ignore SIGTERM, see ignore_signals
 
 

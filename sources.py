@@ -284,7 +284,7 @@ def label_values(rows, column):
     if feature is None:  # a dotted name
         part = rows.select_columns(column.split(".")[0])
         values = [get_field(row, column) for row in part]
-    elif re.search("string|int", feature.dtype):
+    elif re.search("string|int", getattr(feature, "dtype", "")):  # lists and structs have none
         values = rows.unique(column)
     values = set(values) - {None}
     all_numbers = all(str(value).isdecimal() for value in values)

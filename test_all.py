@@ -2457,7 +2457,7 @@ def test_learning_rate_and_weight_decay():
 def test_sixteen_samples_are_overfit():
     model, tokenizer = small_model(resolution=32, tau=0.0)
     batch = shapes_batch(16, tokenizer, 32)
-    vars(model.config).update(steps=330, warmup=20, lr=1.5e-3, weight_decay=0.0)
+    vars(model.config).update(steps=120, warmup=20, lr=1.5e-3, weight_decay=0.0)
     optimizer = train.make_optimizers(model, model.config)
     for step in range(model.config.steps):
         train.train_step(model, model, optimizer, batch["image"], batch["text"], step,
@@ -4200,7 +4200,7 @@ def test_readme_commands_and_links_exist(monkeypatch, capsys):
         for name in re.findall(r"\]\(([^)#]+)\)", text):
             found = name.startswith("https:") or (HERE / name).is_file()
             assert found, f"{document} points to {name}"
-        assert "@" not in re.sub(r"\w@\w|@article|R@\d", "", text), "a placeholder is left"
+        assert not re.search(r"@[A-Z]+@|remeasure", text), f"{document} has a placeholder"
 
 
 def test_readme_is_short_and_starts_with_a_command():

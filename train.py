@@ -453,7 +453,7 @@ def remember_shard_rows(run):
 def train_loop(run, stop):
     """Returns whether the run came to its last step; `stop` ends it early, with a checkpoint."""
     c, env, out, model = run.config, run.env, run.out, run.model
-    batches = iter(data_module.train_loader(
+    batches = filter(None, data_module.train_loader(  # a resumed stream may yield None first
         run.data, run.tokenizer, c.batch_size, seed=c.seed, start=run.start, stop=c.steps,
         rank=env.rank, world_size=env.world_size, num_workers=resolve_num_workers(c.num_workers),
         pin_memory=env.device.type == "cuda"))
