@@ -36,7 +36,7 @@ from vae import FLUX, AutoencoderKL, IdentityVAE, load_vae
 FROZEN_PASSES = {"encoder": 1, "latent_decoder": 2, "caption_decoder": 2, "text_encoder": 2,
                  "vae.encoder": 1, "vae.decoder": 2, "perceptual": 1.5}
 BPE_VOCAB_SIZE = 2051  # the most that --tokenizer bpe can have; on shapes it is 399
-aten = torch.ops.aten  # FlopCounterMode lacks the attention kernel that a CPU takes
+aten = torch.ops.aten  # FlopCounterMode lacks the attention kernel that a CPU uses
 flop_registry.setdefault(aten._scaled_dot_product_flash_attention_for_cpu,
                          flop_registry[aten._scaled_dot_product_flash_attention])
 

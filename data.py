@@ -68,7 +68,7 @@ class ImageTextDataset(torch.utils.data.Dataset):
         self.label_col, self.class_names = columns["label"], class_names
         self.class_index = class_index or {}
         self.is_synthetic = rows.column_names == ["index"]  # shapes: no crops, captions stay true
-        # twice the crop, and never less than the smallest crop needs
+        # twice the resolution, and never less than the smallest crop needs
         self.min_side = math.ceil(resolution * max(2, (0.75 * min_crop_scale) ** -0.5))
         # a fixed shuffle: files sorted by class are common, and evaluations read the first ones
         self.valid_indices = np.arange(len(rows))
@@ -257,7 +257,7 @@ def distributed_batches(length, batch_size, seed, start, stop, rank=0, world_siz
 
 
 def collate(tokenizer, examples):
-    """Examples -> the batch drawn at the top of this file, None for the None of a stream."""
+    """Examples -> the batch shown at the top of this file; the None of a stream stays None."""
     if examples is None:
         return None
 

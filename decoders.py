@@ -51,7 +51,7 @@ class LatentDecoder(nn.Module):
             sigma = tau * torch.rand_like(tokens[:, :1, :1])       # (B, 1, 1)
             tokens = tokens + sigma * torch.randn_like(tokens)
         side = math.isqrt(tokens.shape[1])
-        x = tokens.transpose(1, 2).unflatten(2, (side, side))      # (B, W, h/P, w/P)
+        x = tokens.transpose(1, 2).unflatten(2, (side, side))      # (B, token_dim, h/P, w/P)
         x = self.to_latents(self.vit.forward_features(x))          # (B, N, P*P*C)
         return self.unpatchify(x)                                  # (B, C, h, w)
 

@@ -140,8 +140,8 @@ def whitening_matrix(x, width):
     samples = x.cpu().double()  # mps has no float64
     mean = samples.mean(dim=0)                                               # (F,)
     variances, directions = torch.linalg.eigh((samples - mean).T.cov())      # (F,), (F, F)
-    # Few distinct samples, such as class names, vary in few directions (their rank) and give short
-    # features with large gradients: the floor bounds the amplification of the other directions
+    # Few distinct samples, such as class names, vary in few directions (their rank) and give
+    # features of small norm, with large gradients: the floor bounds the gain of other directions
     rank = (variances > 1e-6).sum()
     floor = torch.maximum(0.02 * variances.mean(), 0.2 / rank.clamp(min=1))
     zca = directions * (variances + floor).rsqrt() @ directions.T            # (F, F)
@@ -257,7 +257,7 @@ class TextEncoder(nn.Module):
         """[B,T] -> [B,W], after the final LayerNorm. T is at most context_length."""
         x = self.token_embedding(ids)                                        # (B, T, W)
         x = torch.cat([x, self.class_embedding.expand(len(x), 1, -1)], dim=1)  # (B, T+1, W)
-        pos = self.positional_embedding                                      # (T_max+1, W)
+        pos = self.positional_embedding                                      # (context_length+1, W)
         pos = torch.cat([pos[:-1][: ids.shape[1]], pos[-1:]])                # (T+1, W)
         return self.ln_final(self.transformer(x + pos)[:, -1])               # (B, W)
 

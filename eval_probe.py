@@ -39,7 +39,7 @@ from data import TEMPLATES, class_prompts, eval_loader, load_run_data, resolve_n
 from encoder import load_encoder
 from images import center_crop, decode_image, image_grid, to_pil, to_tensor, to_uint8
 from losses import LPIPS
-from openvision3 import OpenVision3, load_run
+from openvision3 import DECODE_CHUNK, OpenVision3, load_run
 from runtime import UserError, arg
 from shapes import SCENE_PROBES, all_captions, scene_probe_labels
 from tokenizer import Tokenizer
@@ -220,7 +220,7 @@ def retrieval(images, texts, image_of_text):
 
 
 def pool_latents(latents):
-    """In place of an encoder: [B,16,h,w] -> averages over at most 8x8 places, patches [B,N,64]."""
+    """In place of an encoder: [B,16,h,w] -> means over at most 8x8 regions, patches [B,N,64]."""
     # On the CPU: mps cannot pool to a size that does not divide (pytorch issue 96056)
     pooled = F.adaptive_avg_pool2d(latents.cpu(), min(8, latents.shape[-1]))
     return pooled.flatten(1), F.pixel_unshuffle(latents, 2).flatten(2).mT
@@ -231,7 +231,8 @@ class EncoderOnly(nn.Module):
     encode_latents = OpenVision3.encode_latents
 
     def reconstruct(self, images):
-        return self.vae.decode(self.encode_latents(images)), None, None
+        chunks = self.encode_latents(images).split(DECODE_CHUNK)
+        return torch.cat([self.vae.decode(chunk) for chunk in chunks]), None, None
 
     def __init__(self, source, vae, resolution):
         super().__init__()
@@ -242,6 +243,8 @@ class EncoderOnly(nn.Module):
             expected, found = self.encoder.conv1.in_channels, vae.config["z_channels"]
             if expected != found:
                 raise UserError(f"{source} reads {expected} channels; this --vae has {found}")
+        if (resolution or default) % 16:
+            raise UserError(f"--resolution {resolution} is not a multiple of 16")
         self.config = SimpleNamespace(data=None, resolution=resolution or default)
 
 
@@ -269,7 +272,7 @@ class Settings:
     class_names: str | None = arg(None, "file: folder name -> class name", "data", path=True)
     num_workers: str = arg("0", "DataLoader workers, or auto", "data")
     n_train: int = arg(8000, "training images for probes and kNN", "metrics", min=2)
-    n_test: int = arg(1000, "test images, for all but the next", "metrics", min=2)
+    n_test: int = arg(1000, "test images for probes, kNN, retrieval", "metrics", min=2)
     n_reconstruct: int = arg(512, "test images for captions and reconstruction", "metrics", min=2)
     retrieval_images: int = arg(0, "for retrieval (default: 256 of --n-test)", "metrics", min=0)
     templates: str | None = arg(None, "file of prompts, {} in each line", "metrics", path=True)
@@ -279,7 +282,8 @@ class Settings:
     compare: tuple[str, ...] = arg((), "run folders: mean and std over seeds", "instead", nargs="+")
     batch_size: int = arg(64, "images per batch; does not change the numbers", min=1)
     device: str = arg("auto", "auto (cuda, else mps, else cpu), cuda, mps or cpu")
-    dtype: str = arg("auto", "auto (bfloat16 where the GPU has it), float32 or bfloat16")
+    dtype: str = arg("auto", "autocast; auto: bfloat16 where the GPU has it",
+                     choices=("auto", "float32", "bfloat16"))
 
 
 def extract_features(model, env, images):
@@ -302,7 +306,7 @@ def zero_shot_weights(model, tokenizer, class_names, templates_file):
     templates, weights = TEMPLATES, []
     if templates_file:
         templates = Path(templates_file).read_text(encoding="utf-8").strip().splitlines()
-    if not all("{}" in template for template in templates):
+    if not templates or not all("{}" in template for template in templates):
         raise UserError(f"--templates {templates_file} needs a {{}} in each line: a big {{}}")
     for name in class_names:
         features = encode_texts(model, tokenizer, class_prompts(name, templates))
@@ -352,7 +356,7 @@ def eval_retrieval(model, tokenizer, test, limit):
 def reconstruct_features(model, tokenizer, env, measures, inception, images):
     """uint8 [B,3,R,R] -> our reconstruction's measures [B], and (`*_vae`) the VAE's, the upper
     reference; captions; Inception features. An encoder-only checkpoint has only the second, --vae
-    pixels all others."""
+    pixels all but the second."""
     images, result = scale_images(images), {}
     with env.autocast():
         vae_recon, recon, tokens = model.reconstruct(images)
@@ -381,7 +385,7 @@ def caption_exact(found, tokenizer):
 
 
 def evaluate(model, tokenizer, data, s, env):
-    """All METRICS, None where one cannot be had (the reason is printed), and counts."""
+    """All METRICS, None where one cannot be measured (the reason is printed), and counts."""
     start_time, metrics = time.time(), {**dict.fromkeys(METRICS), "n_train": 0}
     encode = partial(encode_dataset, tokenizer=tokenizer, device=env.device,
                      batch_size=s.batch_size, num_workers=resolve_num_workers(s.num_workers))
@@ -477,8 +481,8 @@ def metrics_path(s, default_data):
 
 
 def load_model(s, device):
-    """(model, tokenizer, the checkpoint's other entries) of a run of train.py; or of an encoder
-    with --vae, as far as it goes."""
+    """(model, tokenizer, the checkpoint's other entries) of a run of train.py; or an EncoderOnly
+    of an encoder and --vae."""
     if (Path(s.ckpt) / "last.pt").is_file():
         if s.vae or s.resolution:
             raise UserError(f"--vae, --resolution: leave them out, {s.ckpt} has its own")

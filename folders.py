@@ -1,7 +1,7 @@
 """
 folders.py: part of stage 6, a folder of images or a table of paths as rows: image, captions, label.
 
-Names say what is what. One walk and a few rules, printed with what they found, settle the rest.
+The names of files and folders decide what is what, by a few rules; a report says what was found.
 
     folder -> find_files -> splits, labels, captions -> {"train": rows, "test": rows}
     table (.csv, .tsv, .jsonl, .parquet) -> paths, captions, labels -> the same
@@ -10,7 +10,7 @@ Splits: folders called train/training and test/testing or val/valid/validation/d
 (any case; also train2017, test_images), where a training split and another are side by side.
 Label: the first folder below the split, where there are two or more. Captions: metadata.jsonl, .csv
 or .parquet in any folder (file_name and text; several rows are several captions), else NAME.txt
-beside NAME.png. Images that are not listed stay. Hidden, NAS and run folders are skipped.
+beside NAME.png. Images that no table lists stay. Hidden, NAS and run folders are skipped.
 
 Run:    python data.py --check FOLDER
 Source: metadata files as in `datasets`' imagefolder
@@ -46,7 +46,7 @@ HIDDEN = re.compile(
     r"|system volume information", re.IGNORECASE)
 HINTS = {".heic": " (pip install pillow-heif)", ".heif": " (pip install pillow-heif)",
          ".jxl": " (pip install pillow-jxl-plugin)", ".zip": " (unpack it)", ".gz": " (unpack it)",
-         ".rar": " (unpack it)", ".7z": " (unpack it)", "no ending": " (add one, as .jpg)"}
+         ".rar": " (unpack it)", ".7z": " (unpack it)", "no ending": " (add one, such as .jpg)"}
 
 
 def image_endings():
@@ -55,7 +55,7 @@ def image_endings():
     for plugin in ("pillow_heif.HeifImagePlugin", "pillow_jxl"):
         with contextlib.suppress(ImportError):
             importlib.import_module(plugin)  # registers itself
-    readable = set(Image.OPEN) - {"MPEG", "HDF5", "GRIB", "BUFR", "WMF", "EPS"}  # headers only
+    readable = set(Image.OPEN) - {"MPEG", "HDF5", "GRIB", "BUFR", "WMF", "EPS"}  # no pixels
     return {name for name, kind in Image.registered_extensions().items() if kind in readable}
 
 
@@ -166,7 +166,7 @@ def read_rows(file):
                     raise ValueError("not one value per column (quote captions with commas)")
                 number += 1
                 yield row
-    except (ValueError, csv.Error) as error:  # also no UTF-8, no JSON
+    except (ValueError, csv.Error) as error:  # also where it is not UTF-8 or not JSON
         raise UserError(f"{file} cannot be read after row {number}: {error}") from None
 
 
@@ -275,7 +275,7 @@ def add_texts(root, entries, texts):
 
 
 def add_labels(entries, depth):
-    """The folder at `depth` is the label, where no table has labels; a single one is none."""
+    """The folder at `depth` is the label, where no table has labels; a lone folder is none."""
     labels = {file: file.split("/")[depth] for file in entries if file.count("/") > depth}
     in_tables = any(entry["label"] for entry in entries.values())
     if len(set(labels.values())) > 1 and not in_tables:
@@ -294,7 +294,7 @@ def report_split(split, entries, depth):
         f"captions, {labels.total():,} with one of {len(labels):,} labels "
         f"{', '.join(list(labels)[:8])}")
     if labels and unlabeled:
-        say(f"{len(unlabeled):,} images have no label, as {unlabeled[0]}")
+        say(f"{len(unlabeled):,} images have no label, such as {unlabeled[0]}")
 
 
 def list_counts(skipped):

@@ -53,7 +53,7 @@ from vae import scale_images
 
 # (width, depth, heads) of the base and of the head, and the time shift. S and XL are RAE's, whose
 # shift follows from the number of dimensions. DIFFERS: laptop is ours, and its shift is 3, where
-# RAE's formula gives 1: 192 channels encode only 64 latents, so noise hides them less than it seems
+# RAE's formula gives 1: 192 channels encode only 64 latents, so noise hides less than it assumes
 DIT_SIZES = {
     "laptop": dict(base=(192, 4, 3), head=(256, 1, 4), shift=3.0),
     "S": dict(base=(384, 12, 6), head=(2048, 2, 16)),
@@ -389,7 +389,7 @@ def load_generator(path, stats):
 
 
 def learning_rate(step, s):
-    """Linear warmup over 2 % of the steps, constant to the half, then linear to a tenth.
+    """Linear warmup over 2 % of the steps, constant up to the middle, then linear to a tenth.
     DIFFERS: RAE has no warmup and falls from epoch 40 to 800 of 1400; runs here are shorter."""
     return s.lr * min(1, 50 * (step + 1) / s.steps, 1.9 - 1.8 * step / s.steps)
 

@@ -9,7 +9,7 @@ becomes RGB here by one rule each, and large JPEGs are decoded at a reduced size
     images and captions -> image_grid -> one PNG
 
 Shapes: H W sides of an image, R resolution.
-Run:    not a program; python data.py --data FOLDER shows its work
+Run:    not a program; python data.py --data FOLDER shows its output
 Source: random resized crop over 40-100 % of the area and no flip, as OpenVision 1 (paper sec 4)
 Next:   folders.py
 """
@@ -34,14 +34,14 @@ def open_image(source, min_side=None):
         return source
     image = Image.open(io.BytesIO(source["bytes"]) if source.get("bytes") else source["path"])
     if min_side:
-        image.draft(None, (min_side, min_side))  # only JPEG can
+        image.draft(None, (min_side, min_side))  # only JPEG does this
     image.load()
     return image
 
 
 def white_level(image):
     """The value of white in a gray image of more than 8 bits or of floats: the smallest of
-    WHITE_LEVELS that holds all of it, at least 1023 where 16 bits are declared. Else 0."""
+    WHITE_LEVELS that no pixel exceeds, at least 1023 where 16 bits are declared. Else 0."""
     if image.mode[0] not in "IF":
         return 0
     least = {"F": 1, "I": 255}.get(image.mode, 1023)
@@ -66,7 +66,7 @@ def decode_image(source, min_side=None, white=0):
 
 
 def center_crop(image, resolution):
-    """The largest centered square, resized. Cropped first, so that 1x5000 never grows huge."""
+    """The largest centered square, resized. Cropped first: a 1x5000 image never grows huge."""
     return ImageOps.fit(image, (resolution, resolution), Image.BICUBIC)
 
 
@@ -106,7 +106,7 @@ def to_pil(image):
 
 def image_grid(columns, captions, row_names=(), cell_size=128, max_lines=5, per_row=None):
     """One column per example: its images one under another and the caption below; `per_row` columns
-    side by side. Letters that the font has not are drawn as "?"."""
+    side by side. Letters that the font lacks are drawn as "?"."""
     per_row = min(per_row or len(columns), len(columns))
     step, margin = cell_size + 4, 72 if row_names else 4
     height = 8 + len(columns[0]) * step + 15 * max_lines

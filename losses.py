@@ -11,7 +11,8 @@ in a VGG's features (LPIPS). The understanding half is CLIP's loss plus the capt
     caption hidden states -> cross entropy ---.                             |
     pooled, text features -> 1.0 * InfoNCE ---+-> understanding --- * 1.0 --'
 
-Shapes: B batch of a rank, G global batch, T text length, V vocab size, W, E widths, R resolution.
+Shapes: B batch of a rank, G global batch, T text length, V vocab size, W, E widths, R resolution,
+        M rows: caption tokens, or images of the pixel loss.
 Run:    python losses.py      # expected values at initialization next to measured ones
 Source: paper eqs 4-6, Table 1; CLIP (arXiv 2103.00020); LPIPS v0.1 (arXiv 1801.03924)
 Next:   tokenizer.py
@@ -64,8 +65,8 @@ def contrastive_loss(image_features, text_features, logit_scale):
 
 
 def caption_tokens_per_rank(targets, pad_id):
-    """Caption tokens of the global batch, without padding, divided by the world size. A rank that
-    divides its sum by this number has, averaged over ranks, one process's gradients."""
+    """Caption tokens of the global batch, without padding, divided by the world size. Where each
+    rank divides its sum by this number, gradients averaged over ranks are those of one process."""
     count = (targets != pad_id).sum()
     if world_size() > 1:
         dist.all_reduce(count)
@@ -170,14 +171,14 @@ class PerceptualDistance(nn.Module):
 
 def download_lpips(name):
     """The published file "vgg" or "lin", from torch.hub's cache or its URL. FileNotFoundError where
-    there is no network, or another content."""
+    there is no network, or the file is not the published one."""
     url, sha256 = LPIPS_FILES[name]
     path = Path(torch.hub.get_dir(), "checkpoints", f"lpips-{name}.pth")
     try:
         if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256)
-    except (OSError, RuntimeError) as error:  # no network, or another hash
+    except (OSError, RuntimeError) as error:  # no network, or a wrong hash
         raise FileNotFoundError(f"{url} could not be downloaded ({error}): save it as {path}, or "
                                 "train with --lpips-weight 0") from None
     return path

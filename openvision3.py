@@ -87,8 +87,8 @@ class OpenVision3(nn.Module):
             latents = self.encode_latents(images)                      # (B, 16, R/8, R/8)
         pooled, tokens = self.encoder(latents)                         # (B, E), (B, N, W)
 
-        # A branch of weight 0 is still trained, but on detached tokens: it measures, without effect
-        # on the encoder. DIFFERS: the paper (figs 4, 5) does not say how it measures
+        # A branch of weight 0 still trains (with its default weight), on detached tokens: it only
+        # measures the encoder. DIFFERS: the paper (figs 4, 5) does not say how it measures
         rec_tokens, und_tokens = tokens, tokens
         if c.w_rec == 0:
             rec_tokens = tokens.detach()
@@ -163,7 +163,7 @@ class OpenVision3(nn.Module):
 
 
 def contrastive_surrogate(pooled, text, log_scale, cache):
-    """A number whose gradient is the whole batch's contrastive loss's. Its value means nothing."""
+    """A number with the gradient of the whole batch's contrastive loss. Its value means nothing."""
     return ((pooled.float() * cache.pooled_grad).sum() + (text.float() * cache.text_grad).sum()
             + log_scale * cache.log_scale_grad)
 

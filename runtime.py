@@ -37,15 +37,15 @@ from matplotlib.figure import Figure
 from safetensors import SafetensorError
 from tqdm import tqdm
 
-# ---- Errors: one sentence and exit status 1 for what a user can mend, a traceback for a bug ------
+# ---- Errors: one sentence and exit status 1 for what a user can fix, a traceback for a bug -------
 
 
 class UserError(Exception):
-    """A requested thing cannot be had. The message is one sentence that names it and the fix."""
+    """What was asked for is not possible. The message is one sentence: the problem and its fix."""
 
 
 def describe_error(error):
-    """One sentence for an error that a user can mend; None for a bug, which keeps its traceback."""
+    """One sentence for an error that a user can fix; None for a bug, which keeps its traceback."""
     text = str(error) or type(error).__name__
     if isinstance(error, KeyboardInterrupt):
         return "interrupted"
@@ -53,7 +53,7 @@ def describe_error(error):
         return text
     if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
         return f"torch.compile failed here ({type(error).__name__}); run with --no-compile"
-    if isinstance(error, ValueError):  # raised by a model file, or a slip in a fork: name the line
+    if isinstance(error, ValueError):  # raised by a model file, or by changed code: name the line
         last = traceback.extract_tb(error.__traceback__)[-1]
         return f"{text} ({Path(last.filename).name}, line {last.lineno})"
     # The CPU allocator and dead workers raise a plain RuntimeError
@@ -259,7 +259,7 @@ def init_distributed(device="auto", dtype="auto"):
     torch.set_float32_matmul_precision("high")
     tune_malloc(device)
     if device.type == "cuda":
-        torch.cuda.set_device(device)  # before the process group, or all ranks meet on GPU 0
+        torch.cuda.set_device(device)  # before the process group, or all ranks use GPU 0
     if world_size > 1 and device.type == "cuda":
         dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device)
     elif world_size > 1:
@@ -268,7 +268,7 @@ def init_distributed(device="auto", dtype="auto"):
 
 
 def any_rank(flag, world_size):
-    """Whether the flag is set on any rank. The tensor is on the CPU: no GPU is waited for."""
+    """Whether the flag is set on any rank. The tensor is on the CPU, so nothing waits for a GPU."""
     if world_size == 1:
         return flag
     count = torch.tensor(float(flag))
@@ -451,5 +451,5 @@ class Muon(torch.optim.Optimizer):
                 buffer = state["momentum_buffer"].lerp_(p.grad, 1 - group["momentum"])
                 update = self.orthogonalize(p.grad.lerp(buffer, group["momentum"]).flatten(1))
                 p.mul_(1 - group["lr"] * group["weight_decay"])
-                step_size = 0.2 * group["lr"] * max(update.shape) ** 0.5  # AdamW's usual length
+                step_size = 0.2 * group["lr"] * max(update.shape) ** 0.5  # about AdamW's step
                 p.sub_(step_size * update.reshape(p.shape))

@@ -88,8 +88,8 @@ def box(u, v, half_width, half_height):
 
 
 def signed_distance(shape, u, v):
-    """To the outline (roughly) of a shape of radius 1, negative inside. Main shapes differ in where
-    their mass lies, not only in outline: at 64 px the smallest has a radius of 10 pixels."""
+    """Distance (roughly) to the outline of a shape of radius 1, negative inside. Main shapes differ
+    in where their mass lies, not only in outline: at 64 px the smallest radius is 10 pixels."""
     radius = np.hypot(u, v)
     p, q = (u + v) / 2**0.5, (u - v) / 2**0.5  # along the diagonals
     match shape:
@@ -239,7 +239,7 @@ def shapes_dataset(split, length, resolution):
 # ---- Questions with true answers -----------------------------------------------------------------
 
 NUMBERS = ("one", "two", "three", "four")
-SCENE_PROBES = {  # what linear probes predict; all but the count where there are two objects
+SCENE_PROBES = {  # what linear probes predict; the last three where there are two objects
     "probe_count": (1, 2, 3),
     "probe_second_color": tuple(COLORS),
     "probe_second_shape": COMPANION_SHAPES,
@@ -284,7 +284,7 @@ def yes_no(kind, name, present):
 
 def relation_questions(scene, rng):
     """Two for each companion: where it lies, seen from the main object, and the other way round.
-    Objects are named by color and shape: tokens tell two companions apart by color best."""
+    Names include the color, because tokens tell two companions apart best by color."""
     main, *companions = scene["objects"]
     questions = []
     for item in companions:
@@ -296,8 +296,8 @@ def relation_questions(scene, rng):
 
 
 def scene_questions(scene, rng):
-    """Multiple choice, as in SEED-Bench; a third of the single objects is asked for the count, only
-    they for their size. "four" and "tiny" are never true: without the image one guesses 1 of 3."""
+    """Multiple choice, as in SEED-Bench. Scenes of one object have a size question, a third of them
+    the count. "four" and "tiny" are never true: without the image one guesses 1 of 3."""
     ask = partial(multiple_choice, rng=rng)
     objects = scene["objects"]
     main = objects[0]
@@ -345,6 +345,8 @@ class QuestionBank:
             else:
                 self.objects.append(self.class_names[label : label + 1] if label >= 0 else [])
         self.indices = [i for i, objects in enumerate(self.objects) if objects]
+        self.with_companions = [i for i, scene in enumerate(self.scenes)
+                                if scene and len(scene["objects"]) > 1]
         counts = Counter(itertools.chain.from_iterable(self.objects))
         self.by_frequency = by_frequency or [name for name, _ in counts.most_common()]
 
@@ -381,15 +383,25 @@ class QuestionBank:
         text, label = "What is in the image?", self.objects[i][0]
         return [multiple_choice("class", text, label, self.class_names, rng)]
 
-    def sample_turn(self, rng):
+    def sample_question(self, i, rng):
         """Half yes/no, half multiple choice. Popular negatives are only in the test: trained on,
         they would teach "no" to every frequent object."""
-        i, kind = rng.choice(self.indices), rng.choice(("random", "adversarial"))
-        questions = self.choice_questions(i, rng)
+        questions, kind = self.choice_questions(i, rng), rng.choice(("random", "adversarial"))
         if rng.random() < 0.5:
             questions = self.yes_no_questions(i, (kind,), rng) or questions
-        q = rng.choice(questions)
-        return i, question_prompt(q.text), q.answer
+        return rng.choice(questions)
+
+    def sample_turns(self, rng, count=4):
+        """Training questions about one image, as (image index, prompt, answer). Three images in ten
+        are asked for the sides of their objects only: the hardest skill needs most examples."""
+        if self.with_companions and rng.random() < 0.3:
+            i = rng.choice(self.with_companions)
+            related = relation_questions(self.scenes[i], rng)
+            questions = [rng.choice(related) for _ in range(count)]
+        else:
+            i = rng.choice(self.indices)
+            questions = [self.sample_question(i, rng) for _ in range(count)]
+        return [(i, question_prompt(q.text), q.answer) for q in questions]
 
 
 if __name__ == "__main__":

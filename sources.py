@@ -1,5 +1,5 @@
 """
-sources.py: part of stage 6, any name as rows to train on and rows to test on.
+sources.py: part of stage 6, from a data set's name to rows to train on and rows to test on.
 
 A name is a folder of images or a table (folders.py), parquet files, webdataset tars, a save_to_disk
 folder or a hub id. Each becomes `datasets` rows per split; then labels get an index, and a tenth is
@@ -73,7 +73,7 @@ def tar_field(sample, name):
 
 
 def tar_rows(tars, columns):
-    """One row per sample with an image. `datasets`' cache sees the times of `tars` change."""
+    """One row per sample with an image. `tars`: (path, time of change), for `datasets`' cache."""
     for path, _ in tars:
         for sample in read_tar(path):
             images = [kind for kind in sample if f".{kind}" in folders.ENDINGS]
@@ -164,9 +164,10 @@ def load_hub(name, config, streaming):
 
 def load_local(path, streaming, requested):
     """What a file or folder holds; the formats are told apart by the endings of the files."""
-    root, files, skipped = str(path.absolute().parent), [path.name], Counter()
+    path = Path(os.path.abspath(path))  # without "..", as the paths that tables list
+    root, files, skipped = str(path.parent), [path.name], Counter()
     if path.is_dir():
-        root = str(path.absolute())
+        root = str(path)
         files, skipped = folders.find_files(root)
     num_images = sum(ending(file) in folders.ENDINGS for file in files)
     tars = [file for file in files if ending(file) == ".tar"]
@@ -175,7 +176,7 @@ def load_local(path, streaming, requested):
         parquets = [file for file in parquets if is_table(f"{root}/{file}", requested)]
     if parquets:
         return load_parquet(root, parquets, requested, streaming)
-    if tars and len(tars) >= num_images:  # an unpacked tar may still be there
+    if tars and len(tars) >= num_images:  # a tar may lie beside its own images
         return load_tars(root, tars, requested, streaming)
     if streaming:
         raise UserError(f"--streaming is for the hub, parquet files and tars; {path} is neither")
@@ -233,15 +234,15 @@ def choose_splits(source, split, evaluate, data):
 
 
 def image_names(rows, image_col, data):
-    """{position: stable name} of the images: the path below what all share, or the position. Rows
+    """{position: stable name} of the images: the path in their common folder, or the position. Rows
     without an image are left out; no bytes are read."""
     content, paths = rows.data.column(image_col).flatten()  # of the Arrow struct
     has_bytes = content.is_valid().to_pylist()
     paths = [path or "" for path in paths.to_pylist()]
     anchors = list(filter(os.path.isabs, paths))
-    here = Path(data).expanduser().absolute()
-    if here.exists():
-        anchors.append(str(here))
+    here = os.path.abspath(os.path.expanduser(data))
+    if os.path.exists(here):
+        anchors.append(here)
     root = os.path.commonpath(anchors or ["/"])
     names = {}
     for i, path in enumerate(paths):
@@ -306,6 +307,8 @@ def read_class_names(path):
 def choose_classes(rows, columns, names_file, required):
     """(class names, {value: index}); a label column without labels is dropped, or an error."""
     column = columns["label"]
+    if column is None and names_file:
+        raise UserError("--class-names: this data set has no labels to name; give --label-col")
     if column is None:
         return None, None
     names = getattr(rows.features.get(column), "names", None)

@@ -39,13 +39,13 @@ def row_id(row, image_col):
 
 
 def take_head(rows, count, data):
-    """The first rows of a stream, in a temporary file that is mapped, so not in memory."""
+    """The first rows of a stream, in a temporary file that is memory-mapped."""
     folder = tempfile.mkdtemp()
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     try:
         return datasets.Dataset.from_generator(rows.take(count).__iter__, features=rows.features,
                                                cache_dir=folder)
-    except Exception as error:  # a shard that is none, or no network
+    except Exception as error:  # a damaged shard, or no network
         raise UserError(f"--streaming: {data} cannot be read: {root_cause(error)}") from None
 
 
@@ -56,7 +56,7 @@ class StreamingDataset(torch.utils.data.IterableDataset):
 
     def __init__(self, rows, dataset, held_out):
         self.rows, self.dataset, self.held_out = rows, dataset, held_out
-        self.shard_rows = torch.full((rows.num_shards,), -1).share_memory_()  # workers write
+        self.shard_rows = torch.full((rows.num_shards,), -1).share_memory_()  # workers fill it
 
     def shard_for_rank(self, batch_size, start, rank, world_size, num_workers):
         """What one rank reads from step `start` on, `batch_size` examples per step."""

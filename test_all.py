@@ -74,7 +74,7 @@ import train
 import train_vae
 import vae
 
-MAX_LINES, MAX_NODES = 6300, 53500
+MAX_LINES, MAX_NODES = 6350, 53700
 HERE = Path(__file__).parent
 
 
@@ -3879,13 +3879,15 @@ def test_long_texts_are_cut_to_max_tokens():
 def test_a_few_questions_are_memorized():
     """The answers depend on the image alone: the question is the same."""
     vlm, tokens = small_vlm(), torch.randn(8, 4, 12)
+    for p in vlm.lm.parameters():
+        p.data.div_(3)  # the initial scale
     turns = [(i, eval_vlm.question_prompt("?"), "ABCDEFGH"[i]) for i in range(8)]
     options = tuple("ABCDEFGH")
     questions = [(i, eval_vlm.Question("letter", "?", answer, options)) for i, _, answer in turns]
     cache = SimpleNamespace(get=lambda keys: tokens[keys])
-    config = SimpleNamespace(seed=0, batch_size=16, log_every=200)
+    config = SimpleNamespace(seed=0, batch_size=16, log_every=200, lm=None)
     eval_vlm.train(
-        vlm, cache, lambda rng: rng.choice(turns), "memorize", 200, 3e-3, config, nullcontext
+        vlm, cache, lambda rng: [rng.choice(turns)], "memorize", 450, 3e-3, config, nullcontext
     )
     assert vlm_loss(vlm, tokens, [turn[1:] for turn in turns]) < 0.1
     answers = [vlm.generate(tokens[i : i + 1], "?") for i in range(8)]
@@ -3939,14 +3941,12 @@ def test_questions_about_class_labels():
 
 def test_sampled_turns_mix_all_kinds():
     bank, rng = eval_vlm.QuestionBank(scenes_info(100), shapes_module.CLASS_NAMES), random.Random(0)
-    turns = [bank.sample_turn(rng) for _ in range(1000)]
-    assert 0.4 < sum(answer in ("yes", "no") for _, _, answer in turns) / 1000 < 0.6
-    assert 0.05 < sum("seen from" in prompt for _, prompt, _ in turns) / 1000 < 0.5
-    assert eval_vlm.caption_turns([["a", " "], [""], ["b", "c"]]) == [
-        (0, "", "a"),
-        (2, "", "b"),
-        (2, "", "c"),
-    ]
+    turns = []
+    for _ in range(250):
+        turns += bank.sample_turns(rng)
+    assert len({i for i, _, _ in turns[:4]}) == 1  # four questions about one image
+    assert 0.25 < sum(answer in ("yes", "no") for _, _, answer in turns) / 1000 < 0.45
+    assert 0.3 < sum("seen from" in prompt for _, prompt, _ in turns) / 1000 < 0.6
 
 
 def test_yes_no_metrics():

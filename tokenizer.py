@@ -48,7 +48,7 @@ def train_bpe(texts, vocab_size):
         return count, [tokens[ord(char)] for char in pair], pair
 
     def merge(indices, pair, char):
-        """In these words. Then queues the pairs that contain the new token."""
+        """Joins the pair in these words, then queues the pairs that contain the new token."""
         new_pairs = set()
         for i in indices:
             words[i] = words[i].replace(pair, char)
@@ -92,7 +92,7 @@ class Tokenizer:
 
     @classmethod
     def train(cls, texts, context_length, vocab_size=2048):
-        """BPE on these texts. vocab_size is the largest, without bos, eos and pad."""
+        """BPE on these texts, with at most vocab_size tokens, not counting bos, eos and pad."""
         tokens = [token.hex() for token in train_bpe(texts, vocab_size)]
         return cls.from_state_dict({"tokens": tokens}, context_length)
 
@@ -138,7 +138,7 @@ class Tokenizer:
         return text.decode(errors="replace")
 
     def truncate(self, text):
-        """What of the text fits into context_length: all that a captioner could generate of it."""
+        """The part of the text that fits into context_length: all that a captioner can write."""
         return self.decode(self.encode(text))
 
     def encode_batch(self, texts):

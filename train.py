@@ -6,7 +6,7 @@ flag it trains the laptop preset on drawn images, on whatever device is there, a
 nothing. A preset `paper-*` is a column of the paper's Table 1 (sec 3.3).
 
     load_data -> uint8 images [B,3,R,R], caption ids [B,T] -> OpenVision3.forward -> loss
-    -> gradients -> clip -> AdamW -> log line, held-out losses, reconstruction grid, checkpoint
+    -> gradients -> clip -> Muon, AdamW -> log line, held-out losses, reconstructions, checkpoint
 
 Shapes: B batch, R resolution, T text length, V vocabulary.
 Run:    python train.py                                # laptop preset: minutes on 2 CPU cores
@@ -95,7 +95,7 @@ class Config:
     base_lr: float | None = arg(None, "lr = base_lr * batch_size / 256", "optimization", min=0)
     warmup: int = arg(50, "steps of linear warm-up; cosine to 0 follows", "optimization", min=0)
     weight_decay: float = arg(0.1, "decoupled decay of matrices", "optimization", min=0)
-    optimizer: str = arg("muon", "of matrices; paper: adamw", "optimization", choices=OPTIMIZERS)
+    optimizer: str = arg("muon", "muon (of matrices) or adamw", "optimization", choices=OPTIMIZERS)
     grad_clip: float = arg(1.0, "maximum gradient norm", "optimization", min=1e-6)
     accum_steps: int = arg(1, "micro-batches; the same gradients", "optimization", min=1)
     grad_checkpointing: bool = arg(False, "recompute activations to save memory", "optimization")
@@ -287,7 +287,7 @@ def setup(c, env, state):
     if env.world_size > 1:
         ddp_model = DistributedDataParallel(model, gradient_as_bucket_view=True,
                                             broadcast_buffers=False)
-    num_test = min(c.batch_size, len(data.test), 256)
+    num_test = min(c.batch_size, max(8, c.batch_size // c.accum_steps), len(data.test), 256)
     num_test = num_test // env.world_size * env.world_size or num_test
     test_batch = next(iter(eval_loader(data.test, tokenizer, num_test, limit=num_test)))
     extra_state = {"config": dataclasses.asdict(c), "tokenizer": tokenizer.state_dict(),
@@ -432,7 +432,7 @@ def save_outputs(run, step, sample, save):
 
 
 def next_batch(batches, step):
-    """Whatever ends the loading ends the run, with its reason."""
+    """The next batch; an error while loading ends the run with one sentence."""
     try:
         return next(batches)
     except UserError:

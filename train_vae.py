@@ -133,8 +133,8 @@ PROBABILITIES = (0.30, 0.10, 0.25, 0.35)
 
 
 class ProceduralImages(Dataset):
-    """Endless drawn images, uint8 [3,S,S]; each depends on (seed, index) alone. A
-    tenth is blurred."""
+    """Endless drawn images, uint8 [3,S,S]; each depends on (seed, index) alone. A tenth
+    is blurred."""
 
     def __init__(self, seed, size=128):
         self.seed, self.size = seed, size
@@ -265,7 +265,7 @@ def load_resume_state(c, parts):
         return 0
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # none there, cut off, another program's: many kinds
+    except Exception as error:  # missing, cut off, another program's: many kinds
         raise UserError(f"--resume: {path} is no checkpoint ({type(error).__name__})") from None
     runtime.check_resume(state["config"], dataclasses.asdict(c), RESUME_MAY_CHANGE)
     for part, saved in zip(parts, state["parts"], strict=True):
@@ -330,7 +330,8 @@ def train(c, stop):
     start_time = time.time()
     for step, batch in enumerate(bar, start + 1):
         losses = train_step(vae, ema_vae, optimizers, scale_images(batch.to(device)), step, c)
-        save = step % c.save_every == 0 or step == c.steps or stop.is_set()
+        stopped = stop.is_set()
+        save = step % c.save_every == 0 or step == c.steps or stopped
         if not save and step % c.log_every:
             continue
         record = {"step": step, **{name: term.item() for name, term in losses.items()},
@@ -343,7 +344,7 @@ def train(c, stop):
             save_vae(rescale_to_unit_std(ema_vae, drawn), out / "vae.safetensors")
         runtime.log_record(out / "log.jsonl", record)
         bar.write("  ".join(f"{name} {value:.5g}" for name, value in record.items()))
-        if stop.is_set():
+        if stopped:
             break
     panels = ["loss", "pixel", "mse", "gradient", "kl", "psnr"]
     runtime.plot_log(out / "log.jsonl", out / "curves.png", panels)

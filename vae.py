@@ -47,8 +47,8 @@ def psnr(x, y):
 # ---- Building blocks -----------------------------------------------------------------------------
 
 def group_norm(channels):
-    """FLUX's 32 groups where 32 divides the channels, else four channels a group. With one channel
-    a group the last norm would erase each image's brightness and contrast."""
+    """FLUX's 32 groups where 32 divides the channels, else four channels per group. With one
+    channel per group the last norm would erase each image's brightness and contrast."""
     num_groups = 32 if channels % 32 == 0 else channels // 4
     return nn.GroupNorm(num_groups, channels, eps=1e-6)
 
@@ -123,7 +123,7 @@ def make_level(in_channels, out_channels, num_blocks):
 
 
 class Encoder(nn.Module):
-    """[B,3,H,W] -> [B,2*Z,H/8,W/8]: one level per entry of ch_mult, the size halves in between."""
+    """[B,3,H,W] -> [B,2*Z,H/8,W/8]: one level per entry of ch_mult, halvings in between."""
 
     def __init__(self, ch, ch_mult, num_res_blocks, z_channels):
         super().__init__()
@@ -172,7 +172,7 @@ class Decoder(nn.Module):
         for level in reversed(self.up):
             for block in level.block:
                 h = checkpoint(block, h, use_reentrant=False) if use_checkpoint else block(h)
-            h = level[1:](h)                                     # upsampled, but for the last
+            h = level[1:](h)                                     # upsampled, except the last
         return self.conv_out(F.silu(self.norm_out(h)))           # (B, 3, H, W)
 
 
@@ -229,9 +229,9 @@ class IdentityVAE(nn.Module):
         return latents
 
 
-# ---- Weights in: load_vae, the last function, is all that a first reader needs -------------------
+# ---- Loading weights: load_vae, the last function, is all that a first reader needs --------------
 
-# FLUX.1's weights by the name "flux". The first copy is not gated; all three files are the same.
+# FLUX.1's weights, for the name "flux". The first copy is not gated; all three files are the same.
 FLUX_MIRRORS = (("Comfy-Org/z_image_turbo", "split_files/vae/ae.safetensors"),
                 ("black-forest-labs/FLUX.1-schnell", "ae.safetensors"),
                 ("black-forest-labs/FLUX.1-dev", "ae.safetensors"))
@@ -245,7 +245,7 @@ def download_flux_vae():
     for download in (try_to_load_from_cache, hf_hub_download):
         for repository, name in FLUX_MIRRORS:
             try:
-                path = download(repository, name)  # no string where it is not cached
+                path = download(repository, name)  # not a str where it is not cached
                 if isinstance(path, str) and vae_sha256(path) == FLUX_SHA256:
                     return Path(path)
                 reason = "not FLUX.1's file"
@@ -287,8 +287,8 @@ DIFFUSERS_NAMES = (
 
 
 def from_diffusers(name, tensor, num_levels):
-    """The tensor's name and shape in FLUX's layout, where they may be already."""
-    for i in range(num_levels):  # diffusers numbers them from the coarsest, FLUX from the finest
+    """The name and the tensor in FLUX's layout; a file may have that layout already."""
+    for i in range(num_levels):  # diffusers counts from the coarsest, FLUX from the finest
         name = name.replace(f".up_blocks.{i}.", f".up.{num_levels - 1 - i}.")
     for hf_key, flux_key in DIFFUSERS_NAMES:
         name = name.replace(f".{hf_key}.", f".{flux_key}.")

@@ -38,7 +38,9 @@ for seed in $SEEDS; do
     row decoder "$@" --steps $((STEPS / 2)) --w-und 0 --freeze-encoder --init-from "$OUT/understanding-$seed"
     row pixels "$@" --vae pixels
     baseline "random-$seed" "$OUT/joint-$seed/metrics_random.json" "$OUT/joint-$seed" --random-init
-    baseline latents runs/latents/metrics.json latents --vae "$(setting vae)" --data "$(setting data)" \
+    data=$(setting data) file=metrics.json
+    if [ "$data" != shapes ]; then file=metrics_$(basename "$data").json; fi  # see metrics_path
+    baseline latents "runs/latents/$file" latents --vae "$(setting vae)" --data "$data" \
         --resolution "$(setting resolution)"
 done
 python eval_probe.py --compare "$OUT"/random-* "$OUT"/latents "$OUT"/reconstruction-* "$OUT"/understanding-* \
