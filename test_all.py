@@ -450,6 +450,21 @@ def test_vae_training_continues_from_a_vae_on_any_images(tmp_path, monkeypatch):
     assert record["loss"] == pytest.approx(terms, rel=1e-4)
 
 
+def test_vae_training_in_bfloat16(tmp_path, monkeypatch):
+    """The decoder computes in bfloat16, the loss and its gradients stay float32."""
+    dtypes, forward = [], vae.Decoder.forward
+    def spy(self, z):
+        dtypes.append(forward(self, z).dtype)
+        return forward(self, z)
+    monkeypatch.setattr(vae.Decoder, "forward", spy)
+    monkeypatch.setattr(train_vae, "mean_psnr", lambda vae, images: 0.0)
+    run_main(monkeypatch, train_vae, "--steps", 1, "--batch-size", 1, "--num-workers", 0,
+             "--device", "cpu", "--dtype", "bfloat16", "--out", tmp_path)
+    assert dtypes == [torch.bfloat16]
+    saved = torch.load(tmp_path / "last.pt", weights_only=True)["parts"][0]
+    assert all(t.dtype == torch.float32 for t in saved.values())
+
+
 def test_vae_loss_by_hand():
     codec, x = vae.load_vae("tiny"), shapes(2)
     torch.manual_seed(0)

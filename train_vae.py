@@ -162,7 +162,7 @@ class CroppedImages(Dataset):
 
 def vae_loss(vae, images, w_kl):
     """images [B,3,S,S] in [-1,1] -> the loss and its terms."""
-    mean, logvar = vae.moments(images)                                       # (B, Z, S/8, S/8) each
+    mean, logvar = (t.float() for t in vae.moments(images))                  # (B, Z, S/8, S/8) each
     recon = vae.decoder(mean + torch.exp(0.5 * logvar) * torch.randn_like(mean))
     error = recon - images
     pixel, mse = error.abs().mean(), error.square().mean()
@@ -219,7 +219,8 @@ def save_vae(vae, path):
 # ---- Training ------------------------------------------------------------------------------------
 
 EMA_DECAY = 0.998  # of the averaged weights, which are the ones that are saved
-RESUME_MAY_CHANGE = ("steps", "resume", "out", "device", "num_workers", "log_every", "save_every")
+RESUME_MAY_CHANGE = ("steps", "resume", "out", "device", "dtype", "num_workers", "log_every",
+                     "save_every")
 
 
 @dataclass
@@ -240,6 +241,8 @@ class Config:
     resume: bool = arg(False, "continue from last.pt")
     seed: int = arg(7, "seed of the drawn images and the noise", min=0)
     device: str = arg("auto", "auto, cuda, mps or cpu")
+    dtype: str = arg("auto", "autocast; auto: bfloat16 where the GPU has it",
+                     choices=("auto", "float32", "bfloat16"))
     log_every: int = arg(100, "steps between log lines", min=1)
     save_every: int = arg(250, "steps between checkpoints and PSNR", min=1)
 
@@ -259,9 +262,10 @@ def mean_psnr(vae, images):
 def load_resume_state(c, parts):
     """Loads last.pt into the parts; returns its step, 0 for a new run."""
     path = Path(c.out) / "last.pt"
-    if not c.resume and path.exists():
-        raise UserError(f"{c.out} holds a run: continue it with --resume, or choose another --out")
     if not c.resume:
+        if path.exists():
+            raise UserError(f"{c.out} holds a run: continue it with --resume, or choose another "
+                            "--out")
         return 0
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -273,14 +277,15 @@ def load_resume_state(c, parts):
     return state["step"]
 
 
-def train_step(vae, ema_vae, optimizers, images, step, c):
+def train_step(vae, ema_vae, optimizers, images, step, c, env):
     """One step; returns the loss terms. The averaged weights follow with decay EMA_DECAY."""
     if step % 3:
         images = images.unfold(2, 64, 64).unfold(3, 64, 64)                  # (B, 3, 2, 2, 64, 64)
         images = images.permute(0, 2, 3, 1, 4, 5).flatten(0, 2)              # (4B, 3, 64, 64)
     images = images.contiguous(memory_format=runtime.memory_format(images.device))
     torch.manual_seed(c.seed * 1_000_003 + step)  # of the posterior sample, same after a resume
-    losses = vae_loss(vae, images, c.w_kl)
+    with env.autocast():
+        losses = vae_loss(vae, images, c.w_kl)
     if not torch.isfinite(losses["loss"]):
         raise UserError(f"step {step}: the loss is not finite; lower --lr")
     vae.zero_grad()
@@ -297,7 +302,8 @@ def train_step(vae, ema_vae, optimizers, images, step, c):
 
 def train(c, stop):
     # 1. The VAE, its averaged copy, optimizers
-    device, out = runtime.init_distributed(c.device).device, Path(c.out)
+    env = runtime.init_distributed(c.device, c.dtype)
+    device, out = env.device, Path(c.out)
     torch.manual_seed(c.seed)
     if c.init_from:
         vae = load_vae(c.init_from).requires_grad_(True).train()
@@ -329,7 +335,8 @@ def train(c, stop):
     bar = runtime.progress(loader, total=c.steps, initial=start, desc="vae")
     start_time = time.time()
     for step, batch in enumerate(bar, start + 1):
-        losses = train_step(vae, ema_vae, optimizers, scale_images(batch.to(device)), step, c)
+        losses = train_step(vae, ema_vae, optimizers, scale_images(batch.to(device)), step, c,
+                            env)
         stopped = stop.is_set()
         save = step % c.save_every == 0 or step == c.steps or stopped
         if not save and step % c.log_every:
