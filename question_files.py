@@ -53,7 +53,7 @@ def parse_llava(path, images):
     each question; conversations without an image are left out."""
     for row in json.loads(path.read_text()):
         values = [message["value"] for message in row["conversations"] if "image" in row]
-        for question, answer in zip(values[::2], values[1::2], strict=False):
+        for question, answer in zip(values[::2], values[1::2], strict=True):
             prompt = question_prompt(question.replace("<image>", "").strip())
             yield find_image(images, row["image"]), prompt, answer
 

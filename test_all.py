@@ -66,6 +66,7 @@ import folders
 import generate
 import losses
 import openvision3
+import question_files
 import runtime
 import shapes as shapes_module
 import sources
@@ -3850,7 +3851,7 @@ def test_vlm_loss_is_on_answers_and_eos_only():
     vlm, tokens = small_vlm(), torch.randn(3, 4, 12)
     pairs = [("what?", "red"), ("who is it?", "a"), ("", "long answer")]
     expected = torch.cat(
-        [logprobs_one_by_one(vlm, t, *pair) for t, pair in zip(tokens, pairs, strict=False)]
+        [logprobs_one_by_one(vlm, t, *pair) for t, pair in zip(tokens, pairs, strict=True)]
     )
     assert vlm_loss(vlm, tokens, pairs) == pytest.approx(-expected.mean().item(), rel=1e-5)
     _, targets = vlm(tokens, pairs)
@@ -3869,7 +3870,7 @@ def test_option_scores_are_mean_log_probabilities():
     options = [("a", "bcd", "ef", "g"), ("yes", "no"), ("x", "y", "zz")]
     questions = [
         eval_vlm.Question("kind", text, row[0], row)
-        for text, row in zip(("a?", "longer?", ""), options, strict=False)
+        for text, row in zip(("a?", "longer?", ""), options, strict=True)
     ]
     scores, is_greedy = vlm.score(tokens, questions)
     assert [len(row) for row in scores] == [4, 2, 3]
@@ -3964,12 +3965,24 @@ def test_sampled_turns_mix_all_kinds():
     assert 0.3 < sum("seen from" in prompt for _, prompt, _ in turns) / 1000 < 0.6
 
 
+def test_a_llava_question_without_an_answer_is_an_error(tmp_path):
+    messages = [{"from": "human", "value": "<image>\nwhat?"}, {"from": "gpt", "value": "a cat"},
+                {"from": "human", "value": "why?"}]
+    path = tmp_path / "llava.json"
+    path.write_text(json.dumps([{"image": "a.png", "conversations": messages}]))
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    with pytest.raises(runtime.UserError, match="llava.json does not have the layout"):
+        question_files.read_file(question_files.parse_llava, path, tmp_path)
+    path.write_text(json.dumps([{"image": "a.png", "conversations": messages[:2]}]))
+    assert len(question_files.read_file(question_files.parse_llava, path, tmp_path)) == 1
+
+
 def test_yes_no_metrics():
     answers, labels = (
         ["yes", "yes", "yes", "no", "no", "no"],
         ["yes", "yes", "no", "yes", "no", "no"],
     )
-    found = eval_vlm.yes_no_metrics([(*pair, True) for pair in zip(answers, labels, strict=False)])
+    found = eval_vlm.yes_no_metrics([(*pair, True) for pair in zip(answers, labels, strict=True)])
     assert found == pytest.approx(
         dict(accuracy=4 / 6, precision=2 / 3, recall=2 / 3, f1=2 / 3, yes_rate=0.5)
     )
