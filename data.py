@@ -46,6 +46,23 @@ TEMPLATES = ("{a} {}", "a photo of {a} {}", "a picture of {a} {}", "there is {a}
 DATA_FLAGS = ("config", "split", "image_col", "text_col", "label_col", "class_names", "seed",
               "min_crop_scale", "flip", "streaming", "stream_test_images")  # of a training run
 
+# ---- Settings, shared by the programs that read a data set ---------------------------------------
+
+
+@dataclass
+class DataConfig:
+    """Which data set, and which of its columns. One field, one flag."""
+    data: str = arg("shapes", "shapes (drawn), a folder, a table, tars, or a hub id", "data",
+                    path=True)
+    config: str | None = arg(None, "configuration name of a hub data set", "data")
+    split: str | None = arg(None, "split to use (default: by the usual names)", "data")
+    image_col: str | None = arg(None, "image column (default: by the usual names)", "data")
+    text_col: str | None = arg(None, "caption column; json.caption reaches into json", "data")
+    label_col: str | None = arg(None, "label column; labels alone become captions", "data")
+    class_names: str | None = arg(None, "file: folder name -> class name", "data", path=True)
+    num_workers: str = arg("0", "DataLoader workers, or auto", "data")
+
+
 # ---- A data set: rows in, examples out -----------------------------------------------------------
 
 
@@ -330,16 +347,9 @@ def inspect_split(name, dataset, tokenizer):
 
 
 @dataclass
-class Settings:
-    """Flags of `python data.py`; those of a data set are train.py's."""
-    data: str = arg("shapes", "shapes, a folder, a table, a tar or a hub id", "data", path=True)
+class Settings(DataConfig):
+    """Flags of `python data.py`."""
     check: str | None = arg(None, "like --data, and open every image", "data", path=True)
-    config: str | None = arg(None, "configuration of a hub data set", "data")
-    split: str | None = arg(None, "split to train on", "data")
-    image_col: str | None = arg(None, "column with the images", "data")
-    text_col: str | None = arg(None, "column with the captions, or json.NAME", "data")
-    label_col: str | None = arg(None, "column with the labels", "data")
-    class_names: str | None = arg(None, "file with a name per label", "data", path=True)
     resolution: int = arg(64, "image side in pixels", "data", min=1)
     context_length: int = arg(26, "tokens per caption", "data", min=4)
     out: str = arg(tempfile.gettempdir() + "/samples.png", "output PNG", "run", path=True)

@@ -35,7 +35,14 @@ import torch.nn.functional as F
 from torch import nn
 
 import runtime
-from data import TEMPLATES, class_prompts, eval_loader, load_run_data, resolve_num_workers
+from data import (
+    TEMPLATES,
+    DataConfig,
+    class_prompts,
+    eval_loader,
+    load_run_data,
+    resolve_num_workers,
+)
 from encoder import load_encoder
 from images import center_crop, decode_image, image_grid, to_pil, to_tensor, to_uint8
 from losses import LPIPS
@@ -257,20 +264,13 @@ METRICS += SCENE_PROBES  # what else a drawn scene holds: linear probes of the m
 
 
 @dataclass
-class Settings:
+class Settings(DataConfig):
     """One field, one flag."""
     ckpt: str = arg("runs/laptop", "run folder, encoder checkpoint, or latents", "model", path=True)
     random_init: bool = arg(False, "randomly initialized baseline", "model")
     vae: str | None = arg(None, "VAE of an encoder-only checkpoint", "model", path=True)
     resolution: int | None = arg(None, "of an encoder-only checkpoint's images", "model", min=16)
     data: str | None = arg(None, "evaluation data set (default: the run's, or shapes)", "data")
-    config: str | None = arg(None, "configuration name of a hub data set", "data")
-    split: str | None = arg(None, "split to evaluate on (default: test)", "data")
-    image_col: str | None = arg(None, "image column", "data")
-    text_col: str | None = arg(None, "caption column", "data")
-    label_col: str | None = arg(None, "label column", "data")
-    class_names: str | None = arg(None, "file: folder name -> class name", "data", path=True)
-    num_workers: str = arg("0", "DataLoader workers, or auto", "data")
     n_train: int = arg(8000, "training images for probes and kNN", "metrics", min=2)
     n_test: int = arg(1000, "test images for probes, kNN, retrieval", "metrics", min=2)
     n_reconstruct: int = arg(512, "test images for captions and reconstruction", "metrics", min=2)
@@ -281,9 +281,8 @@ class Settings:
     image: str | None = arg(None, "caption and reconstruct one image", "instead", path=True)
     compare: tuple[str, ...] = arg((), "run folders: mean and std over seeds", "instead", nargs="+")
     batch_size: int = arg(64, "images per batch; does not change the numbers", min=1)
-    device: str = arg("auto", "auto (cuda, else mps, else cpu), cuda, mps or cpu")
-    dtype: str = arg("auto", "autocast; auto: bfloat16 where the GPU has it",
-                     choices=("auto", "float32", "bfloat16"))
+    device: str = runtime.device_arg()
+    dtype: str = runtime.dtype_arg()
 
 
 def extract_features(model, env, images):

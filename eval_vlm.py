@@ -383,8 +383,8 @@ class Config:
     align: str | None = arg(None, "captions in LLaVA's layout", "files", path=True)
     instruct: str | None = arg(None, "conversations in LLaVA's layout", "files", path=True)
     images: str | None = arg(None, "folder of the images that these files name", "files", path=True)
-    device: str = arg("auto", "auto, cuda, mps or cpu")
-    dtype: str = arg("auto", "autocast dtype: auto, float32 or bfloat16")
+    device: str = runtime.device_arg()
+    dtype: str = runtime.dtype_arg()
     log_every: int = arg(50, "steps between log lines", min=1)
 
 

@@ -85,9 +85,8 @@ class Settings:
     fid: bool = arg(False, "evaluate in FID's Inception features (needs pytorch-fid)", "sampling")
     resume: bool = arg(False, "resume training; if finished, only sample")
     seed: int = arg(0, "seed of weights, batches and samples", min=0)
-    device: str = arg("auto", "auto (cuda, else mps, else cpu), cuda, mps or cpu")
-    dtype: str = arg("auto", "autocast precision of training and sampling",
-                     choices=("auto", "float32", "bfloat16"))
+    device: str = runtime.device_arg()
+    dtype: str = runtime.dtype_arg()
     compile: bool | None = arg(None, "torch.compile (default: on GPUs that Triton supports)")
     log_every: int = arg(20, "steps between log lines", min=1)
     save_every: int = arg(325, "steps between checkpoints", min=1)

@@ -97,6 +97,15 @@ def arg(default, help, group="run", **options):
     return dataclasses.field(default=default, metadata=metadata)
 
 
+def device_arg():
+    return arg("auto", "auto (cuda, else mps, else cpu), cuda, mps or cpu")
+
+
+def dtype_arg():
+    return arg("auto", "autocast; auto: bfloat16 where the GPU has it",
+               choices=("auto", "float32", "bfloat16"))
+
+
 def flag_name(name):
     return "--" + name.replace("_", "-")
 

@@ -40,7 +40,7 @@ from tqdm import tqdm
 import cost
 import data as data_module
 import runtime
-from data import eval_loader, load_run_data, resolve_num_workers
+from data import DataConfig, eval_loader, load_run_data, resolve_num_workers
 from encoder import SIZES
 from openvision3 import OpenVision3, grad_cache_backward, load_checkpoint, save_checkpoint
 from runtime import UserError, any_rank, arg
@@ -48,32 +48,24 @@ from tokenizer import make_tokenizer
 from vae import load_vae, vae_sha256
 
 LOSSES = ("loss", "pixel", "latent", "lpips", "caption", "contrastive")
-DTYPES, OPTIMIZERS = ("auto", "float32", "bfloat16"), ("adamw", "muon")
 
 # ---- Configuration: one field, one flag ----------------------------------------------------------
 
 
 @dataclass
-class Config:
+class Config(DataConfig):
     """All settings of a run. The defaults are the laptop preset."""
-    data: str = arg("shapes", "shapes (drawn), a folder, a table, tars, or a hub id", "data")
     out: str = arg("runs/laptop", "run folder", "data", path=True)
     resolution: int = arg(64, "image side in pixels, a multiple of 16", "data", min=16)
-    config: str | None = arg(None, "configuration name of a hub data set", "data")
-    split: str | None = arg(None, "split to train on (default: train)", "data")
-    image_col: str | None = arg(None, "image column (default: by the usual names)", "data")
-    text_col: str | None = arg(None, "caption column; json.caption reaches into json", "data")
-    label_col: str | None = arg(None, "label column; labels alone become captions", "data")
-    class_names: str | None = arg(None, "file: folder name -> class name", "data", path=True)
     streaming: bool = arg(False, "stream a hub data set, parquet files or tars", "data")
     stream_test_images: int = arg(2000, "images a stream holds out for testing", "data", min=1)
     min_crop_scale: float = arg(0.4, "smallest area of random crops", "data", min=1e-3, max=1)
     flip: bool = arg(False, "mirror half of the images; wrong for left/right captions", "data")
-    num_workers: str = arg("0", "DataLoader workers, or auto", "data")
 
     size: str = arg("Nano", "row of encoder.SIZES", "model", choices=tuple(SIZES))
     vae: str = arg("tiny", "tiny, flux (335 MB), a path, or pixels: none", "model", path=True)
-    vae_dtype: str = arg("float32", "precision of the VAE encoder", "model", choices=DTYPES[1:])
+    vae_dtype: str = arg("float32", "precision of the VAE encoder", "model",
+                         choices=("float32", "bfloat16"))
     tokenizer: str = arg("bpe", "bpe (trained on the captions), gpt2, cl100k_base, ...", "model")
     context_length: int = arg(26, "text tokens per caption, bos and eos included", "model", min=4)
     init_from: str | None = arg(None, "run to take the weights from", "model", path=True)
@@ -95,15 +87,16 @@ class Config:
     base_lr: float | None = arg(None, "lr = base_lr * batch_size / 256", "optimization", min=0)
     warmup: int = arg(50, "steps of linear warm-up; cosine to 0 follows", "optimization", min=0)
     weight_decay: float = arg(0.1, "decoupled decay of matrices", "optimization", min=0)
-    optimizer: str = arg("muon", "muon (of matrices) or adamw", "optimization", choices=OPTIMIZERS)
+    optimizer: str = arg("muon", "muon (of matrices) or adamw", "optimization",
+                         choices=("muon", "adamw"))
     grad_clip: float = arg(1.0, "maximum gradient norm", "optimization", min=1e-6)
     accum_steps: int = arg(1, "micro-batches; the same gradients", "optimization", min=1)
     grad_checkpointing: bool = arg(False, "recompute activations to save memory", "optimization")
 
     resume: bool = arg(False, "continue the run in --out; takes the same flags")
     seed: int = arg(0, "seed of weights, order, crops and noise", min=0)
-    device: str = arg("auto", "auto (cuda, else mps, else cpu), cuda, mps or cpu")
-    dtype: str = arg("auto", "autocast; auto: bfloat16 where the GPU has it", choices=DTYPES)
+    device: str = runtime.device_arg()
+    dtype: str = runtime.dtype_arg()
     compile: bool | None = arg(None, "torch.compile (default: on GPUs that Triton supports)")
     log_every: int = arg(10, "steps between log lines", min=1)
     eval_every: int = arg(100, "steps between held-out losses", min=1)

@@ -240,9 +240,8 @@ class Config:
     w_kl: float = arg(3e-5, "weight of the KL term", "optimization", min=0)
     resume: bool = arg(False, "continue from last.pt")
     seed: int = arg(7, "seed of the drawn images and the noise", min=0)
-    device: str = arg("auto", "auto, cuda, mps or cpu")
-    dtype: str = arg("auto", "autocast; auto: bfloat16 where the GPU has it",
-                     choices=("auto", "float32", "bfloat16"))
+    device: str = runtime.device_arg()
+    dtype: str = runtime.dtype_arg()
     log_every: int = arg(100, "steps between log lines", min=1)
     save_every: int = arg(250, "steps between checkpoints and PSNR", min=1)
 
