@@ -27,7 +27,7 @@ import sys
 import threading
 import time
 import traceback
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple, get_args
 
@@ -67,8 +67,8 @@ def describe_error(error):
 
 @contextmanager
 def cli_errors():
-    """Wraps every main(): known errors become "error: one sentence" and exit status 1. DataLoader
-    workers are ended in any case. Letters that the terminal cannot show are replaced."""
+    """Wraps every main(): known errors become "error: one sentence" and exit status 1. Letters that
+    the terminal cannot show are replaced. DataLoader workers are ended in any case."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a notebook's has no such method
             stream.reconfigure(line_buffering=True, errors="replace")
@@ -80,20 +80,21 @@ def cli_errors():
             raise
         raise SystemExit("error: " + re.sub(r"\s*\n\s*", " ", message)) from None
     finally:
-        workers = multiprocessing.active_children()
-        if workers and hasattr(signal, "SIGCHLD"):  # PyTorch's handler would add a traceback
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        for worker in workers:
+        for worker in multiprocessing.active_children():
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler would add a traceback
             worker.kill()  # they ignore SIGTERM, see ignore_signals
 
 
 # ---- Settings: one dataclass field, one flag -----------------------------------------------------
 
 
-def arg(default, help, group="run", **options):
-    """A dataclass field that is also a flag. Options: min, max (inclusive), choices, nargs,
-    metavar, path=True (expands ~)."""
-    metadata = {"help": help, "group": group, **options}
+def arg(default, help, group="run", min=-math.inf, max=math.inf, **options):
+    """A dataclass field that is also a flag. Numbers are finite, from min to max; the options are
+    those of argparse: choices, nargs, metavar."""
+    options.pop("path", None)
+    if default not in (None, "", ()):
+        help += f" (default: {default})"
+    metadata = {"group": group, "bounds": (min, max), "options": {"help": help, **options}}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -110,44 +111,28 @@ def flag_name(name):
     return "--" + name.replace("_", "-")
 
 
-def value_type(annotation):
-    """int of `int`, `int | None` and `tuple[int, int]`."""
-    return (get_args(annotation) or (annotation,))[0]
-
-
 def add_flag(parser, field):
-    meta, kind = field.metadata, value_type(field.type)
-    text = meta["help"].replace("%", "%%")
-    if field.default not in (None, False, "", ()):
-        text += f" (default: {field.default})"
-    options = dict(default=argparse.SUPPRESS, help=text)
+    flag, (low, high) = flag_name(field.name), field.metadata["bounds"]
+    kind = (get_args(field.type) or (field.type,))[0]  # int of int, int | None, tuple[int, int]
+
+    def number(text):
+        value = kind(text)
+        if not math.isfinite(value) or not low <= value <= high:
+            raise UserError(f"{flag} {text}: it must be a finite number from {low} to {high}")
+        return value
+
+    options = {"type": os.path.expanduser if kind is str else number}  # ~ is the home folder
     if kind is bool:
-        options["action"] = argparse.BooleanOptionalAction
-    else:
-        options["type"] = kind
-        options["metavar"] = None if "choices" in meta else kind.__name__.upper()
-        options.update({key: meta[key] for key in ("choices", "nargs", "metavar") if key in meta})
-    parser.add_argument(flag_name(field.name), **options)
-
-
-def check_value(field, value):
-    """A UserError where a number is not finite or out of the field's bounds."""
-    flag = flag_name(field.name)
-    low, high = field.metadata.get("min", -math.inf), field.metadata.get("max", math.inf)
-    for number in value if isinstance(value, (tuple, list)) else (value,):
-        if not isinstance(number, (int, float)):
-            continue
-        if not math.isfinite(number):
-            raise UserError(f"{flag} is {number}; it must be a finite number")
-        if not low <= number <= high:
-            raise UserError(f"{flag} {number} is out of range: {low} to {high}")
+        options = {"action": argparse.BooleanOptionalAction}
+    parser.add_argument(flag, **options, **field.metadata["options"])
 
 
 def parse_args(cls, description, presets=None, argv=None):
     """Command line -> (an instance of the dataclass `cls`, the names of the flags that were given).
     `presets` {name: {field: value}} adds --preset. Unknown and abbreviated flags fail."""
-    parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
-                                     usage="%(prog)s [--FLAG VALUE ...]")
+    parser = argparse.ArgumentParser(
+        description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS,
+        usage="%(prog)s [--FLAG VALUE ...]")
     if presets:
         first = next(iter(presets))
         parser.add_argument("--preset", choices=presets, default=first,
@@ -159,17 +144,8 @@ def parse_args(cls, description, presets=None, argv=None):
             groups[name] = parser.add_argument_group(name)
         add_flag(groups[name], field)
     given = vars(parser.parse_args(argv))
-    values = dict(presets[given.pop("preset")]) if presets else {}
-    values.update(given)
-    for field in dataclasses.fields(cls):
-        value = values.get(field.name, field.default)
-        if field.metadata.get("path") and isinstance(value, str):
-            value = os.path.expanduser(value)
-        if isinstance(value, list):
-            value = tuple(value)
-        check_value(field, value)
-        values[field.name] = value
-    return cls(**values), set(given)
+    preset = presets[given.pop("preset")] if presets else {}
+    return cls(**{**preset, **given}), set(given)
 
 
 # ---- Devices and processes -----------------------------------------------------------------------
@@ -188,20 +164,22 @@ def progress(iterable=None, **options):
 
 def choose_device(name):
     """auto: cuda (under torchrun the local rank's GPU), else mps, else cpu."""
-    single_process = int(os.environ.get("WORLD_SIZE", 1)) == 1  # gloo has no collectives on mps
-    available = {"cuda": torch.cuda.is_available(),
-                 "mps": torch.backends.mps.is_available() and single_process,
-                 "cpu": True}
+    available = ["cpu"]
+    if torch.backends.mps.is_available() and os.environ.get("WORLD_SIZE", "1") == "1":
+        available = ["mps", "cpu"]  # not on several processes: gloo has no collectives on mps
+    if torch.cuda.is_available():
+        available = ["cuda", *available]
     if name == "auto":
-        name = next(device for device in available if available[device])
-    if not available.get(name):
-        raise UserError(f"--device {name}: not found here; choose auto, "
-                        + ", ".join(device for device in available if available[device]))
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    if name == "cuda" and local_rank >= torch.cuda.device_count():
+        name = available[0]
+    if name not in available:
+        raise UserError(f"--device {name}: not found here; choose auto, {', '.join(available)}")
+    if name != "cuda":
+        return torch.device(name)
+    local_rank, num_gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    if local_rank >= num_gpus:
         raise UserError(f"local rank {local_rank} has no GPU: give torchrun --nproc-per-node "
-                        f"{torch.cuda.device_count()}")
-    return torch.device(f"cuda:{local_rank}" if name == "cuda" else name)
+                        f"{num_gpus}")
+    return torch.device("cuda", local_rank)
 
 
 def choose_dtype(name, device):
@@ -209,12 +187,8 @@ def choose_dtype(name, device):
     float32. float16 is never chosen, because it would need loss scaling."""
     if name != "auto":
         return getattr(torch, name)
-    if device.type != "cuda":
-        return torch.float32
-    if torch.cuda.is_bf16_supported(including_emulation=False):
+    if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
         return torch.bfloat16
-    if is_main_process():
-        print("dtype: this GPU has no bfloat16; using float32 with TF32 where it has that")
     return torch.float32
 
 
@@ -231,18 +205,6 @@ def use_compile(flag, device):
         return bool(flag)
     has_triton = importlib.util.find_spec("triton") is not None
     return has_triton and torch.cuda.get_device_capability(device) >= (7, 0)
-
-
-def tune_malloc(device):
-    """Keeps freed memory in the process on Linux CPUs. glibc would return it to the system and get
-    it back in the next step as pages to be zeroed: 9 % of the laptop preset's time."""
-    if device.type != "cpu" or sys.platform != "linux":
-        return
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt:  # only glibc has it
-        trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
-        mallopt(mmap_threshold, 2**25)
-        mallopt(trim_threshold, 2**31 - 1)
 
 
 class DistEnv(NamedTuple):
@@ -266,13 +228,15 @@ def init_distributed(device="auto", dtype="auto"):
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = choose_device(device)
     torch.set_float32_matmul_precision("high")
-    tune_malloc(device)
+    if device.type == "cpu" and sys.platform == "linux":
+        # Freed memory stays in the process; as new pages it would cost 9 % of the laptop's step
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD of malloc.h
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
     if device.type == "cuda":
         torch.cuda.set_device(device)  # before the process group, or all ranks use GPU 0
-    if world_size > 1 and device.type == "cuda":
-        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device)
-    elif world_size > 1:
-        dist.init_process_group("gloo")
+    if world_size > 1:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     return DistEnv(rank, world_size, device, choose_dtype(dtype, device))
 
 
@@ -310,16 +274,17 @@ def ignore_signals(worker_id):
 @contextmanager
 def stop_on_signal():
     """Yields an event that SIGTERM or the first Ctrl-C sets; a second Ctrl-C interrupts at once."""
-    stop = threading.Event()
-    handled = [n for n in (signal.SIGTERM, signal.SIGINT) if signal.getsignal(n) != signal.SIG_IGN]
+    stop, old_handlers = threading.Event(), {}
 
     def handler(number, frame):
         if number == signal.SIGINT:
-            signal.signal(signal.SIGINT, old_handlers[signal.SIGINT])
+            signal.signal(number, old_handlers[number])
             tqdm.write("stopping after this step, with a checkpoint; Ctrl-C again stops at once")
         stop.set()
 
-    old_handlers = {number: signal.signal(number, handler) for number in handled}
+    for number in (signal.SIGTERM, signal.SIGINT):
+        if signal.getsignal(number) != signal.SIG_IGN:  # a shell ignores Ctrl-C for its jobs
+            old_handlers[number] = signal.signal(number, handler)
     try:
         yield stop
     finally:
@@ -340,11 +305,8 @@ def atomic_write(path, write):
             os.fsync(file.fileno())
         os.replace(tmp_path, path)
     except (OSError, RuntimeError, SafetensorError) as error:  # a full disk, in three libraries
-        if "DataLoader worker" in str(error):  # its signal arrived by chance at this moment
-            raise
         tmp_path.unlink(missing_ok=True)
-        kept = "; the previous file is unchanged" if path.exists() else ""
-        raise UserError(f"{path} could not be written: {error}{kept}") from None
+        raise UserError(f"{path} could not be written: {error}; an older one is kept") from None
 
 
 def save_json(content, path):
@@ -361,11 +323,10 @@ def log_record(path, record):
 def read_log(path):
     """The records of a JSON-lines file; a line cut off by a crash is left out."""
     records = []
-    for line in Path(path).read_text().splitlines() if Path(path).exists() else ():
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
+    if Path(path).exists():
+        for line in Path(path).read_text().splitlines():
+            with suppress(json.JSONDecodeError):
+                records.append(json.loads(line))
     return records
 
 
@@ -376,25 +337,23 @@ def truncate_log(path, step):
     atomic_write(path, lambda tmp_path: tmp_path.write_text(text))
 
 
-def plot_log(log_path, png_path, panels, chance=None):
+def plot_log(log_path, png_path, panels, chance):
     """One small plot per panel over "step", held-out values (`eval_NAME`) in the same panel, a
     dotted line at chance level where it is known. A panel that no record has is left out."""
     records = read_log(log_path)
     panels = [panel for panel in panels if any(record.get(panel) for record in records)]
-    if not panels:
-        return  # nothing logged yet
-    figure = Figure(figsize=(3 * len(panels), 2.6), layout="constrained")
-    axes = figure.subplots(1, len(panels), squeeze=False)[0]
-    for axis, panel in zip(axes, panels, strict=True):
-        for key, label in ((panel, "train"), (f"eval_{panel}", "held out")):
+    figure = Figure(figsize=(3 * len(panels) + 1, 2.6), layout="constrained")
+    for i, panel in enumerate(panels, 1):
+        axis = figure.add_subplot(1, len(panels), i)
+        for key in (panel, f"eval_{panel}"):
             points = [(record["step"], record[key]) for record in records if key in record]
             if points:
-                axis.plot(*zip(*points, strict=True), linewidth=1, label=label)
-        if panel in (chance or {}):
-            axis.axhline(chance[panel], linestyle=":", color="gray", linewidth=1, label="chance")
-        axis.legend(fontsize=7)
+                axis.plot(*zip(*points, strict=True), label=key)
+        if panel in chance:
+            axis.axhline(chance[panel], linestyle=":", color="gray", label="chance")
+        axis.legend()
         axis.set(title=panel, xlabel="step", ylim=(0, None))
-    atomic_write(png_path, lambda tmp_path: figure.savefig(tmp_path, dpi=110, format="png"))
+    atomic_write(png_path, lambda tmp_path: figure.savefig(tmp_path, format="png"))
 
 
 def print_table(title, metrics):
@@ -407,10 +366,8 @@ def print_table(title, metrics):
 
 def check_resume(old, new, may_change):
     """A UserError that names the flags that differ from those the run was started with."""
-    changed = []
-    for name, value in old.items():
-        if name not in may_change and new.get(name) != value:
-            changed.append(f"{flag_name(name)} {new.get(name)} (was {value})")
+    changed = [f"{flag_name(name)} {new.get(name)} (was {value})" for name, value in old.items()
+               if name not in may_change and new.get(name) != value]
     if changed:
         raise UserError("--resume takes the flags that the run was started with; changed: "
                         + ", ".join(changed))
@@ -418,35 +375,34 @@ def check_resume(old, new, may_change):
 
 def git_commit():
     """The commit of these files, with a + where they differ from it; None outside of git."""
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40",
-           "--exclude=*", "--dirty=+"]
-    try:
-        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):  # no git, or no repository
-        return None
+    command = "git describe --always --abbrev=40 --exclude='*' --dirty=+"
+    result = subprocess.run(command, shell=True, cwd=Path(__file__).parent, capture_output=True,
+                            text=True)
+    return result.stdout.strip() or None
 
 
 # ---- Muon ----------------------------------------------------------------------------------------
+
+MOMENTUM = 0.95
 
 
 class Muon(torch.optim.Optimizer):
     """Momentum SGD whose update is orthogonalized by five Newton-Schulz steps; convolutions count
     as (out, in*k*k) matrices, which torch.optim.Muon does not take. Decay is decoupled."""
 
-    def __init__(self, params, lr, momentum=0.95, weight_decay=0.0):
-        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
+    def __init__(self, params, lr, weight_decay=0.0):
+        super().__init__(params, dict(lr=lr, weight_decay=weight_decay))
 
     @staticmethod
     def orthogonalize(x):
         """[m,n] -> a matrix with the same singular vectors and singular values near 1."""
-        transposed = x.shape[0] > x.shape[1]
-        if transposed:
-            x = x.T
+        if x.shape[0] > x.shape[1]:
+            return Muon.orthogonalize(x.T).T
         x = x / (x.norm() + 1e-7)
         for _ in range(5):  # this quintic drives each singular value towards 1
             gram = x @ x.T
             x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
-        return x.T if transposed else x
+        return x
 
     @torch.no_grad()
     def step(self):
@@ -454,11 +410,9 @@ class Muon(torch.optim.Optimizer):
             for p in group["params"]:
                 if p.grad is None:
                     continue
-                state = self.state[p]
-                if "momentum_buffer" not in state:
-                    state["momentum_buffer"] = torch.zeros_like(p)
-                buffer = state["momentum_buffer"].lerp_(p.grad, 1 - group["momentum"])
-                update = self.orthogonalize(p.grad.lerp(buffer, group["momentum"]).flatten(1))
+                buffer = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+                buffer.lerp_(p.grad, 1 - MOMENTUM)
+                update = self.orthogonalize(p.grad.lerp(buffer, MOMENTUM).flatten(1))
                 p.mul_(1 - group["lr"] * group["weight_decay"])
                 step_size = 0.2 * group["lr"] * max(update.shape) ** 0.5  # about AdamW's step
                 p.sub_(step_size * update.reshape(p.shape))

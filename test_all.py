@@ -321,7 +321,6 @@ def test_vae_attention_against_a_loop():
 
 def test_rescaled_latents_have_unit_std_and_the_same_reconstruction():
     rough, x = vae.AutoencoderKL(**vae.TINY), shapes(8)
-    train_vae.init_near_identity(rough)
     even = train_vae.rescale_to_unit_std(rough, x)
     with torch.no_grad():
         std = even.encode(x).std((0, 2, 3))
@@ -415,12 +414,10 @@ def test_vae_grad_checkpointing_changes_no_gradient():
 
 def test_vae_training_stops_at_a_signal_and_resumes_bitwise(tmp_path, monkeypatch):
     monkeypatch.setattr(train_vae, "mean_psnr", lambda vae, images: 0.0)  # a second each
-    flags = ("--steps", 3, "--cooldown", 0, "--batch-size", 1, "--num-workers", 0,
-             "--device", "cpu")
+    flags = ("--steps", 3, "--batch-size", 1, "--num-workers", 0, "--device", "cpu")
     run_main(monkeypatch, train_vae, *flags, "--out", tmp_path / "straight")
     out = tmp_path / "stopped"
-    settings = train_vae.Config(steps=2, cooldown=0.0, batch_size=1, num_workers=0, device="cpu",
-                                out=str(out))
+    settings = train_vae.Config(steps=2, batch_size=1, num_workers=0, device="cpu", out=str(out))
     stop = threading.Event()
     stop.set()  # as SIGTERM does
     train_vae.train(settings, stop)
@@ -469,7 +466,7 @@ def test_vae_training_in_bfloat16(tmp_path, monkeypatch):
 def test_vae_loss_by_hand():
     codec, x = vae.load_vae("tiny"), shapes(2)
     torch.manual_seed(0)
-    losses = train_vae.vae_loss(codec, x, w_kl=0.1)
+    losses = train_vae.vae_loss(codec, x)
     torch.manual_seed(0)
     mean, logvar = codec.moments(x)
     recon = codec.decoder(mean + (0.5 * logvar).exp() * torch.randn_like(mean))
@@ -480,26 +477,15 @@ def test_vae_loss_by_hand():
     kl = torch.distributions.kl_divergence(posterior, prior).mean()
     torch.testing.assert_close(losses["kl"], kl)
     torch.testing.assert_close(losses["gradient"], gradient)
-    expected = F.l1_loss(recon, x) + 5 * F.mse_loss(recon, x) + 0.5 * gradient + 0.1 * kl
+    expected = F.l1_loss(recon, x) + 5 * F.mse_loss(recon, x) + 0.5 * gradient + 3e-5 * kl
     torch.testing.assert_close(losses["loss"], expected)
 
 
 def test_vae_learning_rate_warms_up_stays_and_cools_down():
-    c = train_vae.Config(steps=1000, cooldown=0.2, lr=1.0)
-    rates = [train_vae.learning_rate(step, c) for step in (1, 50, 100, 500, 801, 900, 1000)]
-    assert rates == pytest.approx([0.01, 0.5, 1, 1, 1, 0.505, 0.005])
-    assert train_vae.learning_rate(1000, train_vae.Config(steps=1000, cooldown=0, lr=1.0)) == 1
+    c = train_vae.Config(steps=1000, lr=1.0)
+    rates = [train_vae.learning_rate(step, c) for step in (1, 50, 100, 500, 751, 876, 1000)]
+    assert rates == pytest.approx([0.01, 0.5, 1, 1, 1, 0.5, 0.004])
 
-
-def test_initial_vae_passes_images_on():
-    codec = vae.AutoencoderKL(**vae.TINY)
-    train_vae.init_near_identity(codec)
-    block, x = codec.decoder.up[0].block[-1], torch.randn(1, 16, 4, 4)
-    assert torch.equal(block(x), x)
-    blocks = codec.encoder.down[0].downsample.conv.weight[:, :, :2, :2].flatten(1)
-    torch.testing.assert_close(blocks @ blocks.T, 2 * torch.eye(len(blocks)), atol=1e-5, rtol=0)
-    logvar = codec.moments(shapes(4))[1]
-    assert -7 < logvar.min() and logvar.max() < -5
 
 
 def test_every_drawing_fills_an_image():
@@ -507,7 +493,7 @@ def test_every_drawing_fills_an_image():
         image = draw(np.random.default_rng(1), 64)
         assert image.shape == (64, 64, 3) and np.isfinite(image).all() and image.std() > 1
     keys = ((3, 4), (3, 4), (3, 5), (4, 4))  # seed, index
-    images = [train_vae.ProceduralImages(seed, 64)[i] for seed, i in keys]
+    images = [train_vae.TrainingImages("procedural", seed, 64)[i] for seed, i in keys]
     assert images[0].shape == (3, 64, 64) and images[0].dtype == torch.uint8
     assert torch.equal(images[0], images[1])
     assert not torch.equal(images[0], images[2]) and not torch.equal(images[0], images[3])
@@ -1398,7 +1384,7 @@ def merge(word, pair):
 
 
 def naive_bpe(texts, vocab_size):
-    """The definition: before each merge, count how often each pair would be merged."""
+    """The definition: before each merge, count how often each pair of neighbors occurs."""
     found = Counter()
     for text in texts:
         found.update(re.findall(tokenizer_module.WORD_PATTERN, text))
@@ -1407,8 +1393,8 @@ def naive_bpe(texts, vocab_size):
     while len(tokens) < vocab_size:
         counts = Counter()
         for word, count in words:
-            for pair in set(itertools.pairwise(word)):
-                counts[pair] += count * (len(word) - len(merge(word, pair)))
+            for pair in itertools.pairwise(word):
+                counts[pair] += count
         best = max(counts, key=lambda pair: (counts[pair], pair), default=None)
         if best is None or counts[best] < 2:
             break
@@ -1513,7 +1499,7 @@ def test_tiktokens_own_encodings(monkeypatch):
     tokenizer = tokenizer_module.make_tokenizer("gpt2", [], 20)
     assert (tokenizer.bos, tokenizer.eos, tokenizer.pad) == (302, 303, 304)
     assert tokenizer.vocab_size == 305
-    assert tokenizer.special_ids == {301}
+    assert set(tokenizer.token_bytes) == {*range(256), 300}
     assert tokenizer.decode(tokenizer.encode("a red bar")) == "a red bar"
     untrained = [tokenizer.bos, ord("a"), 270, 301, 300, tokenizer.eos, 5]
     assert tokenizer.decode(untrained) == "a red"
@@ -2550,7 +2536,7 @@ def test_two_processes_train_what_one_trains(monkeypatch, tmp_path):
 @pytest.mark.parametrize("argv, says", [
     (("--data", "nowhere/at/all"), "nowhere/at/all"), (("--resolution", 100), "multiple of 16"),
     (("--batch-size", 1), "--batch-size"), (("--batch-size", 24), "--pixel-loss-every"),
-    (("--steps", 0), "--steps 0"), (("--lr", "nan"), "--lr is nan"),
+    (("--steps", 0), "--steps 0"), (("--lr", "nan"), "--lr nan"),
     (("--vae", "README.md"), "README.md"), (("--vae", "none.safetensors"), "none.safetensors"),
     (("--resume",), "no checkpoint"), (("--tokenizer", "gpt3"), "gpt2"),
     (("--min-crop-scale", 0), "--min-crop-scale"), (("--device", "tpu"), "choose auto, cpu"),
@@ -2601,7 +2587,7 @@ def test_a_failing_compiler_is_one_sentence():
     assert "--no-compile" in stop.value.code
 
 
-def test_compile_and_bfloat16_only_where_they_work(monkeypatch, capsys):
+def test_compile_and_bfloat16_only_where_they_work(monkeypatch):
     cuda = torch.device("cuda")
     find_spec, installed = importlib.util.find_spec, {"triton": None}
     monkeypatch.setattr(importlib.util, "find_spec",
@@ -2617,7 +2603,6 @@ def test_compile_and_bfloat16_only_where_they_work(monkeypatch, capsys):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported",
                             lambda including_emulation, supported=supported: supported)
         assert runtime.choose_dtype("auto", cuda) == dtype
-    assert "no bfloat16" in capsys.readouterr().out
     assert runtime.choose_dtype("auto", CPU) == torch.float32
     assert runtime.memory_format(torch.device("mps")) == torch.contiguous_format
 

@@ -13,9 +13,7 @@ Source: Sennrich et al. 2016 (arXiv 1508.07909), on bytes as in GPT-2; tiktoken 
 Next:   openvision3.py
 """
 import re
-from bisect import insort
-from collections import Counter, defaultdict
-from contextlib import suppress
+from collections import Counter
 from operator import add
 
 import tiktoken
@@ -34,45 +32,37 @@ MAX_WORDS = 5000  # the most frequent words are trained on; bounds the time
 def train_bpe(texts, vocab_size):
     """The tokens (bytes) by rank: vocab_size, or fewer where no other pair occurs twice.
     While it trains, a word is a string in which the character chr(rank) stands for a token."""
-    found = Counter()
+    found, counts = Counter(), Counter()  # word -> how often; pair of neighbors -> how often
     for text in texts:
         found.update(re.findall(WORD_PATTERN, text))
-    found = found.most_common(MAX_WORDS)
-    words = [word.encode(errors="replace").decode("latin-1") for word, _ in found]
-    words_with = defaultdict(set)  # pair -> indices of words
     tokens = [bytes([b]) for b in range(256)]
-    queue = []  # of candidates, the best one last; their counts may have fallen since
 
-    def candidate(pair):
-        count = sum(words[i].count(pair) * found[i][1] for i in words_with[pair])
-        return count, [tokens[ord(char)] for char in pair], pair
+    def count_pairs(word, times):
+        for pair in map(add, word, word[1:]):
+            counts[pair] += times
 
-    def merge(indices, pair, char):
-        """Joins the pair in these words, then queues the pairs that contain the new token."""
-        new_pairs = set()
-        for i in indices:
-            words[i] = words[i].replace(pair, char)
-            for new in map(add, words[i], words[i][1:]):
-                if char in new:
-                    words_with[new].add(i)
-                    new_pairs.add(new)
-        for new in new_pairs:
-            insort(queue, candidate(new))
-
-    merge(range(len(words)), "", "")  # merges nothing and queues all pairs
+    words = []
+    for word, times in found.most_common(MAX_WORDS):
+        word = word.encode(errors="replace").decode("latin-1")
+        words.append((word, times))
+        count_pairs(word, times)
     bar = progress(total=vocab_size - 256, desc="training tokenizer")
-    while queue and len(tokens) < vocab_size:
-        count, halves, pair = best = candidate(queue.pop()[-1])
-        if queue and best < queue[-1]:
-            insort(queue, best)
-            continue
-        if count < 2:
+    while len(tokens) < vocab_size:
+        most = max(counts.values(), default=0)
+        if most < 2:
             break
+        halves, pair = max(([tokens[ord(char)] for char in pair], pair)
+                           for pair, count in counts.items() if count == most)
         token = b"".join(halves)
         if token not in tokens:  # a+bc is the same token as ab+c
             tokens.append(token)
             bar.update()
-        merge(words_with.pop(pair), pair, chr(tokens.index(token)))
+        for i, (word, times) in enumerate(words):
+            if pair in word:
+                count_pairs(word, -times)
+                word = word.replace(pair, chr(tokens.index(token)))
+                words[i] = (word, times)
+                count_pairs(word, times)
     return tokens
 
 
@@ -88,7 +78,8 @@ class Tokenizer:
         self.bos, self.eos, self.pad = range(encoding.n_vocab, encoding.n_vocab + 3)
         self.vocab_size = self.pad + 1
         self.encode_ordinary = encoding.encode_ordinary  # text -> all its ids, without bos and eos
-        self.special_ids = set(map(encoding.encode_single_token, encoding.special_tokens_set))
+        tokens = encoding.token_byte_values()  # without special tokens
+        self.token_bytes = {encoding.encode_single_token(token): token for token in tokens}
 
     @classmethod
     def train(cls, texts, context_length, vocab_size=2048):
@@ -119,8 +110,7 @@ class Tokenizer:
         """Plain data for a checkpoint: tiktoken's name, or the tokens by rank."""
         if self.encoding.name != "bpe":
             return {"name": self.encoding.name}
-        tokens = self.encoding.decode_tokens_bytes(range(self.bos))
-        return {"tokens": [token.hex() for token in tokens]}
+        return {"tokens": [self.token_bytes[rank].hex() for rank in range(self.bos)]}
 
     def encode(self, text):
         """[bos, ids, eos], cut to context_length; eos stays: it teaches the captioner to stop."""
@@ -132,9 +122,7 @@ class Tokenizer:
         for i in ids:
             if i == self.eos:
                 break
-            if i not in self.special_ids:
-                with suppress(KeyError):
-                    text += self.encoding.decode_single_token_bytes(i)
+            text += self.token_bytes.get(i, b"")
         return text.decode(errors="replace")
 
     def truncate(self, text):
