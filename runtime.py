@@ -159,27 +159,21 @@ def is_main_process():
 def progress(iterable=None, **options):
     """A tqdm bar on rank 0, and only on a terminal."""
     disable = None if is_main_process() else True  # None: tqdm asks whether stderr is a terminal
-    return tqdm(iterable, disable=disable, **{"mininterval": 1, **options})
+    return tqdm(iterable, disable=disable, mininterval=1, **options)
 
 
 def choose_device(name):
-    """auto: cuda (under torchrun the local rank's GPU), else mps, else cpu."""
-    available = ["cpu"]
-    if torch.backends.mps.is_available() and os.environ.get("WORLD_SIZE", "1") == "1":
-        available = ["mps", "cpu"]  # not on several processes: gloo has no collectives on mps
-    if torch.cuda.is_available():
-        available = ["cuda", *available]
+    """auto: cuda, else mps, else cpu. Each of torchrun's local ranks has a GPU of its own."""
+    counts = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available()),
+              "cpu": math.inf}
+    available = [device for device, count in counts.items() if count]
     if name == "auto":
         name = available[0]
-    if name not in available:
-        raise UserError(f"--device {name}: not found here; choose auto, {', '.join(available)}")
-    if name != "cuda":
-        return torch.device(name)
-    local_rank, num_gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
-    if local_rank >= num_gpus:
-        raise UserError(f"local rank {local_rank} has no GPU: give torchrun --nproc-per-node "
-                        f"{num_gpus}")
-    return torch.device("cuda", local_rank)
+    local_rank, count = int(os.environ.get("LOCAL_RANK", 0)), counts.get(name, 0)
+    if local_rank >= count:
+        raise UserError(f"--device {name}: found {count}, too few for local rank {local_rank}; "
+                        f"choose auto, {', '.join(available)}, or fewer --nproc-per-node")
+    return torch.device("cuda", local_rank) if name == "cuda" else torch.device(name)
 
 
 def choose_dtype(name, device):
@@ -240,21 +234,17 @@ def init_distributed(device="auto", dtype="auto"):
     return DistEnv(rank, world_size, device, choose_dtype(dtype, device))
 
 
-def any_rank(flag, world_size):
-    """Whether the flag is set on any rank. The tensor is on the CPU, so nothing waits for a GPU."""
-    if world_size == 1:
-        return flag
-    count = torch.tensor(float(flag))
-    dist.all_reduce(count)
-    return bool(count)
-
-
 def mean_over_ranks(terms, world_size):
     """{name: scalar tensor} -> {name: number}, the mean over all ranks."""
     values = torch.stack([term.float() for term in terms.values()])
     if world_size > 1:
         dist.all_reduce(values)
     return dict(zip(terms, (values / world_size).tolist(), strict=True))
+
+
+def any_rank(flag, world_size):
+    """Whether the flag is set on any rank. The tensor is on the CPU, so nothing waits for a GPU."""
+    return mean_over_ranks({"flag": torch.tensor(flag)}, world_size)["flag"] > 0
 
 
 def end_distributed():

@@ -64,19 +64,19 @@ def draw_objects(rng, size):
     base_color, color_std = rng.uniform(40, 215, 3), rng.choice((5, 15, 30, 80))
     num_kinds, min_radius = rng.choice((1, 3)), rng.uniform(3, 16)
     for _ in range(rng.integers(10, 200)):
-        color = tuple(np.clip(rng.normal(base_color, color_std), 0, 255).astype(int))
-        center, radius = rng.uniform(0, 2 * size, 2), min_radius / math.sqrt(1 - rng.random())
-        kind, num_points = rng.integers(num_kinds), rng.integers(3, 9)
+        brightness, kind = rng.normal(0, 50), rng.integers(num_kinds)
+        color = rng.normal(base_color + brightness, color_std)
+        color = tuple(np.clip(color, 0, 255).astype(int))
+        radius = min_radius / math.sqrt(1 - rng.random())
+        points = rng.uniform(0, 2 * size, 2) + rng.normal(0, radius, (rng.integers(3, 9), 2))
+        points = points.ravel().tolist()  # x0, y0, x1, y1, ...
         if kind == 0:
-            angles = np.sort(rng.uniform(0, 2 * math.pi, num_points))
-            corners = np.stack([np.cos(angles), np.sin(angles)], 1) * rng.uniform(0.3, 1, 2)
-            draw.polygon((center + radius * corners).ravel().tolist(), color)
+            draw.polygon(points, color)
         elif kind == 1:
-            text = bytes(rng.integers(33, 127, 8)).decode()
-            draw.text(tuple(center), text, color, ImageFont.load_default(10 + radius))
+            draw.line(points, color, width=int(rng.integers(1, 12)))
         else:
-            points = center + rng.normal(0, size / num_points, (num_points, 2)).cumsum(0)
-            draw.line(points.ravel().tolist(), color, width=int(rng.integers(1, 12)))
+            text = "".join(map(chr, rng.integers(33, 127, 8)))
+            draw.text(points[:2], text, color, ImageFont.load_default(10 + radius))
     return np.asarray(canvas.reduce(2))  # means of 2x2 pixels: antialiased
 
 
@@ -177,8 +177,7 @@ def learning_rate(step, c):
 
 @torch.no_grad()
 def mean_psnr(vae, images):
-    scores = [psnr(vae.decode(vae.encode(x)), x) for x in images.split(8)]
-    return torch.cat(scores).mean().item()
+    return psnr(vae.decode(vae.encode(images)), images).mean().item()
 
 
 def load_resume_state(c, parts):
