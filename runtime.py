@@ -195,9 +195,9 @@ def memory_format(device):
 def use_compile(flag, device):
     """Whether to torch.compile. Default (None): on a CUDA GPU that Triton supports (sm_70 and
     newer), where Triton is installed."""
-    if flag is not None or device.type != "cuda":
-        return bool(flag)
-    has_triton = importlib.util.find_spec("triton") is not None
+    if flag is not None:
+        return flag
+    has_triton = device.type == "cuda" and importlib.util.find_spec("triton") is not None
     return has_triton and torch.cuda.get_device_capability(device) >= (7, 0)
 
 
@@ -296,7 +296,7 @@ def atomic_write(path, write):
         os.replace(tmp_path, path)
     except (OSError, RuntimeError, SafetensorError) as error:  # a full disk, in three libraries
         tmp_path.unlink(missing_ok=True)
-        raise UserError(f"{path} could not be written: {error}; an older one is kept") from None
+        raise UserError(f"{path} could not be written: {error}; the old one is kept") from None
 
 
 def save_json(content, path):
@@ -355,12 +355,11 @@ def print_table(title, metrics):
 
 
 def check_resume(old, new, may_change):
-    """A UserError that names the flags that differ from those the run was started with."""
-    changed = [f"{flag_name(name)} {new.get(name)} (was {value})" for name, value in old.items()
-               if name not in may_change and new.get(name) != value]
-    if changed:
-        raise UserError("--resume takes the flags that the run was started with; changed: "
-                        + ", ".join(changed))
+    """A UserError that names a flag that differs from the one the run was started with."""
+    for name, value in old.items():
+        if name not in may_change and new.get(name) != value:
+            raise UserError("--resume takes the flags that the run was started with; changed: "
+                            f"{flag_name(name)} {new.get(name)} (was {value})")
 
 
 def git_commit():

@@ -41,19 +41,16 @@ from vae import TINY, AutoencoderKL, load_vae, psnr, scale_images
 
 
 def draw_texture(rng, size):
-    """Two colors, mixed by 1/f noise, in a gradient, or in stripes."""
+    """Two colors, mixed in a gradient and by 1/f noise. Its amplitude is 1/frequency^power, in
+    photographs with a power of about 1."""
     y, x = np.mgrid[:size, :size] / size
-    mix, kind = x * rng.uniform(-1, 1) + y * rng.uniform(-1, 1), rng.integers(3)
-    if kind == 0:  # amplitude 1/frequency^power; photographs have a power of about 1
-        frequency = np.hypot(np.fft.fftfreq(size), np.fft.fftfreq(size)[:, None])
-        spectrum = np.fft.fft2(rng.standard_normal((size, size)))
-        spectrum *= np.maximum(frequency, 1 / size) ** -rng.uniform(0.6, 2)
-        mix = np.fft.ifft2(spectrum).real
-        mix *= rng.uniform(0, 0.5) / mix.std()
-    elif kind == 1:
-        mix = np.sin(mix * rng.uniform(10, size)) * rng.uniform(0.5, 6)
+    frequency = np.hypot(np.fft.fftfreq(size), np.fft.fftfreq(size)[:, None])
+    falloff = np.maximum(frequency, 1 / size) ** -rng.uniform(0.6, 2)        # (S, S)
+    noise = np.fft.ifft2(np.fft.fft2(rng.standard_normal((size, size))) * falloff).real
+    mix = 0.5 + x * rng.uniform(-1, 1) + y * rng.uniform(-1, 1)
+    mix = np.clip(mix + rng.choice((0, 0.1, 0.4)) * noise / noise.std(), 0, 1)[..., None]
     first, second = rng.uniform(0, 255, (2, 3))
-    return first + (second - first) * np.clip(mix + 0.5, 0, 1)[..., None]
+    return first + (second - first) * mix                                    # (S, S, 3)
 
 
 def draw_objects(rng, size):
@@ -161,8 +158,8 @@ class Config:
     steps: int = arg(2000, "training steps; may be raised with --resume", "optimization", min=1)
     batch_size: int = arg(4, "images of 128 px; two steps of three cut each into four of 64 px",
                           "optimization", min=1)
-    lr: float = arg(6e-4, "Muon's rate for convolutions, half of it for AdamW on the rest; 1e-2 "
-                          "diverges", "optimization", min=0)
+    lr: float = arg(6e-4, "of Muon for convolutions, AdamW for the rest; 1e-2 diverges",
+                    "optimization", min=0)
     resume: bool = arg(False, "continue from last.pt")
     seed: int = arg(7, "seed of the drawn images and the noise", min=0)
     device: str = runtime.device_arg()
@@ -183,10 +180,9 @@ def mean_psnr(vae, images):
 def load_resume_state(c, parts):
     """Loads last.pt into the parts; returns its step, 0 for a new run."""
     path = Path(c.out) / "last.pt"
+    if not c.resume and path.exists():
+        raise UserError(f"{c.out} holds a run: continue it with --resume, or give another --out")
     if not c.resume:
-        if path.exists():
-            raise UserError(f"{c.out} holds a run: continue it with --resume, or choose another "
-                            "--out")
         return 0
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -210,8 +206,8 @@ def train_step(vae, optimizers, images, step, c, env):
     if not torch.isfinite(losses["loss"]):
         raise UserError(f"step {step}: the loss is not finite; lower --lr")
     losses["loss"].backward()
-    for optimizer, lr_scale in zip(optimizers, (1, 0.5), strict=True):
-        optimizer.param_groups[0]["lr"] = learning_rate(step, c) * lr_scale
+    for optimizer in optimizers:
+        optimizer.param_groups[0]["lr"] = learning_rate(step, c)
         optimizer.step()
         optimizer.zero_grad()
     return losses
@@ -223,9 +219,9 @@ def train(c, stop):
     torch.manual_seed(c.seed)
     vae = load_vae(c.init_from) if c.init_from else AutoencoderKL(**TINY)
     vae.to(env.device, memory_format=runtime.memory_format(env.device)).requires_grad_().train()
+    convs = [p for p in vae.parameters() if p.ndim == 4]
     others = [p for p in vae.parameters() if p.ndim < 4]
-    optimizers = [Muon([p for p in vae.parameters() if p.ndim == 4], lr=c.lr),
-                  torch.optim.AdamW(others, betas=(0.9, 0.99), weight_decay=0)]
+    optimizers = [Muon(convs, lr=c.lr), torch.optim.AdamW(others, weight_decay=0)]
     parts = [vae, *optimizers]
     start = load_resume_state(c, parts)
     out.mkdir(parents=True, exist_ok=True)
@@ -250,13 +246,12 @@ def train(c, stop):
             runtime.atomic_write(out / "last.pt", partial(torch.save, state))
             save_vae(rescale_to_unit_std(vae, held_out), out / "vae.safetensors")
             record = {"step": step, **{name: term.item() for name, term in losses.items()},
-                      "lr": learning_rate(step, c), "psnr": mean_psnr(vae, held_out)}
+                      "psnr": mean_psnr(vae, held_out)}
             runtime.log_record(out / "log.jsonl", record)
             bar.write("  ".join(f"{name} {value:.5g}" for name, value in record.items()))
         if stopped:
             break
-    panels = ["loss", "pixel", "mse", "gradient", "kl", "psnr"]
-    runtime.plot_log(out / "log.jsonl", out / "curves.png", panels, {})
+    runtime.plot_log(out / "log.jsonl", out / "curves.png", ["loss", "mse", "kl", "psnr"], {})
     print(f"wrote {out}/vae.safetensors; use it with: train.py --vae {out}/vae.safetensors")
 
 
