@@ -131,18 +131,17 @@ def fid_network(device):
 def ssim(x, y):
     """Structural similarity [B] of x and y, [B,3,H,W] in [-1,1]; H, W >= 11. Gaussian window of
     11x11 pixels, sigma 1.5; mean over channels and positions where the window fits."""
-    x, y = torch.stack([x, y]).cpu().double() / 2 + 0.5                # mps has no float64
+    images = torch.stack([x, y]).cpu().double() / 2 + 0.5              # mps has no float64
+    x, y = images.flatten(1, 2)[:, :, None]                            # (B*3, 1, H, W) each
     window = (-(torch.arange(-5, 6).double() ** 2) / 4.5).softmax(0).view(1, 1, 1, 11)
 
     def blur(maps):
-        maps = maps.flatten(0, 1)[:, None]                             # (B*3, 1, H, W)
         return F.conv2d(F.conv2d(maps, window), window.mT)             # separable: rows, columns
 
-    mean_x, mean_y = blur(x), blur(y)
-    product, squares = mean_x * mean_y, mean_x**2 + mean_y**2
+    product, squares = blur(x) * blur(y), blur(x) ** 2 + blur(y) ** 2
     luminance = (2 * product + 1e-4) / (squares + 1e-4)
     contrast = (2 * (blur(x * y) - product) + 9e-4) / (blur(x**2 + y**2) - squares + 9e-4)
-    return (luminance * contrast).view(len(x), -1).mean(1).float()
+    return (luminance * contrast).unflatten(0, (-1, 3)).mean((1, 2, 3, 4)).float()
 
 
 def accuracy(logits, labels):
@@ -182,8 +181,8 @@ def linear_probe(train, labels, test, test_labels, num_classes):
     n = len(train) * 9 // 10
 
     def held_out_accuracy(decay):
-        logits = fit_linear(train[:n], labels[:n], train[n:], num_classes, decay)
-        return accuracy(logits, labels[n:])
+        fitted = fit_linear(train[:n], labels[:n], train[n:], num_classes, decay)
+        return accuracy(fitted, labels[n:])
 
     decay = max((1e-2, 1e-3, 1e-4, 1e-5), key=held_out_accuracy)
     return accuracy(fit_linear(train, labels, test, num_classes, decay), test_labels)
@@ -284,12 +283,13 @@ def eval_probes(train, test, num_classes, device):
     """Probes of the features, and of raw pixels for comparison. An image of label -1 is left out;
     a probe needs 20 training images."""
     known, metrics = train["labels"] >= 0, {}
+    if known.sum() < 20:
+        return {}
     for prefix, features in (("", "pooled"), ("pixels_", "pixels")):
         columns = (train[features][known], train["labels"][known], test[features], test["labels"])
         columns = [column.to(device) for column in columns]
-        if known.sum() >= 20:
-            metrics[prefix + "linear_probe_top1"] = linear_probe(*columns, num_classes)
-            metrics[prefix + "knn_top1"] = knn(*columns, num_classes)
+        metrics[prefix + "linear_probe_top1"] = linear_probe(*columns, num_classes)
+        metrics[prefix + "knn_top1"] = knn(*columns, num_classes)
     return metrics
 
 
@@ -298,11 +298,12 @@ def eval_retrieval(model, tokenizer, test, limit):
     first image that has it."""
     owner = {}  # caption -> index of its image
     for i, captions in enumerate(test["captions"]):
-        owner = dict.fromkeys(filter(None, captions), i) | owner
+        for caption in filter(None, captions):
+            owner.setdefault(caption, i)
     chosen = sorted(set(owner.values()))[:limit]
     if not chosen:
         return {}
-    texts = sorted(text for text, i in owner.items() if i <= chosen[-1])
+    texts = [text for text, i in owner.items() if i <= chosen[-1]]
     image_of_text = torch.tensor([chosen.index(owner[text]) for text in texts])
     text_features = encode_texts(model, tokenizer, texts)              # (C, E)
     return {**retrieval(test["pooled"][chosen], text_features, image_of_text),
@@ -320,26 +321,26 @@ def caption_exact(found, tokenizer):
     return statistics.fmean(exact) if exact else None
 
 
-def eval_reconstruction(model, tokenizer, encode, s, env):
+def eval_reconstruction(model, tokenizer, encode, test, s, env):
     """Measures of our reconstruction and (`*_vae`) of the VAE's, the upper reference; captions."""
     lpips = LPIPS().to(env.device) if s.lpips else None
     inception = fid_network(env.device) if s.fid else None
 
     def reconstruct(images):
-        images, result = scale_images(images), {}
+        images = scale_images(images)
         with env.autocast():
             vae_recon, recon, tokens = model.reconstruct(images)
-            result["generated"] = model.generate_captions(tokens, tokenizer)
-        for suffix, x in (("", recon), ("_vae", vae_recon)):
-            x = x.float().clamp(-1, 1)
-            result["psnr" + suffix], result["ssim" + suffix] = psnr(x, images), ssim(x, images)
+            captions = model.generate_captions(tokens, tokenizer)
+        vae_recon, recon = vae_recon.float().clamp(-1, 1), recon.float().clamp(-1, 1)
+        result = {"generated": captions, "psnr": psnr(recon, images), "ssim": ssim(recon, images),
+                  "psnr_vae": psnr(vae_recon, images), "ssim_vae": ssim(vae_recon, images)}
         if lpips:
-            result["lpips"] = lpips(recon.float().clamp(-1, 1), images)
+            result["lpips"] = lpips(recon, images)
         if inception:
             result["real"], result["fake"] = inception(images), inception(recon)
         return result
 
-    found = encode(reconstruct, limit=min(s.n_test, 512), desc="reconstruction")
+    found = encode(reconstruct, test, limit=min(s.n_test, 512), desc="reconstruction")
     metrics = {name: found[name].mean().item() for name in METRICS if name in found}
     if model.vae.downsample_factor == 1:  # --vae pixels
         metrics.update(psnr_vae=None, ssim_vae=None)
@@ -353,13 +354,12 @@ def evaluate(model, tokenizer, data, s, env):
     start_time, has_text = time.time(), isinstance(model, OpenVision3)
     encode = partial(encode_dataset, tokenizer=tokenizer, device=env.device,
                      batch_size=s.batch_size, num_workers=resolve_num_workers(s.num_workers))
-    encode_test = partial(encode, dataset=data.test)
     metrics = {**dict.fromkeys(METRICS), "n_train": 0}
     if has_text:
-        metrics.update(eval_reconstruction(model, tokenizer, encode_test, s, env))
+        metrics.update(eval_reconstruction(model, tokenizer, encode, data.test, s, env))
     torch.set_float32_matmul_precision("highest")  # from here on TF32 could decide single images
     extract = partial(extract_features, model, env)
-    test = encode_test(extract, limit=max(s.n_test, s.retrieval_images), desc="test images")
+    test = encode(extract, data.test, limit=max(s.n_test, s.retrieval_images), desc="test images")
     labeled, metrics["n_test"] = (test["labels"] >= 0).any(), len(test["labels"])
     if has_text:
         metrics.update(eval_retrieval(model, tokenizer, test, s.retrieval_images))
@@ -420,9 +420,9 @@ def load_model(s, device):
     if is_run and not s.vae:
         return load_run(s.ckpt, device, s.random_init)
     if is_run or not s.vae or s.image or s.random_init:
-        raise UserError(f"--ckpt {s.ckpt}: a run folder of train.py (with last.pt) has its own VAE; "
-                        "any other encoder needs --vae, a published one --vae flux, and cannot be "
-                        "used with --image and --random-init")
+        raise UserError(f"--ckpt {s.ckpt}: a run folder of train.py (with last.pt) has its own "
+                        "VAE; any other encoder needs --vae, a published one --vae flux, and "
+                        "cannot be used with --image and --random-init")
     encoder, vae = load_encoder(s.ckpt), load_vae(s.vae)
     if encoder.conv1.in_channels != vae.config["z_channels"]:
         raise UserError(f"--vae {s.vae} has other channels than {s.ckpt} reads; take --vae flux")

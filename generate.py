@@ -73,7 +73,7 @@ class Settings:
                      choices=("tokens", "latents"))
     size: str = arg("laptop", "row of DIT_SIZES", "model", choices=tuple(DIT_SIZES))
     steps: int = arg(1300, "optimizer steps", "optimization", min=1)
-    batch_size: int = arg(64, "global batch (RAE: 1024)", "optimization", min=1)
+    batch_size: int = arg(64, "split among the processes (RAE: 1024)", "optimization", min=1)
     lr: float = arg(2e-3, "peak learning rate (RAE: 2e-4)", "optimization", min=0)
     n_samples: int = arg(512, "images to sample and evaluate", "sampling", min=4)
     sampling_steps: int = arg(49, "Euler steps", "sampling", min=1)
@@ -237,14 +237,6 @@ def guided_velocity(model, x, t, labels, guidance, guide=None):
     return weak + guidance * (velocity - weak)
 
 
-def euler_sample(velocity, x, steps, shift):
-    """Follows velocity(x, t) from noise x [B,N,C] at t = 1 to (almost) 0 in straight steps."""
-    times = shift_time(1 - torch.linspace(0, 0.999, steps + 1, device=x.device), shift)
-    for t, t_next in pairwise(times):
-        x = x + (t_next - t) * velocity(x, t.expand(len(x)))
-    return x
-
-
 # ---- From noise to images ------------------------------------------------------------------------
 
 
@@ -258,14 +250,18 @@ def decode_tokens(model, tokens, space):
 
 @torch.no_grad()
 def sample_images(model, labels, decode, s, guide=None):
-    """labels [M] -> uint8 images [M,3,R,R], a few at a time. `model` is the averaged one, which is
-    never compiled: sampling runs eagerly and the training step keeps its one graph."""
+    """labels [M] -> uint8 images [M,3,R,R], a few at a time: noise at t = 1 follows the velocity to
+    (almost) t = 0 in straight steps, Euler's method. `model` is the averaged one, which is never
+    compiled: sampling runs eagerly and the training step keeps its one graph."""
     torch.manual_seed(s.seed)
     images, mean = [], model.stats.mean                                # (N, C)
+    times = 1 - torch.linspace(0, 0.999, s.sampling_steps + 1, device=mean.device)
+    times = shift_time(times, model.shift)
     for chunk in progress(labels.to(mean.device).split(DECODE_CHUNK), desc="sample", leave=False):
-        noise = torch.randn(len(chunk), *mean.shape).to(mean.device)
-        velocity = partial(guided_velocity, model, labels=chunk, guidance=s.guidance, guide=guide)
-        x = euler_sample(velocity, noise, s.sampling_steps, model.shift)  # (B, N, C), fp32
+        x = torch.randn(len(chunk), *mean.shape).to(mean.device)       # (B, N, C), fp32
+        for t, t_next in pairwise(times):
+            velocity = guided_velocity(model, x, t.expand(len(x)), chunk, s.guidance, guide)
+            x = x + (t_next - t) * velocity
         images.append(to_uint8(decode(model.stats.denormalize(x))).cpu())
     return torch.cat(images)
 
@@ -427,24 +423,14 @@ def train_generator(s, env, model, shape, train):
                 settings = {key: getattr(s, key) for key in RESUME_KEYS}
                 state.update(step=step, shape=shape, settings=settings)
                 atomic_write(path, partial(torch.save, state))
+            if stopped and env.is_main:
+                bar.write(f"stopped at step {step}; rerun with --resume to continue")
             if stopped:
-                print(f"stopped at step {step}; rerun with --resume to continue")
                 return None
     return ema_model
 
 
 # ---- The program ---------------------------------------------------------------------------------
-
-
-def check_settings(s, config, world_size):
-    """A UserError for what does not go together."""
-    if s.batch_size % world_size:
-        raise UserError(f"--batch-size {s.batch_size} is not a multiple of {world_size} processes")
-    if s.data == config.data and config.streaming:
-        raise UserError("this run streamed its data; the generator needs a local copy: --data")
-    if s.path("generator.pt").exists() and not s.resume:
-        raise UserError(f"{s.path('generator.pt')} exists: --resume continues it, or samples again "
-                        "if it is finished; remove it to start again")
 
 
 def generate(s):
@@ -453,7 +439,11 @@ def generate(s):
     fid = fid_network(env.device) if s.fid else None
     model, tokenizer, _ = load_run(s.ckpt, env.device)
     s.data = s.data or model.config.data
-    check_settings(s, model.config, env.world_size)
+    if s.data == model.config.data and model.config.streaming:
+        raise UserError("this run streamed its data; the generator needs a local copy: --data")
+    if s.path("generator.pt").exists() and not s.resume:
+        raise UserError(f"{s.path('generator.pt')} exists: --resume continues it, or samples again "
+                        "if it is finished; remove it to start again")
     data = load_run_data(model.config, s.data, need_text=False)
     if min(len(data.train), len(data.test)) < 4:
         raise UserError(f"--data {s.data} has no training split to learn from, or no test split")
@@ -469,7 +459,8 @@ def generate(s):
     train["tokens"] = train["tokens"].to(env.device)  # batches are picked on the device
     train["labels"] = train["labels"].to(env.device)
     M, N, C = train["tokens"].shape
-    print(f"{M:,} images, {N} tokens x {C} dims, {K} classes; {env.device}, {env.dtype}")
+    if env.is_main:
+        print(f"{M:,} images, {N} tokens x {C} dims, {K} classes; {env.device}, {env.dtype}")
 
     # 2. Train
     torch.manual_seed(s.seed)
