@@ -388,7 +388,7 @@ def train_generator(s, env, model, shape, train):
         model.compile(dynamic=False)
     ddp_model = DistributedDataParallel(model) if env.world_size > 1 else model
     with runtime.stop_on_signal() as stop:
-        bar = progress(range(start + 1, s.steps + 1), total=s.steps, initial=start)
+        bar = progress(range(start + 1, s.steps + 1), desc="generator")
         for step in bar:
             # 1. Step. Nothing here waits for the device. DIFFERS: RAE flips half of the images
             optimizer.param_groups[0]["lr"] = learning_rate(step - 1, s)
