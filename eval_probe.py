@@ -7,12 +7,11 @@ sec 4). References: the VAE's own reconstruction, and probes on raw 16x16 pixels
 
     test images -> VAE -> encoder -> pooled [M,E]   -> linear probe, kNN        against labels
                                                     -> zero-shot, retrieval     against texts [C,E]
-                                  -> tokens [M,N,W] -> mean -> linear probes    labels, scenes
-                                                    -> caption decoder          caption_exact
+                                  -> tokens [M,N,W] -> caption decoder          caption_exact
                                                     -> latent decoder -> VAE    psnr, ssim
 
 Shapes: M images, E embedding width, N tokens, W token width, C captions, K classes, D features.
-Run:    python eval_probe.py --ckpt runs/laptop [--image FILE]     # or --ckpt latents --vae tiny
+Run:    python eval_probe.py --ckpt runs/laptop [--image FILE]
 Source: kNN as DINO; SSIM of Wang et al. 2004; FID of Heusel et al. 2017 (pytorch-fid)
 Next:   generate.py
 """
@@ -21,7 +20,6 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: threads that wait do not spin
 
 import json
-import re
 import statistics
 import time
 from collections import defaultdict
@@ -36,6 +34,7 @@ from torch import nn
 
 import runtime
 from data import (
+    DATA_FLAGS,
     TEMPLATES,
     DataConfig,
     class_prompts,
@@ -46,9 +45,9 @@ from data import (
 from encoder import load_encoder
 from images import center_crop, decode_image, image_grid, to_pil, to_tensor, to_uint8
 from losses import LPIPS
-from openvision3 import DECODE_CHUNK, OpenVision3, load_run
+from openvision3 import OpenVision3, load_run
 from runtime import UserError, arg
-from shapes import SCENE_PROBES, all_captions, scene_probe_labels
+from shapes import all_captions
 from tokenizer import Tokenizer
 from vae import load_vae, psnr, scale_images
 
@@ -69,13 +68,12 @@ def image_tokens(model, images, space="tokens"):
 def encode_dataset(encode, dataset, tokenizer, limit, desc, *, device, batch_size=64,
                    num_workers=0):
     """encode(uint8 images [B,3,R,R]) -> {name: tensor [B,...] or list}. Returns these of the first
-    `limit` images, on the CPU, with "labels" [M], "captions" (all of each), "scenes" and "ids"."""
+    `limit` images, on the CPU, with "labels" [M], "captions" (all of each) and "scenes"."""
     columns = defaultdict(list)
     batches = eval_loader(dataset, tokenizer, batch_size, limit, num_workers)
     for batch in runtime.progress(batches, desc=desc, leave=False):
         found = encode(batch["image"].to(device))
-        found.update(labels=batch["label"], captions=batch["all_captions"],
-                     scenes=batch["scenes"], ids=batch["ids"])
+        found.update(labels=batch["label"], captions=batch["all_captions"], scenes=batch["scenes"])
         for name, values in found.items():
             columns[name] += values.cpu() if torch.is_tensor(values) else values
     for name, values in columns.items():
@@ -85,24 +83,24 @@ def encode_dataset(encode, dataset, tokenizer, limit, desc, *, device, batch_siz
 
 
 class TokenStats(nn.Module):
-    """Mean and variance of each token and channel, to normalize tokens as RAE does."""
+    """Mean and standard deviation of each token and channel, to normalize tokens as RAE does."""
 
     def __init__(self, num_tokens, width):
         super().__init__()
         self.register_buffer("mean", torch.zeros(num_tokens, width))
-        self.register_buffer("var", torch.ones(num_tokens, width))
+        self.register_buffer("std", torch.ones(num_tokens, width))
 
     def fit(self, tokens):
         """tokens [M,N,C], of any dtype, on any device."""
-        for n in range(tokens.shape[1]):  # one by one: they may fill half of the memory, in fp16
-            x = tokens[:, n].float()                                   # (M, C)
-            self.var[n], self.mean[n] = torch.var_mean(x, dim=0, correction=0)
+        for n, x in enumerate(tokens.unbind(1)):  # one by one: in fp32 all may not fit
+            var, self.mean[n] = torch.var_mean(x.float(), dim=0, correction=0)
+            self.std[n] = (var + 1e-5).sqrt()
 
     def normalize(self, tokens):
-        return (tokens - self.mean) / (self.var + 1e-5).sqrt()
+        return (tokens - self.mean) / self.std
 
     def denormalize(self, x):
-        return x * (self.var + 1e-5).sqrt() + self.mean
+        return x * self.std + self.mean
 
 
 def frechet_distance(x, y):
@@ -115,27 +113,16 @@ def frechet_distance(x, y):
     return (mean_term + cov_x.trace() + cov_y.trace() - 2 * cross).item()
 
 
-class FIDFeatures(nn.Module):
-    """Inception v3 of pytorch-fid. Only with its features is a Frechet distance an FID."""
-
-    def __init__(self, inception):
-        super().__init__()
-        self.inception = inception.eval()
-
-    @torch.no_grad()
-    def forward(self, images):
-        """images [B,3,H,W] in [-1,1], rounded to 8 bits as saved ones are -> [B,2048]."""
-        return self.inception(to_uint8(images) / 255)[0].flatten(1)
-
-
 def fid_network(device):
-    """For --fid. UserError where pytorch-fid or its weights are missing."""
+    """Inception v3 of pytorch-fid: images [B,3,H,W] in [-1,1], rounded to 8 bits as saved ones are
+    -> [B,2048]. Only with its features is a Frechet distance an FID."""
     try:
         from pytorch_fid.inception import InceptionV3  # optional dependency
-        return FIDFeatures(InceptionV3()).to(device)
+        inception = InceptionV3().to(device).eval()
     except (ImportError, OSError, RuntimeError) as error:  # not installed; no network
         raise UserError("--fid needs pytorch-fid (pip install pytorch-fid==0.3.0) and its weights "
                         f"(95 MB): {error}") from None
+    return lambda images: inception(to_uint8(images) / 255)[0].flatten(1)
 
 
 # ---- The metrics, each a pure function -----------------------------------------------------------
@@ -144,15 +131,17 @@ def fid_network(device):
 def ssim(x, y):
     """Structural similarity [B] of x and y, [B,3,H,W] in [-1,1]; H, W >= 11. Gaussian window of
     11x11 pixels, sigma 1.5; mean over channels and positions where the window fits."""
-    x, y = torch.stack([x, y]).cpu().double() / 2 + 0.5                # mps has no float64
+    images = torch.stack([x, y]).cpu().double() / 2 + 0.5              # mps has no float64
+    x, y = images.flatten(1, 2)[:, :, None]                            # (B*3, 1, H, W) each
     window = (-(torch.arange(-5, 6).double() ** 2) / 4.5).softmax(0).view(1, 1, 1, 11)
-    maps = torch.stack([x, y, x * y, x**2 + y**2]).flatten(0, 2)       # (4*B*3, H, W)
-    maps = F.conv2d(F.conv2d(maps[:, None], window), window.mT)        # separable: rows, columns
-    mean_x, mean_y, mean_xy, mean_squares = maps.view(4, len(x), -1)   # (B, positions) each
-    product, squares = mean_x * mean_y, mean_x**2 + mean_y**2
+
+    def blur(maps):
+        return F.conv2d(F.conv2d(maps, window), window.mT)             # separable: rows, columns
+
+    product, squares = blur(x) * blur(y), blur(x) ** 2 + blur(y) ** 2
     luminance = (2 * product + 1e-4) / (squares + 1e-4)
-    contrast = (2 * (mean_xy - product) + 9e-4) / (mean_squares - squares + 9e-4)
-    return (luminance * contrast).mean(1).float()
+    contrast = (2 * (blur(x * y) - product) + 9e-4) / (blur(x**2 + y**2) - squares + 9e-4)
+    return (luminance * contrast).unflatten(0, (-1, 3)).mean((1, 2, 3, 4)).float()
 
 
 def accuracy(logits, labels):
@@ -189,11 +178,13 @@ def linear_probe(train, labels, test, test_labels, num_classes):
     train, test = (train - mean) / std, (test - mean) / std
     axes = torch.linalg.eigh((train.T @ train).cpu())[1].to(train)     # mps has no eigh
     train, test = train @ axes, test @ axes                            # uncorrelated features
-    n, decays, scores = len(train) * 9 // 10, (1e-2, 1e-3, 1e-4, 1e-5), []
-    for decay in decays:
-        logits = fit_linear(train[:n], labels[:n], train[n:], num_classes, decay)
-        scores.append(accuracy(logits, labels[n:]))
-    decay = decays[scores.index(max(scores))]
+    n = len(train) * 9 // 10
+
+    def held_out_accuracy(decay):
+        fitted = fit_linear(train[:n], labels[:n], train[n:], num_classes, decay)
+        return accuracy(fitted, labels[n:])
+
+    decay = max((1e-2, 1e-3, 1e-4, 1e-5), key=held_out_accuracy)
     return accuracy(fit_linear(train, labels, test, num_classes, decay), test_labels)
 
 
@@ -202,7 +193,7 @@ def knn(train, train_labels, test, test_labels, num_classes):
     exp(similarity / 0.07), on features [M,D]."""
     train, votes = F.normalize(train, dim=1), []
     for chunk in F.normalize(test, dim=1).split(256):
-        similarity, index = (chunk @ train.T).topk(min(20, len(train)))  # (B, 20)
+        similarity, index = (chunk @ train.T).topk(20)                 # (B, 20)
         zeros = chunk.new_zeros(len(chunk), num_classes)
         votes.append(zeros.scatter_add(1, train_labels[index], (similarity / 0.07).exp()))
     return accuracy(torch.cat(votes), test_labels)
@@ -212,69 +203,33 @@ def retrieval(images, texts, image_of_text):
     """Recall at 1 and 5 by cosine; text c of [C,E] belongs to image image_of_text[c] of [M,E].
     i2t: one of the image's captions is among the nearest texts. t2i: the caption's image is."""
     similarity = F.normalize(images, dim=1) @ F.normalize(texts, dim=1).T  # (M, C)
-    nearest_texts = image_of_text[similarity.topk(min(5, len(texts))).indices]  # (M, 5)
-    nearest_images = similarity.T.topk(min(5, len(images))).indices    # (C, 5)
-    i2t = nearest_texts == torch.arange(len(images))[:, None]
-    t2i = nearest_images == image_of_text[:, None]
+    ranked_texts = similarity.argsort(dim=1, descending=True)          # (M, C)
+    ranked_images = similarity.T.argsort(dim=1, descending=True)       # (C, M)
+    hits = {"i2t": image_of_text[ranked_texts] == torch.arange(len(images))[:, None],
+            "t2i": ranked_images == image_of_text[:, None]}
     result = {}
-    for k in (1, 5):
-        result[f"i2t_r{k}"] = i2t[:, :k].any(1).float().mean().item()
-        result[f"t2i_r{k}"] = t2i[:, :k].any(1).float().mean().item()
+    for name, hit in hits.items():
+        for k in (1, 5):
+            result[f"{name}_r{k}"] = hit[:, :k].any(1).float().mean().item()
     return result
-
-
-# ---- Models without decoders ---------------------------------------------------------------------
-
-
-def pool_latents(latents):
-    """In place of an encoder: [B,16,h,w] -> means over at most 8x8 regions, patches [B,N,64]."""
-    # On the CPU: mps cannot pool to a size that does not divide (pytorch issue 96056)
-    pooled = F.adaptive_avg_pool2d(latents.cpu(), min(8, latents.shape[-1]))
-    return pooled.flatten(1), F.pixel_unshuffle(latents, 2).flatten(2).mT
-
-
-class EncoderOnly(nn.Module):
-    """A published encoder, or "latents", with the VAE it reads. No text encoder, no decoders."""
-    encode_latents = OpenVision3.encode_latents
-
-    def reconstruct(self, images):
-        chunks = self.encode_latents(images).split(DECODE_CHUNK)
-        return torch.cat([self.vae.decode(chunk) for chunk in chunks]), None, None
-
-    def __init__(self, source, vae, resolution):
-        super().__init__()
-        self.vae, self.encoder, default = vae, pool_latents, 64
-        if source != "latents":
-            self.encoder = load_encoder(source)
-            default = self.encoder.tokens_per_side * 16  # 256 or 224 px
-            expected, found = self.encoder.conv1.in_channels, vae.config["z_channels"]
-            if expected != found:
-                raise UserError(f"{source} reads {expected} channels; this --vae has {found}")
-        if (resolution or default) % 16:
-            raise UserError(f"--resolution {resolution} is not a multiple of 16")
-        self.config = SimpleNamespace(data=None, resolution=resolution or default)
 
 
 # ---- Evaluation of one model on one data set -----------------------------------------------------
 
 METRICS = """linear_probe_top1 knn_top1 zero_shot_top1 i2t_r1 i2t_r5 t2i_r1 t2i_r5 caption_exact
-    psnr ssim lpips rfid psnr_vae ssim_vae linear_probe_tokens_top1 pixels_linear_probe_top1
-    pixels_knn_top1""".split()
-METRICS += SCENE_PROBES  # what else a drawn scene holds: linear probes of the mean token
+    psnr ssim lpips rfid psnr_vae ssim_vae pixels_linear_probe_top1 pixels_knn_top1""".split()
 
 
 @dataclass
 class Settings(DataConfig):
     """One field, one flag."""
-    ckpt: str = arg("runs/laptop", "run folder, encoder checkpoint, or latents", "model", path=True)
+    ckpt: str = arg("runs/laptop", "run folder, or encoder checkpoint", "model", path=True)
     random_init: bool = arg(False, "randomly initialized baseline", "model")
     vae: str | None = arg(None, "VAE of an encoder-only checkpoint", "model", path=True)
-    resolution: int | None = arg(None, "of an encoder-only checkpoint's images", "model", min=16)
     data: str | None = arg(None, "evaluation data set (default: the run's, or shapes)", "data")
-    n_train: int = arg(8000, "training images for probes and kNN", "metrics", min=2)
-    n_test: int = arg(1000, "test images for probes, kNN, retrieval", "metrics", min=2)
-    n_reconstruct: int = arg(512, "test images for captions and reconstruction", "metrics", min=2)
-    retrieval_images: int = arg(0, "for retrieval (default: 256 of --n-test)", "metrics", min=0)
+    n_train: int = arg(8000, "training images for probes and kNN", "metrics", min=20)
+    n_test: int = arg(1000, "test images (at most 512 for captions, PSNR)", "metrics", min=2)
+    retrieval_images: int = arg(256, "test images with a caption, for retrieval", "metrics", min=1)
     templates: str | None = arg(None, "file of prompts, {} in each line", "metrics", path=True)
     lpips: bool = arg(False, "measure LPIPS (fetches 553 MB once)", "metrics")
     fid: bool = arg(False, "measure rFID (pytorch-fid; fetches 95 MB once)", "metrics")
@@ -285,91 +240,74 @@ class Settings(DataConfig):
     dtype: str = runtime.dtype_arg()
 
 
+class EncoderOnly(nn.Module):
+    """A published encoder with the VAE that it reads. No text encoder, no decoders."""
+    encode_latents = OpenVision3.encode_latents
+
+    def __init__(self, encoder, vae):
+        super().__init__()
+        self.encoder, self.vae = encoder, vae
+        resolution = encoder.tokens_per_side * 16  # 256 or 224 px
+        self.config = SimpleNamespace(data=None, resolution=resolution)
+
+
 def extract_features(model, env, images):
-    """uint8 [B,3,R,R] -> pooled [B,E], mean token [B,W], raw 16x16 pixels in [-1,1] [B,768]."""
+    """uint8 [B,3,R,R] -> pooled [B,E], and raw 16x16 pixels in [-1,1] [B,768]."""
     with env.autocast():
-        pooled, tokens = model.encoder(model.encode_latents(images))
+        pooled, _ = model.encoder(model.encode_latents(images))
     pixels = F.avg_pool2d(scale_images(images), images.shape[-1] // 16)
-    return {"pooled": pooled.float(), "tokens": tokens.float().mean(1), "pixels": pixels.flatten(1)}
+    return {"pooled": pooled.float(), "pixels": pixels.flatten(1)}
 
 
 @torch.no_grad()
 def encode_texts(model, tokenizer, texts):
     """-> [C,E], on the CPU."""
-    chunks = tokenizer.encode_batch(texts).to(model.log_scale.device).split(256)
-    return torch.cat([model.text_encoder(ids).float().cpu() for ids in chunks])
+    ids = tokenizer.encode_batch(texts).to(model.log_scale.device)
+    return torch.cat([model.text_encoder(chunk).float().cpu() for chunk in ids.split(256)])
 
 
 def zero_shot_weights(model, tokenizer, class_names, templates_file):
     """[K,E]: of each class the mean of its prompts' features, normalized before and after."""
-    templates, weights = TEMPLATES, []
+    templates, prompts = TEMPLATES, []
     if templates_file:
         templates = Path(templates_file).read_text(encoding="utf-8").strip().splitlines()
     if not templates or not all("{}" in template for template in templates):
         raise UserError(f"--templates {templates_file} needs a {{}} in each line: a big {{}}")
     for name in class_names:
-        features = encode_texts(model, tokenizer, class_prompts(name, templates))
-        weights.append(F.normalize(features, dim=1).mean(0))
-    return F.normalize(torch.stack(weights), dim=1)
+        prompts += class_prompts(name, templates)
+    features = F.normalize(encode_texts(model, tokenizer, prompts), dim=1)
+    return F.normalize(features.unflatten(0, (len(class_names), -1)).mean(1), dim=1)
 
 
-def eval_probes(train, test, class_names, device):
+def eval_probes(train, test, num_classes, device):
     """Probes of the features, and of raw pixels for comparison. An image of label -1 is left out;
     a probe needs 20 training images."""
-    probes = [("linear_probe_top1", linear_probe, "pooled"), ("knn_top1", knn, "pooled"),
-              ("linear_probe_tokens_top1", linear_probe, "tokens"),
-              ("pixels_linear_probe_top1", linear_probe, "pixels"),
-              ("pixels_knn_top1", knn, "pixels")]
-    probes += [(name, linear_probe, "tokens") for name in SCENE_PROBES]
-    metrics = {}
-    for name, method, features in probes:
-        arguments = []
-        for split in (train, test):
-            labels = split["labels"]
-            if name in SCENE_PROBES:  # -1 where there is no drawn scene
-                labels = [scene_probe_labels(x)[name] if x else -1 for x in split["scenes"]]
-                labels = torch.tensor(labels)
-            known = labels >= 0
-            arguments += [split[features][known].to(device), labels[known].to(device)]
-        if len(arguments[0]) >= 20 and len(arguments[2]):
-            metrics[name] = method(*arguments, len(SCENE_PROBES.get(name, class_names)))
+    known, metrics = train["labels"] >= 0, {}
+    if known.sum() < 20:
+        return {}
+    for prefix, features in (("", "pooled"), ("pixels_", "pixels")):
+        columns = (train[features][known], train["labels"][known], test[features], test["labels"])
+        columns = [column.to(device) for column in columns]
+        metrics[prefix + "linear_probe_top1"] = linear_probe(*columns, num_classes)
+        metrics[prefix + "knn_top1"] = knn(*columns, num_classes)
     return metrics
 
 
 def eval_retrieval(model, tokenizer, test, limit):
     """Among the first `limit` images that have a caption of their own. A caption belongs to the
     first image that has it."""
-    position, chosen = {}, []  # caption -> position in `chosen`
+    owner = {}  # caption -> index of its image
     for i, captions in enumerate(test["captions"]):
-        new = set(captions) - position.keys() - {""}
-        if new and len(chosen) < limit:
-            position.update(dict.fromkeys(sorted(new), len(chosen)))
-            chosen.append(i)
+        for caption in filter(None, captions):
+            owner.setdefault(caption, i)
+    chosen = sorted(set(owner.values()))[:limit]
     if not chosen:
         return {}
-    texts = encode_texts(model, tokenizer, list(position))
-    recalls = retrieval(test["pooled"][chosen], texts, torch.tensor(list(position.values())))
-    return {**recalls, "n_retrieval_images": len(chosen)}
-
-
-def reconstruct_features(model, tokenizer, env, measures, inception, images):
-    """uint8 [B,3,R,R] -> our reconstruction's measures [B], and (`*_vae`) the VAE's, the upper
-    reference; captions; Inception features. An encoder-only checkpoint has only the second, --vae
-    pixels all but the second."""
-    images, result = scale_images(images), {}
-    with env.autocast():
-        vae_recon, recon, tokens = model.reconstruct(images)
-        if recon is not None:
-            result["generated"] = model.generate_captions(tokens, tokenizer)
-    if model.vae.downsample_factor == 1:
-        vae_recon = None
-    for suffix, x in (("", recon), ("_vae", vae_recon)):
-        if x is not None:
-            for name, measure in measures.items():
-                result[name + suffix] = measure(x.float().clamp(-1, 1), images)
-    if inception and recon is not None:
-        result["real"], result["fake"] = inception(images), inception(recon)
-    return result
+    texts = [text for text, i in owner.items() if i <= chosen[-1]]
+    image_of_text = torch.tensor([chosen.index(owner[text]) for text in texts])
+    text_features = encode_texts(model, tokenizer, texts)              # (C, E)
+    return {**retrieval(test["pooled"][chosen], text_features, image_of_text),
+            "n_retrieval_images": len(chosen)}
 
 
 def caption_exact(found, tokenizer):
@@ -383,45 +321,58 @@ def caption_exact(found, tokenizer):
     return statistics.fmean(exact) if exact else None
 
 
+def eval_reconstruction(model, tokenizer, encode, test, s, env):
+    """Measures of our reconstruction and (`*_vae`) of the VAE's, the upper reference; captions."""
+    lpips = LPIPS().to(env.device) if s.lpips else None
+    inception = fid_network(env.device) if s.fid else None
+
+    def reconstruct(images):
+        images = scale_images(images)
+        with env.autocast():
+            vae_recon, recon, tokens = model.reconstruct(images)
+            captions = model.generate_captions(tokens, tokenizer)
+        vae_recon, recon = vae_recon.float().clamp(-1, 1), recon.float().clamp(-1, 1)
+        result = {"generated": captions, "psnr": psnr(recon, images), "ssim": ssim(recon, images),
+                  "psnr_vae": psnr(vae_recon, images), "ssim_vae": ssim(vae_recon, images)}
+        if lpips:
+            result["lpips"] = lpips(recon, images)
+        if inception:
+            result["real"], result["fake"] = inception(images), inception(recon)
+        return result
+
+    found = encode(reconstruct, test, limit=min(s.n_test, 512), desc="reconstruction")
+    metrics = {name: found[name].mean().item() for name in METRICS if name in found}
+    if model.vae.downsample_factor == 1:  # --vae pixels
+        metrics.update(psnr_vae=None, ssim_vae=None)
+    if inception:
+        metrics["rfid"] = frechet_distance(found["real"], found["fake"])
+    return {**metrics, "caption_exact": caption_exact(found, tokenizer)}
+
+
 def evaluate(model, tokenizer, data, s, env):
     """All METRICS, None where one cannot be measured (the reason is printed), and counts."""
-    start_time, metrics = time.time(), {**dict.fromkeys(METRICS), "n_train": 0}
+    start_time, has_text = time.time(), isinstance(model, OpenVision3)
     encode = partial(encode_dataset, tokenizer=tokenizer, device=env.device,
                      batch_size=s.batch_size, num_workers=resolve_num_workers(s.num_workers))
-
-    # 1. Reconstruction and captions
-    measures, inception = {"psnr": psnr, "ssim": ssim}, fid_network(env.device) if s.fid else None
-    if s.lpips:
-        measures["lpips"] = LPIPS().to(env.device)
-    reconstruct = partial(reconstruct_features, model, tokenizer, env, measures, inception)
-    found = encode(reconstruct, data.test, limit=s.n_reconstruct, desc="reconstruction")
-    for name in METRICS:
-        if name in found:
-            metrics[name] = found[name].mean().item()
-    if "generated" in found:
-        metrics["caption_exact"] = caption_exact(found, tokenizer)
-    if "fake" in found:
-        metrics["rfid"] = frechet_distance(found["real"], found["fake"])
-
-    # 2. Images and texts
+    metrics = {**dict.fromkeys(METRICS), "n_train": 0}
+    if has_text:
+        metrics.update(eval_reconstruction(model, tokenizer, encode, data.test, s, env))
     torch.set_float32_matmul_precision("highest")  # from here on TF32 could decide single images
     extract = partial(extract_features, model, env)
     test = encode(extract, data.test, limit=max(s.n_test, s.retrieval_images), desc="test images")
-    labeled, metrics["n_test"] = (test["labels"] >= 0).any(), len(test["ids"])
-    if isinstance(model, OpenVision3):
-        metrics.update(eval_retrieval(model, tokenizer, test, s.retrieval_images or 256))
-        if labeled:
-            weights = zero_shot_weights(model, tokenizer, data.class_names, s.templates)  # (K, E)
-            metrics["zero_shot_top1"] = accuracy(test["pooled"] @ weights.T, test["labels"])
-
-    # 3. What linear classifiers and kNN learn from training images
+    labeled, metrics["n_test"] = (test["labels"] >= 0).any(), len(test["labels"])
+    if has_text:
+        metrics.update(eval_retrieval(model, tokenizer, test, s.retrieval_images))
+    if has_text and labeled:
+        weights = zero_shot_weights(model, tokenizer, data.class_names, s.templates)  # (K, E)
+        metrics["zero_shot_top1"] = accuracy(test["pooled"] @ weights.T, test["labels"])
     if labeled and len(data.train):
         train = encode(extract, data.train, limit=s.n_train, desc="training images")
-        metrics.update(eval_probes(train, test, data.class_names, env.device))
-        metrics["n_train"] = len(train["ids"])
+        metrics.update(eval_probes(train, test, len(data.class_names), env.device))
+        metrics["n_train"] = len(train["labels"])
     print("null:", *(name for name in METRICS if metrics[name] is None), "(probes and kNN need "
-          "labels and training images; probe_* drawn images; text metrics and psnr a run of "
-          "train.py; *_vae a VAE; lpips and rfid --lpips and --fid)")
+          "labels and training images; all others a run of train.py; *_vae a VAE; lpips and rfid "
+          "--lpips and --fid)")
     return {**metrics, "seconds": round(time.time() - start_time, 1)}
 
 
@@ -448,70 +399,61 @@ def show_image(model, tokenizer, s, class_names):
 
 
 def compare_runs(folders):
-    """A Markdown table: one row per name without its trailing -SEED, mean ± std over its runs."""
-    groups = defaultdict(list)
-    for folder in folders:
-        path = Path(folder).absolute() / "metrics.json"
-        groups[re.sub(r"-\d+$", "", path.parent.name)].append(json.loads(path.read_text()))
-    print("| run |", " | ".join(METRICS), "|\n|---" + "|---" * len(METRICS) + "|")
-    for group, runs in groups.items():
-        print("|", group, end="")
-        for name in METRICS:
-            values = [run[name] for run in runs if run.get(name) is not None]
-            print(" |", f"{statistics.fmean(values):.3f}" if values else "", end="")
-            if len(values) > 1:
-                print(f" ± {statistics.stdev(values):.3f}", end="")
-        print(" |")
+    """A Markdown table of mean ± std over runs."""
+    runs, table = [json.loads(Path(folder, "metrics.json").read_text()) for folder in folders], {}
+    for name in METRICS:
+        values = [run[name] for run in runs if run.get(name) is not None]
+        if values:
+            table[name] = f"{statistics.fmean(values):.3f}"
+        if len(values) > 1:
+            table[name] += f" ± {statistics.stdev(values):.3f}"
+    runtime.print_table(" ".join(folders), table)
 
 
 # ---- The program ---------------------------------------------------------------------------------
 
 
-def metrics_path(s, default_data):
-    """metrics.json in the run's folder, for anything else in runs/NAME; metrics_NAME.json for
-    another data set or split, and for random weights."""
-    folder = Path(s.ckpt)
-    if not folder.is_dir():
-        folder = Path("runs", folder.stem)
-        folder.mkdir(parents=True, exist_ok=True)
-    data_name = None if s.data in (None, default_data) else Path(s.data).name
-    parts = ["metrics", "random" if s.random_init else None, data_name, s.config, s.split]
-    return folder / ("_".join(filter(None, parts)) + ".json")
-
-
 def load_model(s, device):
     """(model, tokenizer, the checkpoint's other entries) of a run of train.py; or an EncoderOnly
     of an encoder and --vae."""
-    if (Path(s.ckpt) / "last.pt").is_file():
-        if s.vae or s.resolution:
-            raise UserError(f"--vae, --resolution: leave them out, {s.ckpt} has its own")
+    is_run = (Path(s.ckpt) / "last.pt").is_file()
+    if is_run and not s.vae:
         return load_run(s.ckpt, device, s.random_init)
-    if not s.vae or s.image or s.random_init:
-        raise UserError(f"--ckpt {s.ckpt} is no run folder of train.py (it has no last.pt): an "
-                        "encoder needs --vae, a published one --vae flux; and it cannot be used "
-                        "with --image and --random-init")
-    model = EncoderOnly(s.ckpt, load_vae(s.vae), s.resolution).to(device).eval()
+    if is_run or not s.vae or s.image or s.random_init:
+        raise UserError(f"--ckpt {s.ckpt}: a run folder of train.py (with last.pt) has its own "
+                        "VAE; any other encoder needs --vae, a published one --vae flux, and "
+                        "cannot be used with --image and --random-init")
+    encoder, vae = load_encoder(s.ckpt), load_vae(s.vae)
+    if encoder.conv1.in_channels != vae.config["z_channels"]:
+        raise UserError(f"--vae {s.vae} has other channels than {s.ckpt} reads; take --vae flux")
+    model = EncoderOnly(encoder, vae).to(device).eval()
     return model, Tokenizer.train([], context_length=4), {"step": None}
+
+
+def metrics_path(s, default_data):
+    """metrics.json in the run's folder, for anything else in runs/NAME; metrics_NAME.json for
+    another data set or split, and for random weights."""
+    folder = Path(s.ckpt) if Path(s.ckpt).is_dir() else Path("runs", Path(s.ckpt).stem)
+    folder.mkdir(parents=True, exist_ok=True)
+    data_name = None if s.data == default_data else Path(s.data).name
+    parts = ["metrics", "random" if s.random_init else None, data_name, s.config, s.split]
+    return folder / ("_".join(filter(None, parts)) + ".json")
 
 
 def main():
     with runtime.cli_errors():
         s, _ = runtime.parse_args(Settings, "Evaluates a frozen encoder.")
         if s.compare:
-            compare_runs(s.compare)
-            return
+            return compare_runs(s.compare)
         env = runtime.init_distributed(s.device, s.dtype)
         model, tokenizer, state = load_model(s, env.device)
         if s.image:
-            show_image(model, tokenizer, s, state["class_names"])
-            return
+            return show_image(model, tokenizer, s, state["class_names"])
         default_data = model.config.data or "shapes"
-        data_name = s.data or default_data
-        data = load_run_data(
-            model.config, data_name, need_text=False, config=s.config, split=s.split,
-            image_col=s.image_col, text_col=s.text_col, label_col=s.label_col,
-            class_names=s.class_names)
-        metrics = {"data": data_name, "split": s.split or "test", "step": state["step"],
+        s.data = s.data or default_data
+        options = {name: getattr(s, name) for name in DATA_FLAGS if hasattr(s, name)}
+        data = load_run_data(model.config, s.data, need_text=False, **options)
+        metrics = {"data": s.data, "split": s.split or "test", "step": state["step"],
                    **evaluate(model, tokenizer, data, s, env)}
         runtime.print_table(s.ckpt, metrics)
         runtime.save_json(metrics, metrics_path(s, default_data))

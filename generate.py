@@ -59,14 +59,13 @@ DIT_SIZES = {
     "S": dict(base=(384, 12, 6), head=(2048, 2, 16)),
     "XL": dict(base=(1152, 28, 16), head=(2048, 2, 16)),
 }
-TRAINING = {"laptop": (2e-3, 64), "S": (2e-4, 1024), "XL": (2e-4, 1024)}  # lr, batch size
 RESUME_KEYS = ("data", "n_train_images", "space", "size", "steps", "batch_size", "lr", "seed")
 CLASSIFIER_STEPS = 250  # of 64 images
 
 
 @dataclass
 class Settings:
-    """The flags of this program; resolve_settings replaces each None."""
+    """The flags of this program."""
     ckpt: str = arg("runs/laptop", "run folder of train.py, also for outputs", "data", path=True)
     data: str | None = arg(None, "data set to generate (default: the run's)", "data")
     n_train_images: int = arg(12_000, "training images, each encoded once", "data", min=2)
@@ -74,12 +73,13 @@ class Settings:
                      choices=("tokens", "latents"))
     size: str = arg("laptop", "row of DIT_SIZES", "model", choices=tuple(DIT_SIZES))
     steps: int = arg(1300, "optimizer steps", "optimization", min=1)
-    batch_size: int | None = arg(None, "global batch (default: by size)", "optimization", min=1)
-    lr: float | None = arg(None, "peak learning rate (default: by size)", "optimization", min=0)
+    batch_size: int = arg(64, "split among the processes (RAE: 1024)", "optimization", min=1)
+    lr: float = arg(2e-3, "peak learning rate (RAE: 2e-4)", "optimization", min=0)
     n_samples: int = arg(512, "images to sample and evaluate", "sampling", min=4)
     sampling_steps: int = arg(49, "Euler steps", "sampling", min=1)
-    guidance: float | None = arg(None, "guidance scale, 1: off (default: 1.42 with --guide-ckpt, "
-                                 "else 3)", "sampling", min=0)
+    # DIFFERS: RAE's best results have no guidance, or 1.42 with AutoGuidance
+    guidance: float = arg(3.0, "guidance scale, 1: off; RAE's with --guide-ckpt is 1.42",
+                          "sampling", min=0)
     guide_ckpt: str | None = arg(None, "AutoGuidance: renamed generator.pt of a weaker generator",
                                  "sampling", path=True, metavar="FILE")
     fid: bool = arg(False, "evaluate in FID's Inception features (needs pytorch-fid)", "sampling")
@@ -88,7 +88,6 @@ class Settings:
     device: str = runtime.device_arg()
     dtype: str = runtime.dtype_arg()
     compile: bool | None = arg(None, "torch.compile (default: on GPUs that Triton supports)")
-    log_every: int = arg(20, "steps between log lines", min=1)
     save_every: int = arg(325, "steps between checkpoints", min=1)
 
     def path(self, name):
@@ -173,6 +172,7 @@ class DiTDH(nn.Module):
             raise ValueError(f"a head of {V} channels cannot fit tokens of {token_dim}; "
                              "take --size S")
         self.num_classes = num_classes
+        self.stats = TokenStats(side**2, token_dim)  # of the tokens that it generates
         self.shift = shift or max(1.0, math.sqrt(side**2 * token_dim / 4096))
         self.register_buffer("frequencies", torch.randn(256))  # of t; not trained, but saved
         self.t_embedder = nn.Sequential(nn.Linear(512, W), nn.SiLU(), nn.Linear(W, W))
@@ -182,7 +182,7 @@ class DiTDH(nn.Module):
         self.head_embed = nn.Linear(token_dim, V)
         self.register_buffer("pos_embed", sincos_positions(side, side, W))
         self.base = nn.ModuleList(DiTBlock(W, base_heads, side) for _ in range(base_depth))
-        self.base_to_head = nn.Linear(W, V) if W != V else nn.Identity()
+        self.base_to_head = nn.Linear(W, V)
         self.head = nn.ModuleList(DiTBlock(V, head_heads, side) for _ in range(head_depth))
         self.final_norm = nn.RMSNorm(V)
         self.final_modulation = zero_linear(V, 2 * V)
@@ -237,53 +237,32 @@ def guided_velocity(model, x, t, labels, guidance, guide=None):
     return weak + guidance * (velocity - weak)
 
 
-def euler_sample(velocity, x, steps, shift):
-    """Follows velocity(x, t) from noise x [B,N,C] at t = 1 to (almost) 0 in straight steps."""
-    times = shift_time(1 - torch.linspace(0, 0.999, steps + 1, device=x.device), shift)
-    for t, t_next in pairwise(times):
-        x = x + (t_next - t) * velocity(x, t.expand(len(x)))
-    return x
+# ---- From noise to images ------------------------------------------------------------------------
 
 
-# ---- Between images and normalized tokens --------------------------------------------------------
-
-
-class TokenSpace:
-    """What the generator works in: the tokens of a frozen run, or ("latents") its VAE's latents in
-    2x2 patches. `stats` (TokenStats) normalizes them."""
-
-    def __init__(self, model, source, env):
-        self.model, self.source, self.env = model, source, env
-
-    def encode(self, images):
-        """images [B,3,R,R] -> tokens [B,N,C] in fp16, not normalized, and the images."""
-        with self.env.autocast():
-            tokens = image_tokens(self.model, images.to(self.env.device), self.source)
-        return {"tokens": tokens.half(), "image": images}
-
-    def decode(self, x):
-        """normalized x [B,N,C] -> uint8 images [B,3,R,R] on the CPU."""
-        tokens = self.stats.denormalize(x)
-        with self.env.autocast():
-            if self.source == "tokens":
-                return to_uint8(self.model.decode_tokens(tokens)).cpu()
-            side = math.isqrt(x.shape[1])
-            patches = tokens.mT.unflatten(2, (side, side))             # (B, C, side, side)
-            return to_uint8(self.model.vae.decode(F.pixel_shuffle(patches, 2))).cpu()
+def decode_tokens(model, tokens, space):
+    """The inverse of image_tokens: [B,N,C] -> images [B,3,R,R] in about [-1,1]."""
+    if space == "tokens":
+        return model.decode_tokens(tokens)
+    side = math.isqrt(tokens.shape[1])
+    return model.vae.decode(F.pixel_shuffle(tokens.mT.unflatten(2, (side, side)), 2))
 
 
 @torch.no_grad()
-def sample_images(model, labels, space, s, guide=None):
-    """labels [M] -> uint8 images [M,3,R,R], a few at a time. `model` is the averaged one, which is
-    never compiled: sampling runs eagerly and the training step keeps its one graph."""
+def sample_images(model, labels, decode, s, guide=None):
+    """labels [M] -> uint8 images [M,3,R,R], a few at a time: noise at t = 1 follows the velocity to
+    (almost) t = 0 in straight steps, Euler's method. `model` is the averaged one, which is never
+    compiled: sampling runs eagerly and the training step keeps its one graph."""
     torch.manual_seed(s.seed)
-    images, device = [], space.env.device
-    for chunk in progress(labels.to(device).split(DECODE_CHUNK), desc="sample", leave=False):
-        noise = torch.randn(len(chunk), *space.stats.mean.shape).to(device)
-        velocity = partial(guided_velocity, model, labels=chunk, guidance=s.guidance, guide=guide)
-        with space.env.autocast():
-            x = euler_sample(velocity, noise, s.sampling_steps, model.shift)  # (B, N, C), fp32
-        images.append(space.decode(x))
+    images, mean = [], model.stats.mean                                # (N, C)
+    times = 1 - torch.linspace(0, 0.999, s.sampling_steps + 1, device=mean.device)
+    times = shift_time(times, model.shift)
+    for chunk in progress(labels.to(mean.device).split(DECODE_CHUNK), desc="sample", leave=False):
+        x = torch.randn(len(chunk), *mean.shape).to(mean.device)       # (B, N, C), fp32
+        for t, t_next in pairwise(times):
+            velocity = guided_velocity(model, x, t.expand(len(x)), chunk, s.guidance, guide)
+            x = x + (t_next - t) * velocity
+        images.append(to_uint8(decode(model.stats.denormalize(x))).cpu())
     return torch.cat(images)
 
 
@@ -298,15 +277,15 @@ def save_image_grid(path, rows, captions, row_names=()):
 
 
 def train_classifier(images, labels, num_classes):
-    """A small convolutional network for uint8 images; all but its last layer gives the features.
-    With seed 0, so that all generators are evaluated with the same one."""
+    """A small convolutional network for images in [-1,1]; all but its last layer gives features.
+    With seed 0, so that all generators are evaluated with the same one. images: uint8."""
     torch.manual_seed(0)
-    layers = []
+    classifier = nn.Sequential()
     for in_channels, width in pairwise((3, 32, 64, 128, 128)):
-        layers.append(nn.Conv2d(in_channels, width, 3, stride=2, padding=1))
-        layers += [nn.BatchNorm2d(width), nn.ReLU()]
-    layers += [nn.AdaptiveMaxPool2d(1), nn.Flatten(), nn.Linear(width, num_classes)]
-    classifier = nn.Sequential(*layers).to(labels.device)
+        classifier.extend([nn.Conv2d(in_channels, width, 3, stride=2, padding=1),
+                           nn.BatchNorm2d(width), nn.ReLU()])
+    classifier.extend([nn.AdaptiveMaxPool2d(1), nn.Flatten(), nn.Linear(width, num_classes)])
+    classifier.to(labels.device)
     optimizer = torch.optim.AdamW(classifier.parameters(), lr=4e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, CLASSIFIER_STEPS)
     for _ in progress(range(CLASSIFIER_STEPS), desc="classifier", leave=False):
@@ -320,9 +299,8 @@ def train_classifier(images, labels, num_classes):
 
 
 @torch.no_grad()
-def apply_chunked(network, images):
+def apply_chunked(network, images, device):
     """network(images) for uint8 images [M,3,R,R], 128 at a time; fp64, on the CPU."""
-    device = next(network.parameters()).device
     outputs = [network(scale_images(chunk.to(device))).cpu() for chunk in images.split(128)]
     return torch.cat(outputs).double()
 
@@ -334,9 +312,9 @@ def coverage(points, manifold, k=3):
     return (torch.cdist(points, manifold) <= radii).any(dim=1).double().mean().item()
 
 
-def nearest_train_images(images, train, space):
-    """For each of the uint8 images [M,3,R,R] the training image with the nearest tokens."""
-    tokens, distances = space.encode(images)["tokens"].flatten(1).float(), []  # (M, N*C)
+def nearest_train_images(tokens, train):
+    """For each image, given by its tokens [M,N,C], the training image with the nearest tokens."""
+    tokens, distances = tokens.flatten(1).float(), []                  # (M, N*C)
     for chunk in train["tokens"].split(500):
         distances.append(torch.cdist(tokens, chunk.flatten(1).float()))
     return train["image"][torch.cat(distances, dim=1).argmin(dim=1).cpu()]
@@ -345,26 +323,25 @@ def nearest_train_images(images, train, space):
 def evaluate_samples(images, labels, train, test, num_classes, network):
     """Metrics of samples, uint8 [M,3,R,R], in the features of `network`, or of a classifier:
     Frechet distance to test images, precision (the fraction of samples on the manifold of test
-    images), recall (the reverse)."""
+    images), recall (the reverse). null where there are neither classes nor a network."""
     result = dict.fromkeys(("fd", "class_accuracy", "classifier_accuracy", "precision", "recall"))
     result["fd_features"] = "inception" if network else "classifier"
+    apply = partial(apply_chunked, device=train["labels"].device)
     if num_classes > 1:
         classifier = train_classifier(train["image"], train["labels"], num_classes)
-        result["class_accuracy"] = accuracy(apply_chunked(classifier, images), labels)
-        real_logits = apply_chunked(classifier, test["image"])
-        result["classifier_accuracy"] = accuracy(real_logits, test["labels"])
+        result["class_accuracy"] = accuracy(apply(classifier, images), labels)
+        result["classifier_accuracy"] = accuracy(apply(classifier, test["image"]), test["labels"])
         network = network or classifier[:-1]
-    count = min(len(images), len(test["image"]), 5000)
-    if network is None or count < 4:
-        print("fd is null: it needs 4 test images, and classes or --fid")
-        return result
-    features = partial(apply_chunked, network)
-    real, fake = features(test["image"]), features(images)             # (M, D) each
-    result["fd"] = frechet_distance(real, fake)
-    train_images = features(train["image"][: len(images)])
-    result["fd_real"] = frechet_distance(real, train_images)           # of a perfect generator
-    result["precision"] = coverage(fake[:count], real[:count])
-    result["recall"] = coverage(real[:count], fake[:count])
+    if not network:
+        print("fd is null: it needs classes or --fid")
+    else:
+        real, fake = apply(network, test["image"]), apply(network, images)  # (M, D) each
+        result["fd"] = frechet_distance(real, fake)
+        train_features = apply(network, train["image"][: len(images)])
+        result["fd_real"] = frechet_distance(real, train_features)     # of a perfect generator
+        count = min(len(real), len(fake), 5000)
+        result["precision"] = coverage(fake[:count], real[:count])
+        result["recall"] = coverage(real[:count], fake[:count])
     return result
 
 
@@ -378,7 +355,7 @@ def load_generator(path, stats):
         state = torch.load(path, map_location="cpu", weights_only=True)
         model = DiTDH(**state["shape"])
         model.load_state_dict(state["ema_model"])
-        same_tokens = torch.allclose(state["mean"], stats.mean.cpu(), rtol=1e-2, atol=1e-2)
+        same_tokens = torch.allclose(model.stats.mean, stats.mean.cpu(), rtol=1e-2, atol=1e-2)
     except Exception:  # missing, truncated, a file of another program, or of other shapes
         same_tokens = False
     if not same_tokens:
@@ -393,32 +370,32 @@ def learning_rate(step, s):
     return s.lr * min(1, 50 * (step + 1) / s.steps, 1.9 - 1.8 * step / s.steps)
 
 
-def train_generator(s, space, shape, train, state):
-    """Flow matching on the encoded images `train`. Returns the averaged model, or None where a
-    signal stopped it, with a checkpoint. state: the checkpoint to resume from."""
-    env, start, losses = space.env, 0, []
-    torch.manual_seed(s.seed)
-    model = DiTDH(**shape).to(env.device)
+def train_generator(s, env, model, shape, train):
+    """Flow matching on the encoded images `train`, from the checkpoint where there is one. Returns
+    the averaged model, or None where a signal stopped it, with a checkpoint."""
+    start, losses, path = 0, [], s.path("generator.pt")
     ema_model = copy.deepcopy(model).eval()
     params, ema_params = list(model.parameters()), list(ema_model.parameters())
     optimizer = torch.optim.AdamW(params, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-    if state:
+    parts = {"model": model, "ema_model": ema_model, "optimizer": optimizer}
+    if path.exists():
+        state, _ = load_generator(path, model.stats)
+        runtime.check_resume(state["settings"], vars(s), may_change=())
         start = state["step"]
-        model.load_state_dict(state["model"])
-        ema_model.load_state_dict(state["ema_model"])
-        optimizer.load_state_dict(state["optimizer"])
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
     if runtime.use_compile(s.compile, env.device):
         model.compile(dynamic=False)
     ddp_model = DistributedDataParallel(model) if env.world_size > 1 else model
     with runtime.stop_on_signal() as stop:
-        bar = progress(range(start + 1, s.steps + 1), total=s.steps, initial=start)
+        bar = progress(range(start + 1, s.steps + 1), desc="generator")
         for step in bar:
             # 1. Step. Nothing here waits for the device. DIFFERS: RAE flips half of the images
             optimizer.param_groups[0]["lr"] = learning_rate(step - 1, s)
             torch.manual_seed((s.seed * s.steps + step) * env.world_size + env.rank)
             local_batch = (s.batch_size // env.world_size,)
             batch_idx = torch.randint(len(train["labels"]), local_batch, device=env.device)
-            x = space.stats.normalize(train["tokens"][batch_idx])            # (B, N, C)
+            x = model.stats.normalize(train["tokens"][batch_idx])            # (B, N, C)
             labels = train["labels"][batch_idx]                              # (B,)
             with env.autocast():
                 loss = flow_matching_loss(ddp_model, x, labels, model.num_classes, model.shift)
@@ -431,24 +408,21 @@ def train_generator(s, space, shape, train, state):
             get_ema_multi_avg_fn(decay)(ema_params, params, step)
             losses.append(loss.detach())
 
-            # 2. Log and save
+            # 2. Log and save, on rank 0
             stopped = runtime.any_rank(stop.is_set(), env.world_size)
             save = step % s.save_every == 0 or step == s.steps or stopped
-            if not save and step % s.log_every:
+            if not save and step % 20:
                 continue
             if not torch.isfinite(loss + grad_norm):
                 raise UserError(f"step {step}: non-finite loss; start again with a lower --lr")
-            record = {"step": step, "loss": torch.stack(losses).mean().item()}
-            losses = []
-            if env.is_main:  # the loss is rank 0's
-                runtime.log_record(s.path("generate.jsonl"), record)
-                bar.write(f"step {step:6d}  loss {record['loss']:.4f}  grad_norm {grad_norm:.2f}")
+            loss, losses = torch.stack(losses).mean(), []
+            if env.is_main:
+                bar.write(f"step {step:6d}  loss {loss:.4f}  grad_norm {grad_norm:.2f}")
             if env.is_main and save:
-                state = {"step": step, "shape": shape, "mean": space.stats.mean.cpu(),
-                         "model": model.state_dict(), "ema_model": ema_model.state_dict(),
-                         "optimizer": optimizer.state_dict(),
-                         "settings": {key: getattr(s, key) for key in RESUME_KEYS}}
-                atomic_write(s.path("generator.pt"), partial(torch.save, state))
+                state = {name: part.state_dict() for name, part in parts.items()}
+                settings = {key: getattr(s, key) for key in RESUME_KEYS}
+                state.update(step=step, shape=shape, settings=settings)
+                atomic_write(path, partial(torch.save, state))
             if stopped and env.is_main:
                 bar.write(f"stopped at step {step}; rerun with --resume to continue")
             if stopped:
@@ -459,72 +433,62 @@ def train_generator(s, space, shape, train, state):
 # ---- The program ---------------------------------------------------------------------------------
 
 
-def resolve_settings(s, config, world_size):
-    """Fills in what the flags left open; what does not go together is a UserError."""
-    s.data = s.data or config.data
-    lr, batch_size = TRAINING[s.size]
-    s.lr, s.batch_size = s.lr or lr, s.batch_size or batch_size
-    if s.guidance is None:  # DIFFERS: RAE's best results have none, or 1.42 with AutoGuidance
-        s.guidance = 1.42 if s.guide_ckpt else 3.0
-    if s.batch_size % world_size:
-        raise UserError(f"--batch-size {s.batch_size} is not a multiple of {world_size} processes")
-    if s.data == config.data and config.streaming:
-        raise UserError("this run streamed its data; the generator needs a local copy: --data")
-    if s.path("generator.pt").exists() and not s.resume:
-        raise UserError(f"{s.path('generator.pt')} exists: --resume continues it, or samples again "
-                        "if it is finished; remove it to start again")
-
-
 def generate(s):
     """The program: encode the images, train, sample, evaluate."""
     start_time, env = time.time(), runtime.init_distributed(s.device, s.dtype)
     fid = fid_network(env.device) if s.fid else None
     model, tokenizer, _ = load_run(s.ckpt, env.device)
-    resolve_settings(s, model.config, env.world_size)
-    data = load_run_data(model.config, s.data, need_text=False, min_crop_scale=1.0, flip=False)
-    if len(data.train) == 0:
-        raise UserError(f"--data {s.data} has no training split to learn from")
+    s.data = s.data or model.config.data
+    if s.data == model.config.data and model.config.streaming:
+        raise UserError("this run streamed its data; the generator needs a local copy: --data")
+    if s.path("generator.pt").exists() and not s.resume:
+        raise UserError(f"{s.path('generator.pt')} exists: --resume continues it, or samples again "
+                        "if it is finished; remove it to start again")
+    data = load_run_data(model.config, s.data, need_text=False)
+    if min(len(data.train), len(data.test)) < 4:
+        raise UserError(f"--data {s.data} has no training split to learn from, or no test split")
     names, K = data.class_names or [""], len(data.class_names or [])
 
     # 1. Encode images once. DIFFERS: RAE's statistics are over all training images
-    space = TokenSpace(model, s.space, env)
-    encode = partial(encode_dataset, space.encode, tokenizer=tokenizer, device=env.device)
-    train = encode(data.train, limit=s.n_train_images, desc="training images")
-    train["tokens"] = train["tokens"].to(env.device)  # fp16; batches are picked on the device
+    def encode(images):
+        with env.autocast():
+            return image_tokens(model, images.to(env.device), s.space).half()
+
+    train = encode_dataset(lambda images: {"tokens": encode(images), "image": images}, data.train,
+                           tokenizer, s.n_train_images, "training images", device=env.device)
+    train["tokens"] = train["tokens"].to(env.device)  # batches are picked on the device
     train["labels"] = train["labels"].to(env.device)
     M, N, C = train["tokens"].shape
-    space.stats = TokenStats(N, C).to(env.device)
-    space.stats.fit(train["tokens"])
-    state, guide, log = None, None, s.path("generate.jsonl")
-    if s.path("generator.pt").exists():
-        state, _ = load_generator(s.path("generator.pt"), space.stats)
-        runtime.check_resume(state["settings"], vars(s), may_change=())
-    if s.guide_ckpt:
-        _, guide = load_generator(s.guide_ckpt, space.stats)
     if env.is_main:
-        runtime.truncate_log(log, state["step"] if state else 0)
         print(f"{M:,} images, {N} tokens x {C} dims, {K} classes; {env.device}, {env.dtype}")
 
     # 2. Train
+    torch.manual_seed(s.seed)
     shape = dict(token_dim=C, side=math.isqrt(N), num_classes=K, **DIT_SIZES[s.size])
-    ema_model = train_generator(s, space, shape, train, state)
+    generator = DiTDH(**shape).to(env.device)
+    generator.stats.fit(train["tokens"])
+    guide = load_generator(s.guide_ckpt, generator.stats)[1] if s.guide_ckpt else None
+    generator = train_generator(s, env, generator, shape, train)
     if env.world_size > 1:
         runtime.end_distributed()
-    if ema_model is None or not env.is_main:
+    if generator is None or not env.is_main:
         return
 
-    # 3. Sample and evaluate
+    # 3. Sample
     order = torch.randperm(len(names), generator=torch.Generator().manual_seed(s.seed))
     labels = order[torch.arange(s.n_samples) % len(order)]  # all classes equally often
-    images = sample_images(ema_model, labels, space, s, guide)
-    captions = [f"class: {names[label]}" for label in labels[:48].tolist()]
-    save_image_grid(s.path("samples.png"), [images[:48]], captions)
-    nearest = nearest_train_images(images[:48], train, space)
-    save_image_grid(s.path("nearest_train.png"), [images[:48], nearest], captions,
-                    row_names=("sample", "nearest"))
+    with env.autocast():
+        decode = partial(decode_tokens, model, space=s.space)
+        images = sample_images(generator, labels, decode, s, guide)
+    shown, captions = images[:48], [f"class: {names[label]}" for label in labels[:48]]
+    save_image_grid(s.path("samples.png"), [shown], captions)
+    rows = [shown, nearest_train_images(encode(shown), train)]
+    save_image_grid(s.path("nearest_train.png"), rows, captions, ("sample", "nearest"))
     np.savez_compressed(s.path("samples.npz"), images.permute(0, 2, 3, 1), labels)  # ADM's layout
-    runtime.plot_log(log, s.path("generate_curves.png"), ["loss"], {"loss": 2.0})
-    test = encode(data.test, limit=max(2000, s.n_samples), desc="test images")
+
+    # 4. Evaluate
+    test = encode_dataset(lambda images: {"image": images}, data.test, tokenizer,
+                          max(2000, s.n_samples), "test images", device=env.device)
     result = evaluate_samples(images, labels, train, test, K, fid)
     result["seconds"] = round(time.time() - start_time, 1)
     runtime.print_table(f"{s.ckpt}, {s.space}", result)
@@ -532,10 +496,8 @@ def generate(s):
 
 
 def main():
-    description = "Trains a generator in the token space of a run, samples and evaluates it."
     with runtime.cli_errors():
-        settings, _ = runtime.parse_args(Settings, description)
-        generate(settings)
+        generate(runtime.parse_args(Settings, "Trains a generator of a run's tokens.")[0])
 
 
 if __name__ == "__main__":

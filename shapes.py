@@ -239,24 +239,6 @@ def shapes_dataset(split, length, resolution):
 # ---- Questions with true answers -----------------------------------------------------------------
 
 NUMBERS = ("one", "two", "three", "four")
-SCENE_PROBES = {  # what linear probes predict; the last three where there are two objects
-    "probe_count": (1, 2, 3),
-    "probe_second_color": tuple(COLORS),
-    "probe_second_shape": COMPANION_SHAPES,
-    "probe_relation": tuple(DIRECTIONS),
-}
-
-
-def scene_probe_labels(scene):
-    """{name: index of the answer to each of SCENE_PROBES} from a scene's JSON; -1: not asked."""
-    objects = json.loads(scene)["objects"]
-    answers = [len(objects)]
-    if len(objects) == 2:
-        answers += [objects[1][key] for key in ("color", "shape", "side")]
-    labels = dict.fromkeys(SCENE_PROBES, -1)
-    for name, answer in zip(labels, answers, strict=False):
-        labels[name] = SCENE_PROBES[name].index(answer)
-    return labels
 
 
 @dataclass(frozen=True)

@@ -1308,17 +1308,6 @@ def test_shapes_are_drawn_where_and_as_the_scene_says():
     assert len(images) == 12
 
 
-def test_scene_probes_have_the_scenes_answers():
-    for i in range(50):
-        objects = scene_of("test", i)["objects"]
-        labels = shapes_module.scene_probe_labels(json.dumps({"objects": objects}))
-        second = objects[1] if len(objects) == 2 else {}
-        answers = [len(objects), second.get("color"), second.get("shape"), second.get("side")]
-        for answer, name in zip(answers, shapes_module.SCENE_PROBES, strict=True):
-            options = shapes_module.SCENE_PROBES[name]
-            assert labels[name] == (-1 if answer is None else options.index(answer))
-
-
 def check_answer(question, objects):
     """From the objects' centers and names alone, without `side`."""
     by_shape = {item["shape"]: item for item in objects}
@@ -2977,13 +2966,11 @@ case "$*" in
     *--bench*) echo '{bench}' ;;
     train.py*)
         mkdir -p "$out"
-        echo '{{"vae": "tiny", "data": "shapes", "resolution": 64, "commit": "abc"}}' \\
-            > "$out/config.json"
+        echo '{{"commit": "abc"}}' > "$out/config.json"
         if [ ! -e "$out/last.pt" ]; then touch "$out/last.pt"; sleep 0.01; fi
         echo '{{"step": 1, "loss": 2.0}}' > "$out/log.jsonl" ;;
     *--random-init*) echo '{{}}' > "$out/metrics_random.json" ;;
     *--compare*) ;;
-    *"--ckpt latents"*) mkdir -p runs/latents; echo '{{}}' > runs/latents/metrics.json ;;
     generate.py*) echo '{{"class_accuracy": 0.5}}' > "$out/generate.json" ;;
     eval_probe.py*) echo '{{"psnr": 20.0}}' > "$out/metrics.json" ;;
 esac
@@ -3042,18 +3029,15 @@ def test_claims_recipe(recipe, monkeypatch, tmp_path):
     decoder = next(c for c in trainings if "--freeze-encoder" in c)
     assert f"--init-from {out}/understanding-1" in decoder and "--steps 4" in decoder
     assert sum("--random-init" in c for c in calls) == 1
-    assert sum("--ckpt latents --vae tiny --data shapes --resolution 64" in c for c in calls) == 1
-    program, flag, *folders = calls[-1].split()
-    assert [program, flag] == ["eval_probe.py", "--compare"]
-    assert [Path(name).name for name in folders] == [
-        "random-1", "latents", "reconstruction-1", "understanding-1", "decoder-1", "pixels-1",
-        "joint-1"]
-    assert all((Path(name) / "metrics.json").exists() for name in folders)
+    names = ("random", "reconstruction", "understanding", "decoder", "pixels", "joint")
+    for call, name in zip(calls[-6:], names, strict=True):
+        assert call == f"eval_probe.py --compare {out}/{name}-1"
+        assert (out / f"{name}-1" / "metrics.json").exists()
 
     # Again: trainings return at once, evaluations are skipped; an interrupted training resumes
     os.utime(out / "joint-1" / "last.pt")  # trained further
     _, calls = recipe("claims", "--batch-size", "32", OUT=str(out), SEEDS="1", STEPS="9")
-    evaluated = [c for c in calls[:-1] if c.startswith("eval_probe.py")]
+    evaluated = [c for c in calls[:-6] if c.startswith("eval_probe.py")]
     assert len(evaluated) == 1 and f"--ckpt {out}/joint-1" in evaluated[0]
     assert all("--resume" in c for c in calls if c.startswith("train.py"))
 
@@ -3109,8 +3093,7 @@ def test_results_block_for_llava(tmp_path):
 
 # ---- eval_probe.py -------------------------------------------------------------------------------
 
-FEW = ("--device", "cpu", "--n-train", 64, "--n-test", 24, "--n-reconstruct", 8,
-       "--retrieval-images", 16)
+FEW = ("--device", "cpu", "--n-train", 64, "--n-test", 24, "--retrieval-images", 16)
 
 
 def evaluated(monkeypatch, run, *argv, name="metrics.json"):
@@ -3250,7 +3233,7 @@ def test_token_stats_normalize():
     x = stats.normalize(tokens.float())
     assert torch.allclose(x.std(0, unbiased=False), torch.ones(4, 6), atol=1e-3)
     assert torch.allclose(stats.denormalize(x), tokens.float(), atol=1e-5)
-    assert stats.state_dict().keys() == {"mean", "var"}
+    assert stats.state_dict().keys() == {"mean", "std"}
 
 
 def test_tokens_latents_and_features_of_images():
@@ -3265,7 +3248,7 @@ def test_tokens_latents_and_features_of_images():
     found = eval_probe.extract_features(model, cpu_env(), images)
     blocks = vae.scale_images(images).unflatten(3, (16, 2)).unflatten(2, (16, 2))
     assert torch.allclose(found["pixels"], blocks.mean((3, 5)).flatten(1), atol=1e-6)
-    assert torch.allclose(found["tokens"], tokens.mean(1), atol=1e-6)
+    assert torch.allclose(found["pooled"], model.encoder.pool(tokens), atol=1e-6)
 
 
 def test_images_without_label_are_left_out_of_probes():
@@ -3274,14 +3257,12 @@ def test_images_without_label_are_left_out_of_probes():
         labels = torch.arange(count) % 3
         x = centers[labels] + 0.05 * torch.randn(count, 16)
         x[::10], labels[::10] = 100.0, -1
-        splits.append({"labels": labels, "pooled": x, "tokens": x,
-                       "pixels": torch.randn(count, 16), "scenes": [""] * count})
-    found = eval_probe.eval_probes(*splits, ["a", "b", "c"], torch.device("cpu"))
+        splits.append({"labels": labels, "pooled": x, "pixels": torch.randn(count, 16)})
+    found = eval_probe.eval_probes(*splits, 3, torch.device("cpu"))
     assert found["linear_probe_top1"] == found["knn_top1"] == 1.0
-    assert found["linear_probe_tokens_top1"] == 1.0 and found["pixels_linear_probe_top1"] < 0.8
-    assert "probe_count" not in found
+    assert found["pixels_linear_probe_top1"] < 0.8 and found["pixels_knn_top1"] < 0.8
     splits[0]["labels"][19:] = -1
-    assert eval_probe.eval_probes(*splits, ["a", "b", "c"], torch.device("cpu")) == {}
+    assert eval_probe.eval_probes(*splits, 3, torch.device("cpu")) == {}
 
 
 def test_metrics_are_complete_and_do_not_depend_on_batches(monkeypatch):
@@ -3290,8 +3271,8 @@ def test_metrics_are_complete_and_do_not_depend_on_batches(monkeypatch):
     before = {k: v.clone() for k, v in model.eval().state_dict().items()}
     found = []
     for batch_size in (7, 40):
-        settings = eval_probe.Settings(n_train=128, n_test=40, n_reconstruct=40,
-                                       retrieval_images=16, batch_size=batch_size)
+        settings = eval_probe.Settings(n_train=128, n_test=40, retrieval_images=16,
+                                       batch_size=batch_size)
         splits = data.load_data("shapes", 32)
         found.append(eval_probe.evaluate(model, tokenizer, splits, settings, cpu_env()))
     a, b = found
@@ -3310,7 +3291,7 @@ def test_other_data_sets_and_splits_have_their_own_metrics(monkeypatch, copied_r
     assert (first["data"], first["split"], first["step"]) == ("shapes", "test", 4)
     other = evaluated(monkeypatch, copied_run, "--data", icons, name="metrics_icons.json")
     assert other["data"] == str(icons) and (other["n_train"], other["n_test"]) == (48, 16)
-    assert other["linear_probe_top1"] is not None and other["probe_count"] is None
+    assert other["linear_probe_top1"] is not None
     train_split = evaluated(monkeypatch, copied_run, "--data", icons, "--split", "train",
                             name="metrics_icons_train.json")
     assert train_split["split"] == "train" and train_split["n_test"] == 24
@@ -3366,21 +3347,20 @@ def test_captions_are_compared_as_far_as_they_can_be_written():
     assert eval_probe.caption_exact(found, tokenizer) == 0.75
 
 
-def test_encoder_only_checkpoints_and_latents(monkeypatch, copied_run, tmp_path):
+def test_encoder_only_checkpoints(monkeypatch, copied_run, tmp_path):
     monkeypatch.chdir(tmp_path)
     ours = evaluated(monkeypatch, copied_run)
     file = copied_run / "encoder.safetensors"
     run_main(monkeypatch, eval_probe, "--ckpt", file, "--vae", "tiny", *FEW)
     encoder_only = json.loads((tmp_path / "runs" / "encoder" / "metrics.json").read_text())
-    for key, value in encoder_only.items():
-        if value is not None and key not in ("seconds", "step", "data", "split"):
-            assert value == pytest.approx(ours[key], abs=0.05 if "probe" in key else 1e-4), key
-    assert encoder_only["psnr"] is encoder_only["i2t_r1"] is encoder_only["zero_shot_top1"] is None
-    flags = ("--ckpt", "latents", "--vae", "tiny", "--resolution", 96, *FEW)
-    run_main(monkeypatch, eval_probe, *flags)
-    latents = json.loads((tmp_path / "runs" / "latents" / "metrics.json").read_text())
-    assert latents["linear_probe_top1"] is not None and latents["psnr"] is None
-    assert latents["psnr_vae"] > 15
+    measured = {"linear_probe_top1", "knn_top1", "pixels_linear_probe_top1", "pixels_knn_top1"}
+    for name in eval_probe.METRICS:
+        if name in measured:
+            assert encoder_only[name] == pytest.approx(ours[name], abs=0.05), name
+        else:
+            assert encoder_only[name] is None, name
+    assert "other channels" in error_message(
+        monkeypatch, eval_probe, "--ckpt", file, "--vae", "pixels")
     for flags in ((), ("--vae", "tiny", "--image", "x.png"), ("--vae", "tiny", "--random-init")):
         assert "--vae flux" in error_message(monkeypatch, eval_probe, "--ckpt", file, *flags)
     assert "--vae" in error_message(monkeypatch, eval_probe, "--ckpt", copied_run, "--vae", "tiny")
@@ -3392,7 +3372,7 @@ def test_pixel_runs_have_no_vae_row(monkeypatch, tmp_path, capsys):
     config = train.Config(resolution=32, vae="pixels")
     tokenizer = tokenizer_module.Tokenizer.train(["a red circle"], config.context_length)
     model = openvision3.OpenVision3(config, tokenizer, vae.load_vae("pixels")).eval()
-    settings = eval_probe.Settings(n_train=64, n_test=24, n_reconstruct=8)
+    settings = eval_probe.Settings(n_train=64, n_test=24)
     splits = data.load_data("shapes", 32)
     found = eval_probe.evaluate(model, tokenizer, splits, settings, cpu_env())
     assert found["psnr_vae"] is found["ssim_vae"] is None and found["psnr"] > 0
@@ -3410,20 +3390,17 @@ def test_one_image_is_shown_and_written_into_the_run(monkeypatch, copied_run, tm
     assert "photo.txt" in error_message(monkeypatch, eval_probe, *flags, tmp_path / "photo.txt")
 
 
-def test_compare_prints_mean_and_std_over_seeds(monkeypatch, tmp_path, capsys):
+def test_compare_prints_mean_and_std_over_runs(monkeypatch, tmp_path, capsys):
     runs = {"joint-0": {"psnr": 30.0, "knn_top1": 0.5}, "joint-1": {"psnr": 32.0, "knn_top1": 0.7},
-            "latents": {"psnr": None, "knn_top1": 0.25}}
+            "joint-2": {"psnr": None, "knn_top1": 0.6, "lpips": 0.25}}
     for name, metrics in runs.items():
         (tmp_path / name).mkdir()
         (tmp_path / name / "metrics.json").write_text(json.dumps({"data": "shapes", **metrics}))
     run_main(monkeypatch, eval_probe, "--compare", *(tmp_path / name for name in runs))
-    lines = capsys.readouterr().out.splitlines()
-    table = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-    assert {len(row) for row in table} == {len(eval_probe.METRICS) + 1}
-    knn, psnr = table[0].index("knn_top1"), table[0].index("psnr")
-    joint, latents = table[2], table[3]
-    assert (joint[0], joint[knn], joint[psnr]) == ("joint", "0.600 ± 0.141", "31.000 ± 1.414")
-    assert (latents[0], latents[knn], latents[psnr]) == ("latents", "0.250", "")
+    table = capsys.readouterr().out
+    for row in ("| knn_top1 | 0.600 ± 0.100 |", "| psnr | 31.000 ± 1.414 |", "| lpips | 0.250 |"):
+        assert row in table
+    assert "ssim" not in table
     assert "/none/" in error_message(monkeypatch, eval_probe, "--compare", tmp_path / "none")
 
 
@@ -3492,14 +3469,16 @@ def test_time_is_shifted_towards_noise():
     assert shifted.tolist() == pytest.approx([0, 0.698, 0.874, 0.954, 1], abs=1e-3)
 
 
-def test_sampler_follows_a_known_field():
-    goal, start = torch.randn(3, 4, 24), torch.randn(3, 4, 24)
+def test_sampler_follows_a_known_field(monkeypatch):
+    goal = torch.randn(3, 4, 24)
 
     def to_goal(x, t):  # the velocity that leads everything to one point
         return (x - goal) / t[:, None, None]
 
-    end = generate.euler_sample(to_goal, start, 4, 1.0)
-    assert torch.allclose(end, goal, atol=2e-3 * (start - goal).abs().max().item())
+    model = SimpleNamespace(stats=eval_probe.TokenStats(4, 24), shift=1.0)
+    monkeypatch.setattr(generate, "guided_velocity", lambda model, x, t, *_: to_goal(x, t))
+    end = sampled(model, torch.arange(3), monkeypatch)
+    assert torch.allclose(end, goal, atol=1e-2)
 
 
 @torch.no_grad()
@@ -3515,30 +3494,28 @@ def test_guidance_moves_away_from_the_weaker_prediction():
     assert torch.allclose(auto, 2 * velocity, atol=1e-5)  # an untrained guide predicts 0
 
 
-def fake_space(dtype=torch.float32):
-    """Tokens are the images' own bytes."""
-    return SimpleNamespace(stats=eval_probe.TokenStats(4, 24), decode=lambda x: x.clone(),
-                           env=runtime.DistEnv(0, 1, torch.device("cpu"), dtype))
+def sampled(model, labels, monkeypatch, **settings):
+    """Samples whose tokens are the images."""
+    monkeypatch.setattr(generate, "to_uint8", lambda images: images)
+    settings = generate.Settings(**{"guidance": 2.0, "sampling_steps": 4, **settings})
+    return generate.sample_images(model, labels, lambda tokens: tokens, settings)
 
 
 def test_samples_do_not_depend_on_the_batch_size(monkeypatch):
-    settings = generate.Settings(guidance=2.0, sampling_steps=4, seed=3)
     model, labels = small_generator(trained=True).eval(), torch.tensor([0, 1, 2, 0, 1])
-    samples = generate.sample_images(model, labels, fake_space(), settings)
+    samples = sampled(model, labels, monkeypatch, seed=3)
     monkeypatch.setattr(generate, "DECODE_CHUNK", 2)
-    assert torch.allclose(
-        generate.sample_images(model, labels, fake_space(), settings), samples, atol=1e-4
-    )
-    assert torch.allclose(
-        generate.sample_images(model, labels[:3], fake_space(), settings), samples[:3], atol=1e-4
-    )
+    again = sampled(model, labels, monkeypatch, seed=3)
+    assert torch.allclose(again, samples, atol=1e-4)
+    first = sampled(model, labels[:3], monkeypatch, seed=3)
+    assert torch.allclose(first, samples[:3], atol=1e-4)
 
 
-def test_samples_in_bfloat16_keep_x_in_float32():
-    settings = generate.Settings(guidance=2.0, sampling_steps=4)
+def test_samples_in_bfloat16_keep_x_in_float32(monkeypatch):
     model, labels = small_generator(trained=True).eval(), torch.tensor([0, 1])
-    exact = generate.sample_images(model, labels, fake_space(), settings)
-    samples = generate.sample_images(model, labels, fake_space(torch.bfloat16), settings)
+    exact = sampled(model, labels, monkeypatch)
+    with torch.autocast("cpu", torch.bfloat16):
+        samples = sampled(model, labels, monkeypatch)
     assert samples.dtype == torch.float32 and not torch.equal(samples, exact)
     assert (samples - exact).abs().max() < 0.05 * exact.abs().max()
     with torch.autocast("cpu", torch.bfloat16):  # the residual stream of base and head
@@ -3554,27 +3531,16 @@ def test_encoded_images_decode_as_the_run_decodes_them(source):
     model, _ = small_model(resolution=32)
     images = shapes(3, 32)
     vae_recon, recon, _ = model.reconstruct(images)
-    space = generate.TokenSpace(
-        model, source, runtime.DistEnv(0, 1, torch.device("cpu"), torch.float32)
-    )
-    encoded = space.encode(images)
-    tokens = encoded["tokens"].float()
-    space.stats = eval_probe.TokenStats(*tokens.shape[1:])
-    space.stats.fit(tokens)
-    x = space.stats.normalize(tokens)
-    assert (
-        tokens.shape == ((3, 4, 192) if source == "tokens" else (3, 4, 64))
-        and x.mean(0).abs().max() < 1e-3
-    )
-    nearest = generate.nearest_train_images(images[[2, 0]], {**encoded, "image": images}, space)
-    assert torch.equal(nearest, images[[2, 0]])
-    expected = data.to_uint8(recon if source == "tokens" else vae_recon)
-    assert (
-        space.decode(x).float() - expected.float()
-    ).abs().max() <= 2  # the pool of tokens is fp16
+    tokens = eval_probe.image_tokens(model, images, source)
+    assert tokens.shape == ((3, 4, 192) if source == "tokens" else (3, 4, 64))
+    train = {"tokens": tokens.half(), "image": images}
+    assert torch.equal(generate.nearest_train_images(tokens[[2, 0]], train), images[[2, 0]])
+    expected = recon if source == "tokens" else vae_recon
+    found = generate.decode_tokens(model, tokens, source)
+    assert torch.allclose(found, expected, atol=1e-4)
 
 
-def test_four_token_maps_are_memorized():
+def test_four_token_maps_are_memorized(monkeypatch):
     model = generate.DiTDH(token_dim=24, side=2, num_classes=4, base=(64, 1, 2), head=(64, 1, 2))
     x, labels, losses = torch.randn(4, 4, 24), torch.arange(4), []
     optimizer = torch.optim.AdamW(model.parameters(), 7e-3, weight_decay=0)
@@ -3588,7 +3554,7 @@ def test_four_token_maps_are_memorized():
         optimizer.step()
         losses.append(loss.item())
     assert losses[0] == pytest.approx(2, abs=0.4) and np.mean(losses[-20:]) < 0.1
-    samples = generate.sample_images(model, labels, fake_space(), generate.Settings(guidance=1.0))
+    samples = sampled(model, labels, monkeypatch, guidance=1.0, sampling_steps=49)
     assert ((samples - x).flatten(1).norm(dim=1) / x.flatten(1).norm(dim=1)).max() < 0.2
 
 
@@ -3615,9 +3581,10 @@ def test_classifier_learns_from_labeled_images_only(monkeypatch):
     images = images.to(torch.uint8)
     classifier = generate.train_classifier(images, labels, 2)
     labeled = labels >= 0
-    logits = generate.apply_chunked(classifier, images[labeled])
+    cpu = torch.device("cpu")
+    logits = generate.apply_chunked(classifier, images[labeled], cpu)
     assert eval_probe.accuracy(logits, labels[labeled]) == 1
-    assert generate.apply_chunked(classifier[:-1], images).shape == (96, 128)
+    assert generate.apply_chunked(classifier[:-1], images, cpu).shape == (96, 128)
 
 
 @pytest.fixture
@@ -3628,7 +3595,7 @@ def small_sets(monkeypatch):
     monkeypatch.setattr(
         generate,
         "encode_dataset",
-        lambda *args, limit, **options: encode_dataset(*args, limit=32, **options),
+        lambda *args, **options: encode_dataset(*args[:3], 32, *args[4:], **options),
     )
 
 
@@ -3648,8 +3615,6 @@ def test_generator_from_training_to_samples(copied_run, monkeypatch, small_sets)
         10,
         "--sampling-steps",
         2,
-        "--log-every",
-        1,
         "--save-every",
         2,
     ]
@@ -3666,7 +3631,7 @@ def test_generator_from_training_to_samples(copied_run, monkeypatch, small_sets)
     arrays = np.load(copied_run / "samples.npz")
     assert arrays["arr_0"].shape == (10, 32, 32, 3) and arrays["arr_0"].dtype == np.uint8
     assert arrays["arr_1"].dtype == np.int64 and len(set(arrays["arr_1"])) == 10
-    for name in ("samples.png", "nearest_train.png", "generate_curves.png"):
+    for name in ("samples.png", "nearest_train.png"):
         assert Image.open(copied_run / name).size[0] > 100
 
     # Killed right after a checkpoint, it resumes bit for bit
@@ -3690,8 +3655,6 @@ def test_generator_from_training_to_samples(copied_run, monkeypatch, small_sets)
     for part in ("model", "ema_model"):
         for name in straight[part]:
             assert torch.equal(straight[part][name], resumed[part][name]), name
-    log = runtime.read_log(copied_run / "generate.jsonl")
-    assert [record["step"] for record in log] == [1, 2, 3, 4]
 
     # On latents, and with AutoGuidance
     run("--space", "latents", "--n-samples", 4)
@@ -3705,7 +3668,7 @@ def test_generator_from_training_to_samples(copied_run, monkeypatch, small_sets)
     run(
         "--resume", "--guide-ckpt", shutil.copy(copied_run / "generator.pt", copied_run / "weak.pt")
     )
-    assert json.loads((copied_run / "generate.json").read_text())["guidance"] == 1.42
+    assert json.loads((copied_run / "generate.json").read_text())["guide_ckpt"].endswith("weak.pt")
 
 
 def test_generator_refuses_data_it_cannot_train_on(copied_run, monkeypatch):
@@ -3716,7 +3679,7 @@ def test_generator_refuses_data_it_cannot_train_on(copied_run, monkeypatch):
     monkeypatch.setattr(
         generate,
         "load_run_data",
-        lambda *args, **options: SimpleNamespace(train=[], class_names=None),
+        lambda *args, **options: SimpleNamespace(train=[], test=[0] * 4, class_names=None),
     )
     assert "this run streamed its data" in error()  # before any data is loaded
     assert "--data other has no training split" in error("--data", "other")
@@ -3735,8 +3698,6 @@ def test_generator_stops_at_a_signal_with_a_checkpoint(copied_run, monkeypatch, 
         "--n-train-images",
         32,
         "--sampling-steps",
-        1,
-        "--log-every",
         1,
     ]
     learning_rate = generate.learning_rate

@@ -16,12 +16,12 @@ if [ "$PRESET" = smoke ]; then
     tiny="--device cpu --resolution 32 --size Nano --vae tiny --num-workers 0"
     train="--preset smoke $tiny" steps=6 fast="--dtype bfloat16 --no-compile"
     bench="$tiny --steps 1" bench_gpu="--batch-size 8" largest=16
-    evaluate="--device cpu --n-train 64 --n-test 16 --n-reconstruct 8"
+    evaluate="--device cpu --n-train 64 --n-test 16"
     generate="--device cpu --steps 2 --n-train-images 32 --n-samples 8 --sampling-steps 2"
 else
     train="--preset $PRESET --batch-size 256 --warmup 50 --log-every 5" steps=200 fast=
     bench= bench_gpu= largest=8192
-    evaluate= generate="--size S --steps 200 --n-samples 128"
+    evaluate= generate="--size S --batch-size 1024 --lr 2e-4 --steps 200 --n-samples 128"
 fi
 
 run() {  # NAME COMMAND...: output to $OUT/NAME.log, status and seconds to the table
