@@ -60,7 +60,6 @@ from tokenizer import Tokenizer
 
 # ---- The model -----------------------------------------------------------------------------------
 
-LM_SIZE = dict(width=192, depth=4, heads=6)  # the language model from scratch
 MAX_TOKENS = 256  # of a prompt, whose beginning is cut, and of an answer, whose end is cut
 PROMPT, ANSWER = 1, 2  # roles of a token of text; 0 is padding
 
@@ -161,9 +160,8 @@ def build_vlm(lm, tokenizer, N, C):
     """For N image tokens of width C: an untrained projector, with a language model of transformers
     (`lm`, hub id or folder) or an untrained one that uses `tokenizer`."""
     if not lm:
-        width = LM_SIZE["width"]
-        decoder = CaptionDecoder(tokenizer.vocab_size, 2 * MAX_TOKENS, width, **LM_SIZE)
-        return VisionLanguageModel(decoder, tokenizer, N, C, width, positions=True)
+        decoder = CaptionDecoder(tokenizer.vocab_size, 2 * MAX_TOKENS, 192, 192, depth=4, heads=6)
+        return VisionLanguageModel(decoder, tokenizer, N, C, 192, positions=True)
     try:
         import transformers  # optional: only for --lm
 
@@ -238,18 +236,19 @@ def parse_llava(text):
 
 
 def read_file(parse, file, folder):
-    """What `parse` finds in a file, with the paths of the images in the folder --images."""
+    """What `parse` finds in a file, if one is given, with the paths of its images in the folder."""
+    if not file:
+        return []
     try:
-        rows = list(parse(Path(file).read_text())) if file else []
+        rows = [(Path(folder) / image, *rest) for image, *rest in parse(Path(file).read_text())]
     except (LookupError, TypeError, AttributeError, ValueError) as error:
         raise UserError(f"{file} does not have the layout that {parse.__name__} reads "
                         f"({type(error).__name__}: {error})") from None
-    if file and not rows:
+    if not rows:
         raise UserError(f"{file} has no question about an image")
-    rows = [(Path(folder) / image, *rest) for image, *rest in rows]
     for image, *_ in rows:
         if not image.is_file():
-            raise UserError(f"--images {folder} has no image {image}")
+            raise UserError(f"{image} is missing: give --images, the folder of {file}'s images")
     return rows
 
 
@@ -258,37 +257,27 @@ def read_file(parse, file, folder):
 EVAL_BATCH = 64  # questions
 
 
-def predict(vlm, load, questions, blind):
-    """Of each question the most likely option, and whether greedy generation writes the answer.
-    blind: with noise in place of the image."""
-    said, exact = [], []
+def evaluate(vlm, load, questions, blind):
+    """{metric: value} of questions with equally many options, the accuracy also by kind. blind:
+    with noise in place of the image. F1 is that of yes: 0.667 where the answer is always "yes"."""
+    values = defaultdict(list)
     for start in progress(range(0, len(questions), EVAL_BATCH), desc="questions", leave=False):
         images, batch = zip(*questions[start : start + EVAL_BATCH], strict=True)
         tokens = load(images)                                                      # (B, N, C)
         if blind:
             tokens = vlm.stats.denormalize(torch.randn_like(tokens))
         for q, scores, is_greedy in zip(batch, *vlm.score(tokens, batch), strict=True):
-            said.append(q.options[scores.argmax()])
-            exact.append(is_greedy[q.options.index(q.answer)].item())
-    return said, exact
-
-
-def evaluate(vlm, load, questions, name):
-    """Metrics of questions that have equally many options: with the image, as {NAME_METRIC: value},
-    and NAME_blind_METRIC. F1 is that of yes: always "yes" has 0.667."""
-    metrics, answers = {}, [q.answer for _, q in questions]
-    for key, blind in ((name, False), (f"{name}_blind", True)) if questions else ():
-        said, exact = predict(vlm, load, questions, blind)
-        groups = defaultdict(list)
-        for (_, q), option in zip(questions, said, strict=True):
-            for kind in ("accuracy", q.kind):
-                groups[f"{key}_{kind}"].append(option == q.answer)
-        metrics.update({group: fmean(correct) for group, correct in groups.items()})
-        metrics[f"{key}_exact_match"] = fmean(exact)
-        if "yes" in answers:
-            true_yes = sum(a == b == "yes" for a, b in zip(said, answers, strict=True))
-            metrics[f"{key}_f1"] = 2 * true_yes / (said.count("yes") + answers.count("yes"))
-            metrics[f"{key}_yes_rate"] = said.count("yes") / len(said)
+            said = q.options[scores.argmax()]
+            values["accuracy"].append(said == q.answer)
+            values[q.kind].append(said == q.answer)
+            values["exact_match"].append(is_greedy[q.options.index(q.answer)].item())
+            if "yes" in q.options:
+                values["yes_rate"].append(said == "yes")
+                values["true_yes"].append(said == q.answer == "yes")
+    metrics = {name: fmean(row) for name, row in values.items()}
+    if "yes_rate" in metrics:
+        is_yes = fmean(q.answer == "yes" for _, q in questions)
+        metrics["f1"] = 2 * metrics.pop("true_yes") / (metrics["yes_rate"] + is_yes)
     return metrics
 
 
@@ -407,7 +396,7 @@ def run(c):
         return
 
     # 2. Images, captions and questions
-    align = read_file(parse_llava, c.align, c.images)
+    align = [(image, "", text) for image, _, text in read_file(parse_llava, c.align, c.images)]
     instruct = read_file(parse_llava, c.instruct, c.images)
     pope = {Path(file).stem: read_file(parse_pope, file, c.images) for file in c.pope}
     data = load_run_data(model.config, c.data, need_text=False)
@@ -417,9 +406,10 @@ def run(c):
             lambda images: {"tokens": image_tokens(model, images).half()}, split, tokenizer, limit,
             "images", device=env.device))
     load_train, load_test = (partial(load, info["tokens"]) for info in infos)
-    class_names = [name.replace("_", " ").strip() for name in data.class_names or ()]
-    for i, texts in enumerate(() if align else infos[0]["captions"]):
-        align += [(i, "", text) for text in texts if text.strip()]
+    class_names = [name.replace("_", " ") for name in data.class_names or ()]
+    if not align:
+        captions = enumerate(infos[0]["captions"])
+        align = [(i, "", texts[0]) for i, texts in captions if texts[0].strip()]
     if not instruct:  # no popular objects: trained on, they would teach "no" to all frequent ones
         asked = make_questions(infos[0], class_names, ("random", "adversarial"))
         for i, q in asked["choice"] + asked["pope"]:
@@ -437,7 +427,6 @@ def run(c):
     vlm = build_vlm(c.lm, tokenizer, *infos[0]["tokens"].shape[1:]).to(env.device)
     vlm.stats.fit(infos[0]["tokens"])
     vlm.lm.requires_grad_(not c.lm)  # DIFFERS: from scratch it is trained in alignment too
-    align = [(image, "", caption) for image, _, caption in align]
     train(vlm, load_train, align, "alignment", c.steps[0], c.lr or 1e-3, c, env.autocast)
     vlm.requires_grad_(True)
     lr = c.lr or (2e-5 if c.lm else 1e-3)
@@ -452,13 +441,15 @@ def run(c):
                              "pope_yes_rate", "pope_blind_f1", "exact_match"))
     questions = make_questions(infos[1], class_names, NEGATIVES)
     for name, asked in (questions | pope).items():
-        metrics.update(evaluate(vlm, load_test, asked, name))
+        for prefix in (name, f"{name}_blind"):
+            found = evaluate(vlm, load_test, asked, blind=prefix != name)
+            metrics.update({f"{prefix}_{key}": value for key, value in found.items()})
     metrics["choice_blind"] = metrics.pop("choice_blind_accuracy", None)
     metrics["exact_match"] = metrics.pop("choice_exact_match", None)
     metrics.update(n_questions=sum(map(len, questions.values())), steps=c.steps, seed=c.seed,
                    lm=c.lm, seconds=round(time.time() - start, 1))
     runtime.save_json(metrics, path.with_suffix(".json"))
-    runtime.print_table(f"{c.ckpt}, {path.stem}", metrics)
+    runtime.print_table(c.ckpt, metrics)
     if questions["choice"]:
         save_examples(vlm, load_test, data.test, questions["choice"], path.with_suffix(".png"))
     print(f"wrote {path}; add --chat IMAGE QUESTION to the same command to ask it")
@@ -466,8 +457,7 @@ def run(c):
 
 def main():
     with runtime.cli_errors():
-        config, _ = runtime.parse_args(Config, "Question answering from frozen tokens (LLaVA).")
-        run(config)
+        run(runtime.parse_args(Config, "Question answering from frozen tokens (LLaVA).")[0])
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ trains on recaptioned web images, Recap-DataComp-1B.)
                                             -> scene_questions -> "What color is the circle?", red
 
 Shapes: R resolution; h w size of an object's box; u, x to the right and v, y downward.
-Run:    python shapes.py    # three scenes with their captions and questions
+Run:    not a program; python data.py shows scenes with their captions
 Source: CLEVR's idea (arXiv 1612.06890); questions as in SEED-Bench (2307.16125), POPE (2305.10355)
 Next:   images.py
 """
@@ -185,10 +185,8 @@ def caption_choices(scene):
     prefixes = ("", "there is ", "a picture of ")
     main, *companions = scene["objects"]
     companions.sort(key=lambda item: list(DIRECTIONS).index(item["side"]))
-    names = []
-    for item in (main, *companions):
-        name = object_name(item)
-        names.append((with_article(name), f"a {item['size']} {name}"))
+    names = [(with_article(object_name(item)), f"a {item['size']} {object_name(item)}")
+             for item in (main, *companions)]
     if not companions:
         location = LOCATIONS[int(3 * main["y"])][int(3 * main["x"])]
         return [prefixes, ["{} " + location], names[0][1:]]
@@ -325,11 +323,3 @@ def presence_questions(present, names, kinds, rng):
             text = f"Is there {with_article(asked)} in the picture?"
             questions.append(Question(kind, text, answer, ("yes", "no")))
     return questions
-
-
-if __name__ == "__main__":
-    for index in range(3):
-        example = shapes_example("train", index, resolution=64)
-        print("\n" + example["text"])
-        for question in scene_questions(json.loads(example["scene"]), random):
-            print("   ", question.text, question.answer)
