@@ -219,9 +219,11 @@ def make_questions(info, class_names, kinds):
 
 def parse_pope(text):
     """JSON lines of {image, text, label} -> (image, question)."""
+    options = ("yes", "no")
     for line in text.splitlines():
         row = json.loads(line)
-        yield row["image"], Question("file", row["text"], row["label"].lower(), ("yes", "no"))
+        answer = options[options.index(row["label"].lower())]
+        yield row["image"], Question("file", row["text"], answer, options)
 
 
 def parse_llava(text):
@@ -374,7 +376,7 @@ class Config:
 def load_vlm(path, checksum):
     """What an earlier run of this program saved."""
     state = torch.load(path, map_location="cpu", weights_only=True) if path.is_file() else {}
-    if state.get("checksum") != checksum:
+    if state.get("encoder") != checksum:
         raise UserError(f"{path} is missing, or it was trained with another encoder than this "
                         "folder's; run the same command without --chat first")
     tokenizer = Tokenizer.from_state_dict(state["tokenizer"], 2 * MAX_TOKENS)
@@ -432,7 +434,7 @@ def run(c):
     lr = c.lr or (2e-5 if c.lm else 1e-3)
     train(vlm, load_train, instruct, "instruction", c.steps[1], lr, c, env.autocast)
     vlm.eval()
-    state = {"model": vlm.state_dict(), "lm": c.lm, "checksum": checksum,
+    state = {"model": vlm.state_dict(), "lm": c.lm, "encoder": checksum,
              "tokenizer": tokenizer.state_dict()}
     runtime.atomic_write(path, partial(torch.save, state))
 

@@ -8,6 +8,7 @@ trains on recaptioned web images, Recap-DataComp-1B.)
     (split, index) -> sample_scene -> scene -> draw_scene      -> image uint8 [R,R,3]
                                             -> caption_scene   -> "a red circle with a small ..."
                                             -> scene_questions -> "What color is the circle?", red
+    objects in the image, all objects -> presence_questions    -> "Is there a red ring ...?", no
 
 Shapes: R resolution; h w size of an object's box; u, x to the right and v, y downward.
 Run:    not a program; python data.py shows scenes with their captions
@@ -269,7 +270,7 @@ def question_prompt(text):
 
 def multiple_choice(kind, text, answer, options, rng):
     """The answer and up to three of the other options, shuffled."""
-    wrong = [option for option in options if option != answer]
+    wrong = [option for option in dict.fromkeys(options) if option != answer]
     chosen = [answer, *rng.sample(wrong, min(3, len(wrong)))]
     rng.shuffle(chosen)
     return Question(kind, text, answer, tuple(chosen))

@@ -4053,7 +4053,7 @@ def test_vlm_program_from_training_to_chat(copied_run, vlm_flags, tmp_path, monk
     message = error_message(monkeypatch, eval_vlm, *vlm_flags, "--chat", HERE / "train.py", "Is?")
     assert "cannot identify image file" in message
     state = torch.load(copied_run / "vlm.pt", weights_only=True)
-    torch.save({**state, "checksum": state["checksum"] + 1}, copied_run / "vlm.pt")
+    torch.save({**state, "encoder": state["encoder"] + 1}, copied_run / "vlm.pt")
     assert "another encoder" in error_message(monkeypatch, eval_vlm, *vlm_flags, *chat)
     (copied_run / "vlm.pt").unlink()
     assert "without --chat" in error_message(monkeypatch, eval_vlm, *vlm_flags, *chat)
@@ -4099,6 +4099,8 @@ def test_files_of_pope_and_llava(vlm_flags, copied_run, tmp_path, monkeypatch, c
     assert "parse_pope" in message("--pope", llava, "--images", tmp_path)
     assert "give --images" in message("--pope", pope, "--images", HERE)
     assert "parse_llava" in message("--instruct", pope, "--images", tmp_path)
+    pope.write_text(json.dumps({**row, "label": "perhaps"}))
+    assert "parse_pope" in message("--pope", pope, "--images", tmp_path)
     pope.write_text("")
     assert "no question" in message("--pope", pope, "--images", tmp_path)
 
