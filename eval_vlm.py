@@ -3,7 +3,7 @@ eval_vlm.py: stage 10, the LLaVA stage: can a language model answer questions fr
 
 The encoder stays frozen. A two-layer projector maps each image token to an embedding that a causal
 language model reads as a prefix (paper sec 4.4, after LLaVA-1.5). Training has two stages:
-alignment on captions, then instruction tuning on questions, with the loss on the answers only. The
+alignment on captions, then instruction tuning on questions, with the loss on the answers. The
 language model is a small CaptionDecoder trained from scratch, or a causal one of transformers.
 
     images -> frozen encoder -> tokens [B,N,C] -> normalize -> projector, + positions -> [B,N,W]
@@ -14,72 +14,81 @@ Shapes: B sequences, N image tokens, C token width, W language model width, T te
         size, K options, M images of a data set, R resolution.
 Run:    python eval_vlm.py --ckpt runs/laptop          # after train.py; writes vlm.json, vlm.png
         python eval_vlm.py --ckpt runs/laptop --chat photo.png "What color is the circle?"
-        python eval_vlm.py --ckpt runs/laptop --space latents        # baseline without an encoder
-Source: paper sec 4.4; LLaVA-1.5 (arXiv 2310.03744): projector, stages, loss on answers;
-        POPE (arXiv 2305.10355); SEED-Bench (arXiv 2307.16125): the most likely option is chosen
-Next:   test_all.py
+Source: paper sec 4.4; LLaVA-1.5 (arXiv 2310.03744); POPE (arXiv 2305.10355); as in SEED-Bench
+        (arXiv 2307.16125) the most likely option is chosen.   Next: test_all.py
 """
 import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: threads that wait do not spin
 
+import json
 import math
 import random
-import sys
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
 from statistics import fmean
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 import runtime
-from data import center_crop, decode_image, image_grid, load_run_data, to_pil, to_tensor
+from data import load_run_data
 from decoders import CaptionDecoder
 from encoder import sincos_positions
 from eval_probe import TokenStats, encode_dataset, image_tokens
+from images import center_crop, decode_image, image_grid, to_pil, to_tensor
 from openvision3 import load_run
-from question_files import parse_llava, parse_pope, parse_seed_bench, read_file
 from runtime import UserError, arg, progress
-from shapes import NEGATIVES, Question, QuestionBank, question_prompt
+from shapes import (
+    NEGATIVES,
+    Question,
+    multiple_choice,
+    object_name,
+    presence_questions,
+    question_prompt,
+    scene_questions,
+)
 from tokenizer import Tokenizer
-
-Turn = tuple[int | Path, str, str]  # image (index or file), prompt, answer
-ImageQuestion = tuple[int | Path, Question]
 
 # ---- The model -----------------------------------------------------------------------------------
 
-LM_SIZE = dict(width=192, depth=4, heads=6)  # the language model from scratch
-IGNORE_INDEX = -100  # targets without a loss, as in transformers
 MAX_TOKENS = 256  # of a prompt, whose beginning is cut, and of an answer, whose end is cut
+PROMPT, ANSWER = 1, 2  # roles of a token of text; 0 is padding
 
 
 def pad_rows(rows, value):
     """Lists of ids -> [B,T], padded on the right, where causal attention does not look."""
-    T = max(len(row) for row in rows)
-    return torch.tensor([row + [value] * (T - len(row)) for row in rows])
+    return pad_sequence(list(map(torch.tensor, rows)), batch_first=True, padding_value=value)
+
+
+def masked_mean(values, mask, **options):
+    """The mean where the mask is set; 0 where it never is."""
+    return (values * mask).sum(**options) / mask.sum(**options).clamp(min=1)
 
 
 class VisionLanguageModel(nn.Module):
     """Projector and language model. lm(image [B,N,W], ids [B,T]) -> logits [B,T,V].
 
-    tokenizer: of tokenizer.py, or HuggingFaceTokenizer. side: of the token map, whose rows and
-    columns are then added to the projected tokens. DIFFERS: LLaVA adds no positions; its language
-    model knows the order of the image tokens, and a CaptionDecoder does not."""
+    tokenizer: of tokenizer.py, or of transformers with the same methods. positions: add those of a
+    square map of tokens. DIFFERS: LLaVA adds none; its language model knows the order of the image
+    tokens, and a CaptionDecoder does not."""
 
-    def __init__(self, lm, tokenizer, token_dim, width, side=0):
+    def __init__(self, lm, tokenizer, num_tokens, token_dim, width, positions=False):
         super().__init__()
+        self.stats = TokenStats(num_tokens, token_dim)
         self.projector = nn.Sequential(
             nn.Linear(token_dim, width), nn.GELU(), nn.Linear(width, width))
-        self.pos_embed = 0.0
-        if side:
-            self.pos_embed = nn.Parameter(0.3 * sincos_positions(side, side, width))  # (N, W)
+        side = math.isqrt(num_tokens)
+        table = 0.3 * sincos_positions(side, side, width)                          # (N, W)
+        self.pos_embed = nn.Parameter(table) if positions else 0.0
         self.lm, self.tokenizer = lm, tokenizer
 
     def encode_prompt(self, text):
@@ -89,49 +98,41 @@ class VisionLanguageModel(nn.Module):
         ids = self.tokenizer.encode_ordinary(f" {text}")
         return ids[: MAX_TOKENS - 1] + [self.tokenizer.eos]
 
+    def embed_images(self, tokens):
+        return self.projector(self.stats.normalize(tokens)) + self.pos_embed       # (B, N, W)
+
     def forward(self, tokens, pairs):
-        """tokens [B,N,C], B pairs of a prompt (perhaps empty) and an answer -> logits [B,V,T] and
-        targets [B,T]: the answers' ids and eos, IGNORE_INDEX elsewhere."""
-        rows, targets = [], []
+        """tokens [B,N,C], B pairs of a prompt (perhaps empty) and an answer -> logits [B,V,T], the
+        tokens that they predict, and the roles of these, [B,T] each."""
+        ids, roles = [], []
         for prompt, answer in pairs:
             prompt, answer = self.encode_prompt(prompt), self.encode_answer(answer)
-            rows.append(prompt + answer[:-1])
-            targets.append([IGNORE_INDEX] * (len(prompt) - 1) + answer)
-        ids = pad_rows(rows, self.tokenizer.eos).to(tokens.device)                 # (B, T)
-        logits = self.lm(self.projector(tokens) + self.pos_embed, ids)             # (B, T, V)
-        return logits.mT, pad_rows(targets, IGNORE_INDEX).to(tokens.device)
-
-    def prompt_loss(self, logits, pairs):
-        """Cross entropy of the prompts' own tokens; 0 where all prompts are empty."""
-        rows = [self.encode_prompt(prompt)[1:] for prompt, _ in pairs]
-        targets = pad_rows(rows, IGNORE_INDEX).to(logits.device)                   # (B, P)
-        if targets.shape[1] == 0:
-            return 0.0
-        logits = logits[..., : targets.shape[1]].float()                           # (B, V, P)
-        return F.cross_entropy(logits, targets.long(), ignore_index=IGNORE_INDEX)
+            ids.append(prompt + answer)
+            roles.append([PROMPT] * len(prompt) + [ANSWER] * len(answer))
+        ids = pad_rows(ids, self.tokenizer.eos).to(tokens.device)                  # (B, T+1)
+        roles = pad_rows(roles, 0).to(tokens.device)                               # (B, T+1)
+        logits = self.lm(self.embed_images(tokens), ids[:, :-1])                   # (B, T, V)
+        return logits.mT.float(), ids[:, 1:], roles[:, 1:]
 
     @torch.no_grad()
     def score(self, tokens, questions):
-        """Each (question, option) is one sequence. Mean log probability of each option's tokens,
-        [K] per question, as SEED-Bench ranks them; and whether greedy generation would write this
-        option and stop, bool [K]: each of its tokens is the most likely one after those before."""
-        pairs, counts = [], [len(q.options) for q in questions]
-        for q in questions:
-            pairs += [(question_prompt(q.text), option) for option in q.options]
-        repeats = torch.tensor(counts, device=tokens.device)
-        logits, targets = self(tokens.repeat_interleave(repeats, dim=0), pairs)
-        losses = F.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="none")
-        is_answer = targets != IGNORE_INDEX                                        # (B*K, T)
-        scores = -losses.sum(1) / is_answer.sum(1)                                 # (B*K,)
-        is_greedy = ((logits.argmax(1) == targets) | ~is_answer).all(1)            # (B*K,)
-        return scores.split(counts), is_greedy.split(counts)
+        """B questions with K options each; every (question, option) is one sequence. Mean log
+        probability of each option's tokens, [B,K], as SEED-Bench ranks them; and whether greedy
+        generation would write this option and stop, bool [B,K]."""
+        K = len(questions[0].options)
+        pairs = [(question_prompt(q.text), option) for q in questions for option in q.options]
+        logits, targets, roles = self(tokens.repeat_interleave(K, dim=0), pairs)
+        losses = F.cross_entropy(logits, targets, reduction="none")                # (B*K, T)
+        scores = -masked_mean(losses, roles == ANSWER, dim=1)                      # (B*K,)
+        is_greedy = ((logits.argmax(1) == targets) | (roles != ANSWER)).all(1)     # (B*K,)
+        return scores.view(-1, K), is_greedy.view(-1, K)
 
     @torch.no_grad()
     def generate(self, tokens, question):
         """tokens [1,N,C] -> the greedy answer. The complete sequence is read again for each token:
         simple, and fast enough for answers of a few words."""
         prompt, answer = self.encode_prompt(question_prompt(question)), []
-        image = self.projector(tokens) + self.pos_embed                            # (1, N, W)
+        image = self.embed_images(tokens)                                          # (1, N, W)
         while len(answer) < MAX_TOKENS:
             logits = self.lm(image, torch.tensor([prompt + answer], device=tokens.device))
             next_id = logits[0, -1].argmax().item()
@@ -152,139 +153,141 @@ class HuggingFaceLM(nn.Module):
         """image [B,N,W], ids [B,T] with bos first -> logits [B,T,V] of [bos | image | text]."""
         text = self.model.get_input_embeddings()(ids)                              # (B, T, W)
         x = torch.cat([text[:, :1], image.to(text.dtype), text[:, 1:]], dim=1)     # (B, N+T, W)
-        output = self.model(inputs_embeds=x, use_cache=False, logits_to_keep=ids.shape[1])
-        return output.logits.float()
-
-
-class HuggingFaceTokenizer:
-    """A tokenizer of transformers with the methods of tokenizer.Tokenizer that are used here."""
-
-    def __init__(self, tokenizer):
-        self.eos = tokenizer.eos_token_id
-        self.bos = self.eos if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-        self.encode_ordinary = partial(tokenizer.encode, add_special_tokens=False)
-        self.decode = tokenizer.decode
+        return self.model(inputs_embeds=x, use_cache=False, logits_to_keep=ids.shape[1]).logits
 
 
 def build_vlm(lm, tokenizer, N, C):
     """For N image tokens of width C: an untrained projector, with a language model of transformers
     (`lm`, hub id or folder) or an untrained one that uses `tokenizer`."""
     if not lm:
-        decoder = CaptionDecoder(tokenizer.vocab_size, 2 * MAX_TOKENS, LM_SIZE["width"], **LM_SIZE)
-        return VisionLanguageModel(decoder, tokenizer, C, LM_SIZE["width"], side=math.isqrt(N))
+        decoder = CaptionDecoder(tokenizer.vocab_size, 2 * MAX_TOKENS, 192, 192, depth=4, heads=6)
+        return VisionLanguageModel(decoder, tokenizer, N, C, 192, positions=True)
     try:
         import transformers  # optional: only for --lm
 
         model = transformers.AutoModelForCausalLM.from_pretrained(
             lm, trust_remote_code=False, use_safetensors=True, dtype=torch.float32)
-        tokenizer = HuggingFaceTokenizer(transformers.AutoTokenizer.from_pretrained(lm))
+        theirs = transformers.AutoTokenizer.from_pretrained(lm)
     except Exception as error:  # dozens of types for a missing or unsupported model
         raise UserError(f"--lm {lm} could not be loaded ({type(error).__name__}: {error}); pip "
                         "install transformers, and offline give a folder") from None
-    needed = N + 2 * MAX_TOKENS
-    context_length = getattr(model.config, "max_position_embeddings", sys.maxsize)
-    if tokenizer.eos is None or context_length < needed:
-        raise UserError(f"--lm {lm}: needs an end-of-text token and a context length of {needed}")
+    eos, bos = theirs.eos_token_id, theirs.bos_token_id
+    tokenizer = SimpleNamespace(  # what is used of tokenizer.Tokenizer
+        bos=eos if bos is None else bos, eos=eos, decode=theirs.decode,
+        encode_ordinary=partial(theirs.encode, add_special_tokens=False))
     width = model.get_input_embeddings().embedding_dim
-    return VisionLanguageModel(HuggingFaceLM(model), tokenizer, C, width)
+    return VisionLanguageModel(HuggingFaceLM(model), tokenizer, N, C, width)
 
 
-# ---- Images as tokens ----------------------------------------------------------------------------
+# ---- Images and questions ------------------------------------------------------------------------
+# An image is an index into a data set that is encoded once, or the path of a file. Training reads
+# turns: (image, prompt, answer).
+
+SIDES_REPEAT = 4  # turns of each question for a side: the hardest skill needs most examples
 
 
-class TokenCache:
-    """Normalized tokens [B,N,C] of images: by index those of a data set, encoded once; by path."""
+def load_tokens(model, device, encoded, images):
+    """B indices into encoded [M,N,C], or B paths -> tokens [B,N,C]."""
+    if isinstance(images[0], int):
+        return encoded[list(images)].to(device).float()
+    pixels = [decode_image({"path": path}) for path in images]
+    pixels = [to_tensor(center_crop(image, model.config.resolution)) for image in pixels]
+    return image_tokens(model, torch.stack(pixels).to(device)).float()             # (B, N, C)
 
-    def __init__(self, model, space, device):
-        self.model, self.space, self.device = model, space, device
-        self.resolution = model.config.resolution
 
-    def encode(self, images):
-        return {"tokens": image_tokens(self.model, images.to(self.device), self.space).half()}
-
-    def get(self, keys):
-        if isinstance(keys[0], int):
-            tokens = self.tokens[keys]
+def make_questions(info, class_names, kinds):
+    """{"choice": [(image, question)], "pope": those with the answers yes and no} about the encoded
+    images that show a scene or have a label; the same ones each time."""
+    scenes = [json.loads(scene or "null") for scene in info["scenes"]]
+    objects = []  # of each image
+    for scene, label in zip(scenes, info["labels"].tolist(), strict=True):
+        if scene:
+            objects.append([object_name(item) for item in scene["objects"]])
         else:
-            images = [decode_image({"bytes": None, "path": str(path)}) for path in keys]
-            images = [to_tensor(center_crop(image, self.resolution)) for image in images]
-            tokens = self.encode(torch.stack(images))["tokens"]
-        return self.stats.normalize(tokens.to(self.device).float())                # (B, N, C)
+            objects.append([class_names[label]] if label >= 0 else [])
+    names = [name for name, _ in Counter(chain.from_iterable(objects)).most_common()]
+    rng, questions = random.Random("questions"), {"choice": [], "pope": []}
+    for i, (scene, present) in enumerate(zip(scenes, objects, strict=True)):
+        if not present or len(names) == 1:
+            continue  # nothing to ask
+        choices = scene_questions(scene, rng) if scene else [
+            multiple_choice("class", "What is in the image?", present[0], class_names, rng)]
+        questions["choice"] += [(i, q) for q in choices]
+        questions["pope"] += [(i, q) for q in presence_questions(present, names, kinds, rng)]
+    return questions
+
+
+def parse_pope(text):
+    """JSON lines of {image, text, label} -> (image, question)."""
+    options = ("yes", "no")
+    for line in text.splitlines():
+        row = json.loads(line)
+        answer = options[options.index(row["label"].lower())]
+        yield row["image"], Question("file", row["text"], answer, options)
+
+
+def parse_llava(text):
+    """[{image, conversations: [{from: "human", value}, {from: "gpt", value}, ...]}] -> turns."""
+    rows = json.loads(text)
+    with_image = [row for row in rows if "image" in row]
+    print(f"LLaVA: {len(rows) - len(with_image):,} of {len(rows):,} rows have no image; left out")
+    for row in with_image:
+        values = [message["value"].replace("<image>", "") for message in row["conversations"]]
+        for question, answer in zip(values[::2], values[1::2], strict=True):
+            yield row["image"], question_prompt(question.strip()), answer
+
+
+def read_file(parse, file, folder):
+    """What `parse` finds in a file, if one is given, with the paths of its images in the folder."""
+    if not file:
+        return []
+    try:
+        rows = [(Path(folder) / image, *rest) for image, *rest in parse(Path(file).read_text())]
+    except (LookupError, TypeError, AttributeError, ValueError) as error:
+        raise UserError(f"{file} does not have the layout that {parse.__name__} reads "
+                        f"({type(error).__name__}: {error})") from None
+    if not rows:
+        raise UserError(f"{file} has no question about an image")
+    for image, *_ in rows:
+        if not image.is_file():
+            raise UserError(f"{image} is missing: give --images, the folder of {file}'s images")
+    return rows
 
 
 # ---- Evaluation ----------------------------------------------------------------------------------
 
 EVAL_BATCH = 64  # questions
-CONTROLS = ("", "blind", "shuffled")  # the image; noise instead; the image of another question
 
 
-def noise_like(tokens, seed):
-    """Gaussian noise in the place of normalized tokens: no image."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(tokens.shape, generator=generator).to(tokens.device)
-
-
-def predict(vlm, cache, questions, control):
-    """Of each question the most likely option, the label, and whether greedy generation writes the
-    label."""
-    rows, keys = [], [key for key, _ in questions]
-    if control == "shuffled":
-        unique = list(dict.fromkeys(keys))
-        half = len(unique) // 2
-        other = dict(zip(unique, unique[half:] + unique[:half], strict=True))
-        keys = [other[key] for key in keys]
-    for start in progress(range(0, len(keys), EVAL_BATCH), desc="questions", leave=False):
-        batch = [q for _, q in questions[start : start + EVAL_BATCH]]
-        tokens = cache.get(keys[start : start + EVAL_BATCH])                       # (B, N, C)
-        if control == "blind":
-            tokens = noise_like(tokens, seed=start)
+def evaluate(vlm, load, questions, blind):
+    """{metric: value} of questions with equally many options, the accuracy also by kind. blind:
+    with noise in place of the image. F1 is that of yes: 0.667 where the answer is always "yes"."""
+    values = defaultdict(list)
+    for start in progress(range(0, len(questions), EVAL_BATCH), desc="questions", leave=False):
+        images, batch = zip(*questions[start : start + EVAL_BATCH], strict=True)
+        tokens = load(images)                                                      # (B, N, C)
+        if blind:
+            tokens = vlm.stats.denormalize(torch.randn_like(tokens))
         for q, scores, is_greedy in zip(batch, *vlm.score(tokens, batch), strict=True):
-            exact = is_greedy[q.options.index(q.answer)].item()
-            rows.append((q.options[scores.argmax()], q.answer, exact))
-    return rows
-
-
-def yes_no_metrics(rows):
-    """rows of `predict`. Precision, recall and F1 are those of yes; 0 where no yes is correct.
-    Always "yes" has an F1 of 0.667."""
-    counts = Counter((answer, label) for answer, label, _ in rows)
-    true_yes = counts["yes", "yes"]
-    pred_yes, is_yes = true_yes + counts["yes", "no"], true_yes + counts["no", "yes"]
-    return {"accuracy": (true_yes + counts["no", "no"]) / len(rows),
-            "precision": true_yes / max(1, pred_yes),
-            "recall": true_yes / max(1, is_yes),
-            "f1": 2 * true_yes / max(1, pred_yes + is_yes),
-            "yes_rate": pred_yes / len(rows)}
-
-
-def evaluate(vlm, cache, questions, prefix):
-    """Metrics of multiple-choice ("choice") or yes/no ("pope") questions: overall and by kind, for
-    each of CONTROLS; and exact_match, of free-form answers."""
-    metrics = {}
-    for control in CONTROLS if questions else ():
-        groups = {}
-        rows = predict(vlm, cache, questions, control)
-        for (_, q), row in zip(questions, rows, strict=True):
-            for kind in ("", q.kind.removeprefix("presence ")):
-                name = "_".join(filter(None, (prefix, control, kind)))
-                groups.setdefault(name, []).append(row)
-        for name, group in groups.items():
-            if prefix == "choice":
-                correct = [answer == label for answer, label, _ in group]
-                metrics["choice_accuracy" if name == prefix else name] = fmean(correct)
-            else:
-                for key, value in yes_no_metrics(group).items():
-                    metrics[f"{name}_{key}"] = value
-        if prefix == "choice" and not control:
-            metrics["exact_match"] = fmean(exact for _, _, exact in rows)
+            said = q.options[scores.argmax()]
+            values["accuracy"].append(said == q.answer)
+            values[q.kind].append(said == q.answer)
+            values["exact_match"].append(is_greedy[q.options.index(q.answer)].item())
+            if "yes" in q.options:
+                values["yes_rate"].append(said == "yes")
+                values["true_yes"].append(said == q.answer == "yes")
+    metrics = {name: fmean(row) for name, row in values.items()}
+    if "yes_rate" in metrics:
+        is_yes = fmean(q.answer == "yes" for _, q in questions)
+        metrics["f1"] = 2 * metrics.pop("true_yes") / (metrics["yes_rate"] + is_yes)
     return metrics
 
 
-def save_examples(vlm, cache, dataset, questions, path):
+def save_examples(vlm, load, dataset, questions, path):
     """Sixteen test images, each with a question, the answer, and the label where that differs."""
     images, captions = [], []
     for i, q in questions[:: max(1, len(questions) // 16)][:16]:
-        answer = vlm.generate(cache.get([i]), q.text)
+        answer = vlm.generate(load([i]), q.text)
         label = "" if answer == q.answer else f" ({q.answer})"
         images.append([to_pil(dataset[i]["image"])])
         captions.append(f"{q.text} {answer}{label}")
@@ -295,7 +298,7 @@ def save_examples(vlm, cache, dataset, questions, path):
 # ---- Training ------------------------------------------------------------------------------------
 
 PROMPT_LOSS_WEIGHT = 0.5
-NOISE_IMAGE_PROB = 0.1  # DIFFERS: of training images; makes the blind control in-distribution
+LOG_EVERY = 50  # steps
 
 
 def make_optimizers(vlm):
@@ -303,57 +306,44 @@ def make_optimizers(vlm):
     of a CaptionDecoder, which learn in half as many steps."""
     matrices, others = [], []
     for name, p in vlm.named_parameters():
-        if p.requires_grad:
-            is_matrix = name.startswith(("projector", "lm.transformer")) and p.ndim == 2
-            (matrices if is_matrix else others).append(p)
+        is_matrix = name.startswith(("projector", "lm.transformer")) and p.ndim == 2
+        (matrices if is_matrix else others).append(p)
     return [torch.optim.AdamW(others, weight_decay=0.0), runtime.Muon(matrices, lr=0.0)]
 
 
-def lr_scale(step, steps):
-    """3 % linear warmup, then cosine to 0."""
-    warmup = max(1, math.ceil(0.03 * steps))
-    if step < warmup:
-        return (step + 1) / warmup
-    return 0.5 + 0.5 * math.cos(math.pi * (step - warmup) / max(1, steps - warmup))
-
-
-def train(vlm, cache, sample_turns, stage, steps, lr, c, autocast):
-    """Trains what requires a gradient on the turns of sample_turns(rng); the loss is on answers.
+def train(vlm, load, turns, stage, steps, lr, c, autocast):
+    """Trains what requires a gradient on turns; the loss is on answers. 3 % linear warmup, cosine.
 
     DIFFERS: a language model from scratch also learns the prompts, at PROMPT_LOSS_WEIGHT. It names
     the objects of the question before it compares them; without it the sides of objects were
-    guessed (0.33 of four choices after 1,000 steps, with it 0.77)."""
-    optimizers = make_optimizers(vlm)
-    losses, start = [], time.time()
-    for step in progress(range(steps), desc=stage):
-        rng = random.Random(f"{c.seed} {stage} {step}")
-        turns = []
-        while len(turns) < c.batch_size:
-            turns += sample_turns(rng)
-        tokens = cache.get([key for key, _, _ in turns])                           # (B, N, C)
-        is_noise = torch.tensor([rng.random() < NOISE_IMAGE_PROB for _ in turns])  # (B,)
-        noise = noise_like(tokens, seed=rng.getrandbits(32))                       # (B, N, C)
-        tokens = torch.where(is_noise[:, None, None].to(tokens.device), noise, tokens)
-        pairs = [(prompt, answer) for _, prompt, answer in turns]
+    guessed (0.33 of four choices after 1,000 steps, with it 0.77). And a tenth of the images are
+    noise, so that a blind model is not out of distribution."""
+    optimizers, losses = make_optimizers(vlm), []
+    rng, warmup = random.Random(f"{c.seed} {stage}"), math.ceil(0.03 * steps)
+    for step in progress(range(1, steps + 1), desc=stage):
+        images, prompts, answers = zip(*rng.choices(turns, k=c.batch_size), strict=True)
+        tokens = load(images)                                                      # (B, N, C)
+        noise = torch.randn_like(tokens[: c.batch_size // 10])
+        tokens[: len(noise)] = vlm.stats.denormalize(noise)
         with autocast():
-            logits, targets = vlm(tokens, pairs)
-        loss = F.cross_entropy(logits.float(), targets, ignore_index=IGNORE_INDEX)
+            logits, targets, roles = vlm(tokens, zip(prompts, answers, strict=True))
+        token_losses = F.cross_entropy(logits, targets, reduction="none")          # (B, T)
+        loss = masked_mean(token_losses, roles == ANSWER)
         if not c.lm:
-            loss = loss + PROMPT_LOSS_WEIGHT * vlm.prompt_loss(logits, pairs)
+            loss = loss + PROMPT_LOSS_WEIGHT * masked_mean(token_losses, roles == PROMPT)
         loss.backward()
         nn.utils.clip_grad_norm_(vlm.parameters(), 1.0)
+        scale = min(step / warmup, 0.5 + 0.5 * math.cos(math.pi * step / steps))
         for optimizer in optimizers:
-            optimizer.param_groups[0]["lr"] = lr * lr_scale(step, steps)
+            optimizer.param_groups[0]["lr"] = lr * scale
             optimizer.step()
             optimizer.zero_grad()
         losses.append(loss.detach())
-        if (step + 1) % c.log_every == 0 or step + 1 == steps:
-            mean_loss, losses = torch.stack(losses).mean().item(), []
+        if step % LOG_EVERY == 0 or step == steps:
+            mean_loss = torch.stack(losses[-LOG_EVERY:]).mean().item()
             if not math.isfinite(mean_loss):
-                raise UserError(f"{stage}, step {step + 1}: non-finite loss; lower --lr")
-            eta = (time.time() - start) / (step + 1) * (steps - step - 1)
-            tqdm.write(f"{stage:11} step {step + 1:5d}/{steps}  loss {mean_loss:.4f}  "
-                       f"eta {eta:.0f} s")
+                raise UserError(f"{stage}, step {step}: non-finite loss; lower --lr")
+            tqdm.write(f"{stage:11} step {step:5d}/{steps}  loss {mean_loss:.4f}")
 
 
 # ---- The program ---------------------------------------------------------------------------------
@@ -361,13 +351,10 @@ def train(vlm, cache, sample_turns, stage, steps, lr, c, autocast):
 
 @dataclass
 class Config:
-    ckpt: str = arg("", "run folder of train.py; outputs are written into it", "data", path=True)
+    ckpt: str = arg("runs/laptop", "run folder of train.py; outputs go into it", "data", path=True)
     data: str | None = arg(None, "evaluation dataset (default: the run's)", "data", path=True)
     n_train_images: int = arg(12_000, "training images, encoded once", "data", min=2)
     n_test_images: int = arg(500, "test images", "data", min=2)
-    space: str = arg("tokens", "encoder tokens, or the VAE's latents in 2x2 patches", "model",
-                     choices=("tokens", "latents"))
-    random_init: bool = arg(False, "randomly initialized encoder, as a baseline", "model")
     lm: str | None = arg(None, "causal language model of transformers (hub id or folder) instead "
                          "of the one from scratch", "model", path=True)
     steps: tuple[int, ...] = arg((250, 1000), "optimizer steps of alignment and instruction",
@@ -379,147 +366,100 @@ class Config:
     chat: tuple[str, ...] = arg((), "answer one question about one image and stop", "files",
                                 nargs=2, metavar=("IMAGE", "QUESTION"))
     pope: tuple[str, ...] = arg((), "POPE's files", "files", nargs="+")
-    seed_bench: str | None = arg(None, "SEED-Bench's file", "files", path=True)
     align: str | None = arg(None, "captions in LLaVA's layout", "files", path=True)
     instruct: str | None = arg(None, "conversations in LLaVA's layout", "files", path=True)
-    images: str | None = arg(None, "folder of the images that these files name", "files", path=True)
+    images: str = arg(".", "folder of the images that these files name", "files", path=True)
     device: str = runtime.device_arg()
     dtype: str = runtime.dtype_arg()
-    log_every: int = arg(50, "steps between log lines", min=1)
-
-
-def check_config(c):
-    if not c.ckpt:
-        raise UserError("--ckpt DIR is missing: the run folder of train.py")
-    if (c.pope or c.seed_bench or c.align or c.instruct) and not c.images:
-        raise UserError("--pope, --seed-bench, --align and --instruct need --images, the folder of "
-                        "their images")
-    if c.space == "latents" and c.random_init:
-        raise UserError("--space latents uses no encoder: drop --random-init")
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise UserError("eval_vlm.py is one process: start it with python, not torchrun")
-
-
-def train_tokenizer(sample_caption, sample_questions, rng):
-    """For a language model from scratch, on samples of all that it will read and write."""
-    turns = []
-    for _ in range(2500):
-        turns += sample_caption(rng) + sample_questions(rng)
-    texts = [f"{prompt} {answer}" for _, prompt, answer in turns]
-    return Tokenizer.train(texts, 2 * MAX_TOKENS, vocab_size=1024)
 
 
 def load_vlm(path, checksum):
     """What an earlier run of this program saved."""
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        if state["checksum"] != checksum:
-            raise UserError("it was trained with another encoder than this folder's")
-    except Exception as error:  # no file, truncated, not ours
-        raise UserError(f"{path} cannot be used ({type(error).__name__}: {error}); run the same "
-                        "command without --chat first") from None
-    tokenizer = None
-    if state["tokenizer"]:
-        tokenizer = Tokenizer.from_state_dict(state["tokenizer"], 2 * MAX_TOKENS)
-    shape = state["stats"]["mean"].shape
-    stats, vlm = TokenStats(*shape), build_vlm(state["lm"], tokenizer, *shape)
-    stats.load_state_dict(state["stats"])
+    state = torch.load(path, map_location="cpu", weights_only=True) if path.is_file() else {}
+    if state.get("encoder") != checksum:
+        raise UserError(f"{path} is missing, or it was trained with another encoder than this "
+                        "folder's; run the same command without --chat first")
+    tokenizer = Tokenizer.from_state_dict(state["tokenizer"], 2 * MAX_TOKENS)
+    vlm = build_vlm(state["lm"], tokenizer, *state["model"]["stats.mean"].shape)
     vlm.load_state_dict(state["model"])
-    return vlm.eval(), stats
+    return vlm.eval()
 
 
 def run(c):
     # 1. The frozen encoder
     start, env = time.time(), runtime.init_distributed(c.device, c.dtype)
-    model, tokenizer, _ = load_run(c.ckpt, env.device, c.random_init)
-    suffix = "_random" if c.random_init else ""
-    suffix += "_latents" if c.space == "latents" else ""
-    path = Path(c.ckpt) / f"vlm{suffix}.pt"
+    model, tokenizer, _ = load_run(c.ckpt, env.device)
+    path = Path(c.ckpt) / "vlm.pt"
     checksum = sum(p.cpu().double().sum().item() for p in model.encoder.parameters())
-    cache, test_cache = (TokenCache(model, c.space, env.device) for _ in range(2))
+    load = partial(load_tokens, model, env.device)
     if c.chat:
-        vlm, stats = load_vlm(path, checksum)
-        cache.stats = stats.to(env.device)
-        image, question = c.chat
-        answer = vlm.to(env.device).generate(cache.get([Path(image)]), question)
-        print(answer or "(empty answer)")
+        vlm = load_vlm(path, checksum).to(env.device)
+        print(vlm.generate(load(None, [c.chat[0]]), c.chat[1]) or "(empty answer)")
         return
 
-    # 2. Images and questions
-    align = read_file(parse_llava, c.align, c.images)
+    # 2. Images, captions and questions
+    align = [(image, "", text) for image, _, text in read_file(parse_llava, c.align, c.images)]
     instruct = read_file(parse_llava, c.instruct, c.images)
-    seed_bench = read_file(parse_seed_bench, c.seed_bench, c.images)
-    pope = list(chain.from_iterable(read_file(parse_pope, file, c.images) for file in c.pope))
+    pope = {Path(file).stem: read_file(parse_pope, file, c.images) for file in c.pope}
     data = load_run_data(model.config, c.data, need_text=False)
-    info = encode_dataset(cache.encode, data.train, tokenizer, c.n_train_images,
-                          "training images", device=env.device)
-    test_info = encode_dataset(cache.encode, data.test, tokenizer, c.n_test_images,
-                               "test images", device=env.device)
-    cache.tokens, test_cache.tokens = info["tokens"], test_info["tokens"]          # (M, N, C)
-    N, C = cache.tokens.shape[1:]
-    cache.stats = test_cache.stats = TokenStats(N, C).to(env.device)
-    cache.stats.fit(cache.tokens)
-    bank = QuestionBank(info, data.class_names)
-    test = QuestionBank(test_info, data.class_names, bank.by_frequency)
-    captioned = [(i, texts) for i, texts in enumerate(info["captions"]) if texts[0].strip()]
-    if align:
-        captioned = [(path, [answer]) for path, _, answer in align]
-    if not captioned:
-        raise UserError("alignment needs captions, and this data set has none; use --align")
-    if not (instruct or len(bank.by_frequency) > 1):
-        raise UserError("questions need drawn scenes, or labels of at least two classes, and this "
-                        "data set has neither; use --instruct and --images")
-    rng = random.Random("test")  # the same questions for all seeds and encoders
-    choices, yes_no = [], []
-    for i in test.indices:
-        choices += [(i, q) for q in test.choice_questions(i, rng)]
-        yes_no += [(i, q) for q in test.yes_no_questions(i, NEGATIVES, rng)]
-    print(f"test questions: {len(choices):,} multiple-choice, {len(yes_no):,} yes/no")
+    infos = []
+    for split, limit in ((data.train, c.n_train_images), (data.test, c.n_test_images)):
+        infos.append(encode_dataset(
+            lambda images: {"tokens": image_tokens(model, images).half()}, split, tokenizer, limit,
+            "images", device=env.device))
+    load_train, load_test = (partial(load, info["tokens"]) for info in infos)
+    class_names = [name.replace("_", " ") for name in data.class_names or ()]
+    if not align:
+        captions = enumerate(infos[0]["captions"])
+        align = [(i, "", texts[0]) for i, texts in captions if texts[0].strip()]
+    if not instruct:  # no popular objects: trained on, they would teach "no" to all frequent ones
+        asked = make_questions(infos[0], class_names, ("random", "adversarial"))
+        for i, q in asked["choice"] + asked["pope"]:
+            turn = (i, question_prompt(q.text), q.answer)
+            instruct += [turn] * (SIDES_REPEAT if q.kind == "relation" else 1)
+    if not (align and instruct):
+        raise UserError("this data set has no captions, or neither drawn scenes nor labels of two "
+                        "classes to ask about; use --align, --instruct and --images")
 
     # 3. Training
-    def sample_caption(rng):
-        key, texts = rng.choice(captioned)
-        return [(key, "", rng.choice(texts))]
-
-    def sample_questions(rng):
-        return [rng.choice(instruct)] if instruct else bank.sample_turns(rng)
-
-    if not c.lm:
-        tokenizer = train_tokenizer(sample_caption, sample_questions, rng)
+    sample = random.Random(0).choices(align + instruct, k=10_000)
+    texts = [f"{prompt} {answer}" for _, prompt, answer in sample]
+    tokenizer = Tokenizer.train(texts, 2 * MAX_TOKENS, vocab_size=1024)  # not used with --lm
     torch.manual_seed(c.seed)
-    vlm = build_vlm(c.lm, tokenizer, N, C).to(env.device)
+    vlm = build_vlm(c.lm, tokenizer, *infos[0]["tokens"].shape[1:]).to(env.device)
+    vlm.stats.fit(infos[0]["tokens"])
     vlm.lm.requires_grad_(not c.lm)  # DIFFERS: from scratch it is trained in alignment too
-    train(vlm, cache, sample_caption, "alignment", c.steps[0], c.lr or 1e-3, c, env.autocast)
+    train(vlm, load_train, align, "alignment", c.steps[0], c.lr or 1e-3, c, env.autocast)
     vlm.requires_grad_(True)
     lr = c.lr or (2e-5 if c.lm else 1e-3)
-    train(vlm, cache, sample_questions, "instruction", c.steps[1], lr, c, env.autocast)
+    train(vlm, load_train, instruct, "instruction", c.steps[1], lr, c, env.autocast)
     vlm.eval()
-    state = {"model": vlm.state_dict(), "stats": cache.stats.state_dict(), "lm": c.lm,
-             "checksum": checksum, "tokenizer": None if c.lm else tokenizer.state_dict()}
+    state = {"model": vlm.state_dict(), "lm": c.lm, "encoder": checksum,
+             "tokenizer": tokenizer.state_dict()}
     runtime.atomic_write(path, partial(torch.save, state))
 
     # 4. Evaluation
     metrics = dict.fromkeys(("choice_accuracy", "choice_blind", "pope_accuracy", "pope_f1",
                              "pope_yes_rate", "pope_blind_f1", "exact_match"))
-    metrics.update(evaluate(vlm, test_cache, choices, "choice"))
-    metrics.update(evaluate(vlm, test_cache, yes_no, "pope"))
-    for questions, prefix in ((seed_bench, "choice"), (pope, "pope")):
-        for key, value in evaluate(vlm, test_cache, questions, prefix).items():
-            metrics[f"file_{key}"] = value
-    metrics.update(n_questions=len(choices) + len(yes_no), steps=c.steps, seed=c.seed, lm=c.lm,
-                   seconds=round(time.time() - start, 1))
+    questions = make_questions(infos[1], class_names, NEGATIVES)
+    for name, asked in (questions | pope).items():
+        for prefix in (name, f"{name}_blind"):
+            found = evaluate(vlm, load_test, asked, blind=prefix != name)
+            metrics.update({f"{prefix}_{key}": value for key, value in found.items()})
+    metrics["choice_blind"] = metrics.pop("choice_blind_accuracy", None)
+    metrics["exact_match"] = metrics.pop("choice_exact_match", None)
+    metrics.update(n_questions=sum(map(len, questions.values())), steps=c.steps, seed=c.seed,
+                   lm=c.lm, seconds=round(time.time() - start, 1))
     runtime.save_json(metrics, path.with_suffix(".json"))
-    runtime.print_table(f"{c.ckpt}, {path.stem}", metrics)
-    if choices:
-        save_examples(vlm, test_cache, data.test, choices, path.with_suffix(".png"))
+    runtime.print_table(c.ckpt, metrics)
+    if questions["choice"]:
+        save_examples(vlm, load_test, data.test, questions["choice"], path.with_suffix(".png"))
     print(f"wrote {path}; add --chat IMAGE QUESTION to the same command to ask it")
 
 
 def main():
     with runtime.cli_errors():
-        config, _ = runtime.parse_args(Config, "Question answering from frozen tokens (LLaVA).")
-        check_config(config)
-        run(config)
+        run(runtime.parse_args(Config, "Question answering from frozen tokens (LLaVA).")[0])
 
 
 if __name__ == "__main__":

@@ -8,9 +8,10 @@ trains on recaptioned web images, Recap-DataComp-1B.)
     (split, index) -> sample_scene -> scene -> draw_scene      -> image uint8 [R,R,3]
                                             -> caption_scene   -> "a red circle with a small ..."
                                             -> scene_questions -> "What color is the circle?", red
+    objects in the image, all objects -> presence_questions    -> "Is there a red ring ...?", no
 
 Shapes: R resolution; h w size of an object's box; u, x to the right and v, y downward.
-Run:    python shapes.py    # three scenes with their captions and questions
+Run:    not a program; python data.py shows scenes with their captions
 Source: CLEVR's idea (arXiv 1612.06890); questions as in SEED-Bench (2307.16125), POPE (2305.10355)
 Next:   images.py
 """
@@ -19,9 +20,8 @@ import itertools
 import json
 import math
 import random
-from collections import Counter
-from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import datasets
 import numpy as np
@@ -55,11 +55,10 @@ def place_objects(rng, radii):
         return place_objects(rng, radii)
     axes = []
     for shifts in (np.real(offsets), np.imag(offsets)):
-        low = max(radii + 0.02 - shifts)
-        high = min(0.98 - radii - shifts)
+        low, high = max(radii + 0.02 - shifts), min(0.98 - radii - shifts)
         if low > high:
             return place_objects(rng, radii)
-        axes.append((rng.uniform(low, high) + shifts).tolist())
+        axes.append(rng.uniform(low, high) + shifts)
     return zip(*axes, [None, *sides], strict=True)
 
 
@@ -74,8 +73,9 @@ def sample_scene(rng):
     places = place_objects(rng, np.array([RADIUS[size] for size in sizes]))
     objects = []
     for shape, color, size, (x, y, side) in zip(shapes, colors, sizes, places, strict=True):
-        x, y, turn = round(x, 4), round(y, 4), round(rng.uniform(-0.2, 0.2), 4)
-        objects.append(dict(shape=shape, color=color, size=size, x=x, y=y, turn=turn, side=side))
+        objects.append({"shape": shape, "color": color, "size": size, "x": round(float(x), 4),
+                        "y": round(float(y), 4), "turn": round(rng.uniform(-0.2, 0.2), 4),
+                        "side": side})
     kind = rng.choice(("plain", "gradient", "stripes", "clouds"))
     return {"objects": objects, "background": {"kind": kind, "seed": rng.getrandbits(31)}}
 
@@ -125,8 +125,8 @@ def draw_background(centers, kind, seed):
     first, second = rng.uniform(45, 215), rng.uniform(45, 215)  # gray levels
     if kind != "gradient":
         second = first + 0.3 * (second - first)  # a texture is fainter than the objects
-    first = np.float32([first + rng.uniform(-18, 18) for _ in "rgb"])
-    second = np.float32([second + rng.uniform(-18, 18) for _ in "rgb"])
+    first, second = (
+        np.float32([gray + rng.uniform(-18, 18) for _ in "rgb"]) for gray in (first, second))
     angle = rng.uniform(0, math.tau)
     u, v = centers - 0.5, centers[:, None] - 0.5
     mix = u * math.cos(angle) + v * math.sin(angle) + 0.5    # (R, R)
@@ -147,15 +147,13 @@ def draw_scene(scene, resolution):
     rng = random.Random(scene["background"]["seed"] + 1)
     for item in scene["objects"]:
         radius = RADIUS[item["size"]]
-        scale = radius * resolution                          # in pixels
-        margin = np.array([-1, 1]) * (1.2 * radius + 0.5 / resolution)
-        columns = slice(*np.searchsorted(centers, item["x"] + margin))
-        rows = slice(*np.searchsorted(centers, item["y"] + margin))
+        box = np.array([-1, 1]) * (1.2 * radius + 0.5 / resolution)
+        columns, rows = (slice(*np.searchsorted(centers, item[axis] + box)) for axis in "xy")
         x = (centers[columns] - item["x"]) / radius          # (w,)
         y = (centers[rows, None] - item["y"]) / radius       # (h, 1)
         cos, sin = math.cos(item["turn"]), math.sin(item["turn"])
         distance = signed_distance(item["shape"], cos * x + sin * y, cos * y - sin * x)
-        alpha = np.clip(0.5 - distance * scale, 0, 1)        # (h, w)
+        alpha = np.clip(0.5 - distance * (radius * resolution), 0, 1)       # (h, w)
         light = rng.uniform(0.88, 1.0)
         shading = light + rng.uniform(-0.06, 0.06) * x + rng.uniform(-0.06, 0.06) * y
         color = np.float32(COLORS[item["color"]]) * shading[..., None]      # (h, w, 3)
@@ -188,10 +186,8 @@ def caption_choices(scene):
     prefixes = ("", "there is ", "a picture of ")
     main, *companions = scene["objects"]
     companions.sort(key=lambda item: list(DIRECTIONS).index(item["side"]))
-    names = []
-    for item in (main, *companions):
-        name = object_name(item)
-        names.append((with_article(name), f"a {item['size']} {name}"))
+    names = [(with_article(object_name(item)), f"a {item['size']} {object_name(item)}")
+             for item in (main, *companions)]
     if not companions:
         location = LOCATIONS[int(3 * main["y"])][int(3 * main["x"])]
         return [prefixes, ["{} " + location], names[0][1:]]
@@ -241,13 +237,17 @@ def shapes_dataset(split, length, resolution):
 NUMBERS = ("one", "two", "three", "four")
 
 
-@dataclass(frozen=True)
-class Question:
-    """options: four, or fewer where there are fewer classes, with the answer; or yes and no."""
+class Question(NamedTuple):
+    """options: up to four, with the answer; or yes and no, where `kind` is the kind of negative."""
     kind: str
     text: str
     answer: str
     options: tuple[str, ...]
+
+
+def question_prompt(text):
+    """LLaVA-1.5's conversation format."""
+    return f"USER: {text} ASSISTANT:"
 
 
 def multiple_choice(kind, text, answer, options, rng):
@@ -258,31 +258,11 @@ def multiple_choice(kind, text, answer, options, rng):
     return Question(kind, text, answer, tuple(chosen))
 
 
-def yes_no(kind, name, present):
-    """kind: how an absent object was chosen (POPE: random, popular or adversarial)."""
-    text = f"Is there {with_article(name)} in the picture?"
-    return Question(f"presence {kind}", text, "yes" if present else "no", ("yes", "no"))
-
-
-def relation_questions(scene, rng):
-    """Two for each companion: where it lies, seen from the main object, and the other way round.
-    Names include the color, because tokens tell two companions apart best by color."""
-    main, *companions = scene["objects"]
-    questions = []
-    for item in companions:
-        side = item["side"]
-        for one, other, answer in ((item, main, side), (main, item, OPPOSITE[side])):
-            text = f"Where is the {object_name(one)}, seen from the {object_name(other)}?"
-            questions.append(multiple_choice("relation", text, answer, DIRECTIONS, rng))
-    return questions
-
-
 def scene_questions(scene, rng):
-    """Multiple choice, as in SEED-Bench. Scenes of one object have a size question, a third of them
-    the count. "four" and "tiny" are never true: without the image one guesses 1 of 3."""
+    """Multiple choice, as in SEED-Bench. A third of the scenes of one object have the count. "four"
+    and "tiny" are never true: without the image one guesses 1 of 3."""
     ask = partial(multiple_choice, rng=rng)
-    objects = scene["objects"]
-    main = objects[0]
+    main, *companions = objects = scene["objects"]
     colors = [item["color"] for item in objects]
     questions = []
     for item in objects:
@@ -291,104 +271,38 @@ def scene_questions(scene, rng):
         if colors.count(color) == 1:
             family = MAIN_SHAPES if item is main else COMPANION_SHAPES
             questions.append(ask("shape", f"What shape is the {color} object?", shape, family))
-    questions += relation_questions(scene, rng)
-    if len(objects) > 1 or rng.random() < 1 / 3:
-        count = NUMBERS[len(objects) - 1]
+    for item in companions:  # names with the color: tokens tell two companions apart best by it
+        side = item["side"]
+        for one, other, answer in ((item, main, side), (main, item, OPPOSITE[side])):
+            text = f"Where is the {object_name(one)}, seen from the {object_name(other)}?"
+            questions.append(ask("relation", text, answer, DIRECTIONS))
+    if companions or rng.random() < 1 / 3:
+        count = NUMBERS[len(companions)]
         questions.append(ask("count", "How many objects are there?", count, NUMBERS))
-    if len(objects) == 1:
+    if not companions:
         text = f"How large is the {main['shape']}?"
         questions.append(ask("size", text, main["size"], (*RADIUS, "tiny")))
     return questions
 
 
-# ---- Questions about a data set ------------------------------------------------------------------
+NEGATIVES = ("random", "popular", "adversarial")  # POPE's three ways to choose an absent object
 
 
-def question_prompt(question):
-    """LLaVA-1.5's conversation format."""
-    return f"USER: {question} ASSISTANT:"
-
-
-NEGATIVES = ("random", "popular", "adversarial")  # POPE's three ways to sample an absent object
-
-
-class QuestionBank:
-    """Questions about encoded images (`info` from encode_dataset). An object is "red circle" in a
-    drawn scene, otherwise a class name. by_frequency: the training images' objects, most frequent
-    first; None where these are the training images."""
-
-    def __init__(self, info, class_names, by_frequency=None):
-        self.class_names = [name.replace("_", " ").strip() for name in class_names or ()]
-        self.scenes = [json.loads(scene or "null") for scene in info["scenes"]]
-        self.objects = []  # of each image
-        for scene, label in zip(self.scenes, info["labels"].tolist(), strict=True):
-            if scene:
-                self.objects.append([object_name(item) for item in scene["objects"]])
-            else:
-                self.objects.append(self.class_names[label : label + 1] if label >= 0 else [])
-        self.indices = [i for i, objects in enumerate(self.objects) if objects]
-        self.with_companions = [i for i, scene in enumerate(self.scenes)
-                                if scene and len(scene["objects"]) > 1]
-        counts = Counter(itertools.chain.from_iterable(self.objects))
-        self.by_frequency = by_frequency or [name for name, _ in counts.most_common()]
-
-    def sample_negative(self, kind, i, present, rng):
-        """An object that is not in image i. random: any; popular: of the more frequent half;
-        adversarial: easily confused with `present`. POPE's adversarial objects often co-occur with
-        it. Those of drawn scenes do not, so there they share color or shape; labels have none."""
-        names, words = self.by_frequency, set(present.split())
-        if self.scenes[i]:  # a companion replaces a companion, which is as frequent
-            is_main = words.isdisjoint(COMPANION_SHAPES)
-            names = [name for name in names if (name.split()[1] in MAIN_SHAPES) == is_main]
-        if kind == "popular":
-            names = names[: max(2, len(names) // 2)]
+def presence_questions(present, names, kinds, rng):
+    """Yes/no, as in POPE: for each kind of negative ask for one object of the image (`present`) and
+    for one that is absent. names: all objects, most frequent first. random: any of them; popular:
+    of the first half; adversarial: one that shares a word with the present one, and so is easily
+    confused (POPE's often co-occurs with it, which objects of scenes do not)."""
+    questions = []
+    for kind in kinds:
+        name = rng.choice(present)
+        pool = names[: len(names) // 2] if kind == "popular" else names
         if kind == "adversarial":
-            names = [name for name in names if self.scenes[i] and words & set(name.split())]
-        names = [name for name in names if name not in self.objects[i]]
-        return rng.choice(names) if names else None
-
-    def yes_no_questions(self, i, kinds, rng):
-        """For each kind of negative one question with the answer yes and one with no."""
-        questions = []
-        for kind in kinds:
-            present = rng.choice(self.objects[i])
-            negative = self.sample_negative(kind, i, present, rng)
-            if negative:
-                questions.append(yes_no(kind, present, True))
-                questions.append(yes_no(kind, negative, False))
-        return questions
-
-    def choice_questions(self, i, rng):
-        """Questions with up to four options."""
-        if self.scenes[i]:
-            return scene_questions(self.scenes[i], rng)
-        text, label = "What is in the image?", self.objects[i][0]
-        return [multiple_choice("class", text, label, self.class_names, rng)]
-
-    def sample_question(self, i, rng):
-        """Half yes/no, half multiple choice. Popular negatives are only in the test: trained on,
-        they would teach "no" to every frequent object."""
-        questions, kind = self.choice_questions(i, rng), rng.choice(("random", "adversarial"))
-        if rng.random() < 0.5:
-            questions = self.yes_no_questions(i, (kind,), rng) or questions
-        return rng.choice(questions)
-
-    def sample_turns(self, rng, count=4):
-        """Training questions about one image, as (image index, prompt, answer). Three images in ten
-        are asked for the sides of their objects only: the hardest skill needs most examples."""
-        if self.with_companions and rng.random() < 0.3:
-            i = rng.choice(self.with_companions)
-            related = relation_questions(self.scenes[i], rng)
-            questions = [rng.choice(related) for _ in range(count)]
-        else:
-            i = rng.choice(self.indices)
-            questions = [self.sample_question(i, rng) for _ in range(count)]
-        return [(i, question_prompt(q.text), q.answer) for q in questions]
-
-
-if __name__ == "__main__":
-    for index in range(3):
-        example = shapes_example("train", index, resolution=64)
-        print("\n" + example["text"])
-        for question in scene_questions(json.loads(example["scene"]), random):
-            print("   ", question.text, question.answer)
+            pool = [other for other in pool if set(name.split()) & set(other.split())]
+        absent = [other for other in pool if other not in present]
+        if not absent:
+            continue
+        for asked, answer in ((name, "yes"), (rng.choice(absent), "no")):
+            text = f"Is there {with_article(asked)} in the picture?"
+            questions.append(Question(kind, text, answer, ("yes", "no")))
+    return questions

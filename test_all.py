@@ -66,7 +66,6 @@ import folders
 import generate
 import losses
 import openvision3
-import question_files
 import runtime
 import shapes as shapes_module
 import sources
@@ -1346,12 +1345,14 @@ def test_questions_about_scenes_are_true():
 
 def test_question_forms():
     scene = next(s for s in map(partial(scene_of, "train"), range(100)) if len(s["objects"]) == 3)
-    answers = [q.answer for q in shapes_module.relation_questions(scene, random.Random(0))]
+    questions = shapes_module.scene_questions(scene, random.Random(0))
+    answers = [q.answer for q in questions if q.kind == "relation"]
+    assert len(answers) == 4
     assert [shapes_module.OPPOSITE[answer] for answer in answers[::2]] == answers[1::2]
-    question = shapes_module.yes_no("random", "orange bar", True)
-    assert question.text == "Is there an orange bar in the picture?"
-    assert (question.kind, question.answer) == ("presence random", "yes")
-    assert shapes_module.yes_no("random", "hat", False).answer == "no"
+    yes, no = shapes_module.presence_questions(
+        ["orange bar"], ["hat", "orange bar"], ["random"], random.Random(0))
+    assert yes == ("random", "Is there an orange bar in the picture?", "yes", ("yes", "no"))
+    assert no == ("random", "Is there a hat in the picture?", "no", ("yes", "no"))
     few = shapes_module.multiple_choice("class", "?", "hat", ["hat", "shoe"], random.Random(0))
     assert sorted(few.options) == ["hat", "shoe"]  # a data set of two classes
 
@@ -3770,7 +3771,7 @@ class LetterTokenizer:
 def small_vlm(seed: int = 0, vocab_size: int = 32):
     torch.manual_seed(seed)
     lm = decoders.CaptionDecoder(vocab_size, 64, token_dim=32, width=32, depth=2, heads=2)
-    vlm = eval_vlm.VisionLanguageModel(lm, LetterTokenizer(), token_dim=12, width=32, side=2)
+    vlm = eval_vlm.VisionLanguageModel(lm, LetterTokenizer(), 4, 12, 32, positions=True)
     for p in vlm.lm.parameters():
         p.data.mul_(3)  # at small weights everything agrees
     return vlm.eval()
@@ -3778,7 +3779,7 @@ def small_vlm(seed: int = 0, vocab_size: int = 32):
 
 def logprobs_one_by_one(vlm, tokens: torch.Tensor, prompt: str, answer: str) -> torch.Tensor:
     """Of the answer's ids and eos: one row, no padding, one id at a time."""
-    ids, image = vlm.encode_prompt(prompt), vlm.projector(tokens[None]) + vlm.pos_embed
+    ids, image = vlm.encode_prompt(prompt), vlm.embed_images(tokens[None])
     found = []
     for next_id in vlm.encode_answer(answer):
         with torch.no_grad():
@@ -3788,7 +3789,9 @@ def logprobs_one_by_one(vlm, tokens: torch.Tensor, prompt: str, answer: str) -> 
 
 
 def vlm_loss(vlm, tokens: torch.Tensor, pairs: list) -> float:
-    return F.cross_entropy(*vlm(tokens, pairs), ignore_index=eval_vlm.IGNORE_INDEX).item()
+    logits, targets, roles = vlm(tokens, pairs)
+    losses = F.cross_entropy(logits, targets, reduction="none")
+    return losses[roles == eval_vlm.ANSWER].mean().item()
 
 
 def test_vlm_loss_is_on_answers_and_eos_only():
@@ -3798,26 +3801,39 @@ def test_vlm_loss_is_on_answers_and_eos_only():
         [logprobs_one_by_one(vlm, t, *pair) for t, pair in zip(tokens, pairs, strict=True)]
     )
     assert vlm_loss(vlm, tokens, pairs) == pytest.approx(-expected.mean().item(), rel=1e-5)
-    _, targets = vlm(tokens, pairs)
-    assert (targets != -100).sum(1).tolist() == [
-        1 + 3 + 1,
-        1 + 1 + 1,
-        1 + 11 + 1,
-    ]  # space, letters, eos
+    _, _, roles = vlm(tokens, pairs)
+    assert (roles == eval_vlm.ANSWER).sum(1).tolist() == [5, 3, 13]  # space, letters, eos
+    assert (roles == eval_vlm.PROMPT).sum(1).tolist() == [5, 10, 0]  # bos is not predicted
     lm = decoders.CaptionDecoder(500, 64, 32, 32, 2, 1)
-    fresh = eval_vlm.VisionLanguageModel(lm, LetterTokenizer(), 12, 32)
+    fresh = eval_vlm.VisionLanguageModel(lm, LetterTokenizer(), 4, 12, 32)
     assert vlm_loss(fresh, tokens, pairs) == pytest.approx(math.log(500), abs=0.1)
 
 
-def test_option_scores_are_mean_log_probabilities():
-    vlm, tokens = small_vlm(), torch.randn(3, 4, 12)
-    options = [("a", "bcd", "ef", "g"), ("yes", "no"), ("x", "y", "zz")]
+def test_vlm_tokens_are_normalized_and_positions_added():
+    vlm, tokens = small_vlm(), 3 + 5 * torch.randn(40, 4, 12)
+    vlm.stats.fit(tokens)
+    expected = vlm.projector((tokens - tokens.mean(0)) / tokens.std(0, correction=0))
+    assert_same(vlm.embed_images(tokens), expected + vlm.pos_embed, 1e-4)
+
+
+def test_masked_mean():
+    values = torch.tensor([[1.0, 2.0], [3.0, 9.0]])
+    mask = torch.tensor([[True, True], [True, False]])
+    assert eval_vlm.masked_mean(values, mask) == 2
+    assert eval_vlm.masked_mean(values, mask, dim=1).tolist() == [1.5, 3]
+    assert eval_vlm.masked_mean(values, mask & False) == 0
+
+
+@pytest.mark.parametrize("options", [
+    [("a", "bcd", "ef", "g"), ("x", "y", "zz", "u")], [("yes", "no"), ("no", "yes"), ("x", "yy")]])
+def test_option_scores_are_mean_log_probabilities(options):
+    vlm, tokens = small_vlm(), torch.randn(len(options), 4, 12)
     questions = [
         eval_vlm.Question("kind", text, row[0], row)
-        for text, row in zip(("a?", "longer?", ""), options, strict=True)
+        for text, row in zip(("a?", "longer?", ""), options, strict=False)
     ]
     scores, is_greedy = vlm.score(tokens, questions)
-    assert [len(row) for row in scores] == [4, 2, 3]
+    assert scores.shape == is_greedy.shape == (len(options), len(options[0]))
     for b, q in enumerate(questions):
         for k, option in enumerate(q.options):
             expected = logprobs_one_by_one(
@@ -3844,20 +3860,21 @@ def test_a_few_questions_are_memorized():
     turns = [(i, eval_vlm.question_prompt("?"), "ABCDEFGH"[i]) for i in range(8)]
     options = tuple("ABCDEFGH")
     questions = [(i, eval_vlm.Question("letter", "?", answer, options)) for i, _, answer in turns]
-    cache = SimpleNamespace(get=lambda keys: tokens[keys])
-    config = SimpleNamespace(seed=0, batch_size=16, log_every=200, lm=None)
-    eval_vlm.train(
-        vlm, cache, lambda rng: [rng.choice(turns)], "memorize", 450, 3e-3, config, nullcontext
-    )
+    config = SimpleNamespace(seed=0, batch_size=16, lm=None)
+
+    def load(images):
+        return tokens[list(images)]
+
+    eval_vlm.train(vlm, load, turns, "memorize", 450, 3e-3, config, nullcontext)
     assert vlm_loss(vlm, tokens, [turn[1:] for turn in turns]) < 0.1
     answers = [vlm.generate(tokens[i : i + 1], "?") for i in range(8)]
     assert answers == [vlm.tokenizer.decode(vlm.encode_answer(letter)) for letter in "ABCDEFGH"]
-    metrics = eval_vlm.evaluate(vlm, cache, questions, "choice")
-    assert metrics["choice_accuracy"] == metrics["choice_letter"] == metrics["exact_match"] == 1
-    assert metrics["choice_shuffled"] == 0 and metrics["choice_blind"] < 0.6
+    metrics = eval_vlm.evaluate(vlm, load, questions, blind=False)
+    assert metrics == dict(accuracy=1, letter=1, exact_match=1)
+    assert eval_vlm.evaluate(vlm, load, questions, blind=True)["accuracy"] < 0.6
     wrong = [(i, eval_vlm.Question("letter", "?", "Z", tuple("XYZ"))) for i in range(8)]
-    assert eval_vlm.evaluate(vlm, cache, wrong, "choice")["exact_match"] == 0
-    assert eval_vlm.evaluate(vlm, cache, [], "pope") == {}
+    assert eval_vlm.evaluate(vlm, load, wrong, blind=False)["exact_match"] == 0
+    assert eval_vlm.evaluate(vlm, load, [], blind=False) == {}
 
 
 def scenes_info(count: int) -> dict:
@@ -3870,43 +3887,37 @@ def scenes_info(count: int) -> dict:
 
 
 def test_yes_no_questions_are_balanced_true_and_of_three_kinds():
-    bank = eval_vlm.QuestionBank(scenes_info(200), shapes_module.CLASS_NAMES)
-    for i in range(200):
-        objects = bank.objects[i]
-        questions = bank.yes_no_questions(i, eval_vlm.NEGATIVES, random.Random(i))
-        assert [q.answer for q in questions] == ["yes", "no"] * 3
-        for q in questions:
-            name = re.fullmatch(r"Is there an? (.+) in the (?:image|picture)\?", q.text)[1]
-            assert (name in objects) == (q.answer == "yes")
-            if q.answer == "no" and "adversarial" in q.kind:
-                assert any(set(name.split()) & set(other.split()) for other in objects)
-            if q.answer == "no" and "popular" in q.kind:
-                family = [other for other in bank.by_frequency
-                          if (other.split()[1] in shapes_module.MAIN_SHAPES)
-                          == (name.split()[1] in shapes_module.MAIN_SHAPES)]
-                assert family.index(name) < len(family) // 2
+    info = scenes_info(200)
+    questions = eval_vlm.make_questions(info, [], eval_vlm.NEGATIVES)["pope"]
+    assert questions == eval_vlm.make_questions(info, [], eval_vlm.NEGATIVES)["pope"]
+    objects = [[shapes_module.object_name(item) for item in json.loads(scene)["objects"]]
+               for scene in info["scenes"]]
+    counts = Counter(itertools.chain(*objects))
+    threshold = sorted(counts.values())[len(counts) // 2 - 1]
+    assert [i for i, _ in questions] == [i for i in range(200) for _ in range(6)]
+    assert [q.answer for _, q in questions] == ["yes", "no"] * 600
+    assert [q.kind for _, q in questions[::2]] == list(eval_vlm.NEGATIVES) * 200
+    for i, q in questions:
+        name = re.fullmatch(r"Is there an? (.+) in the picture\?", q.text)[1]
+        assert (name in objects[i]) == (q.answer == "yes")
+        if q.answer == "no" and q.kind == "adversarial":
+            assert any(set(name.split()) & set(other.split()) for other in objects[i])
+        if q.answer == "no" and q.kind == "popular":
+            assert counts[name] >= threshold
 
 
 def test_questions_about_class_labels():
     info = {"scenes": [""] * 4, "labels": torch.tensor([0, 1, 1, -1])}
-    bank = eval_vlm.QuestionBank(info, ["old_shoe", "hat"])
-    assert bank.by_frequency == ["hat", "old shoe"] and bank.indices == [0, 1, 2]
-    questions = bank.yes_no_questions(0, eval_vlm.NEGATIVES, random.Random(0))
-    noun = "image" if "image" in questions[0].text else "picture"
-    texts = [f"Is there an old shoe in the {noun}?", f"Is there a hat in the {noun}?"]
-    assert [q.text for q in questions] == texts * 2  # labels have no adversarial negatives
-    [question] = bank.choice_questions(0, random.Random(0))
-    assert question.answer == "old shoe" and set(question.options) == {"old shoe", "hat"}
-
-
-def test_sampled_turns_mix_all_kinds():
-    bank, rng = eval_vlm.QuestionBank(scenes_info(100), shapes_module.CLASS_NAMES), random.Random(0)
-    turns = []
-    for _ in range(250):
-        turns += bank.sample_turns(rng)
-    assert len({i for i, _, _ in turns[:4]}) == 1  # four questions about one image
-    assert 0.25 < sum(answer in ("yes", "no") for _, _, answer in turns) / 1000 < 0.45
-    assert 0.3 < sum("seen from" in prompt for _, prompt, _ in turns) / 1000 < 0.6
+    questions = eval_vlm.make_questions(info, ["old shoe", "hat"], eval_vlm.NEGATIVES)
+    assert [q.answer for _, q in questions["choice"]] == ["old shoe", "hat", "hat"]
+    assert {i for i, _ in questions["pope"]} == {0, 1, 2}
+    texts = ["Is there an old shoe in the picture?", "Is there a hat in the picture?"]
+    asked = [q.text for i, q in questions["pope"] if i == 0]
+    assert asked == texts * 2  # labels without a word in common have no adversarial negatives
+    for _, q in questions["choice"]:
+        assert set(q.options) == {"old shoe", "hat"}
+    info["labels"] = torch.tensor([0, 0, 0, -1])  # one class: there is nothing to ask
+    assert not any(eval_vlm.make_questions(info, ["hat"], eval_vlm.NEGATIVES).values())
 
 
 def test_a_llava_question_without_an_answer_is_an_error(tmp_path):
@@ -3916,21 +3927,25 @@ def test_a_llava_question_without_an_answer_is_an_error(tmp_path):
     path.write_text(json.dumps([{"image": "a.png", "conversations": messages}]))
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     with pytest.raises(runtime.UserError, match="llava.json does not have the layout"):
-        question_files.read_file(question_files.parse_llava, path, tmp_path)
+        eval_vlm.read_file(eval_vlm.parse_llava, path, tmp_path)
     path.write_text(json.dumps([{"image": "a.png", "conversations": messages[:2]}]))
-    assert len(question_files.read_file(question_files.parse_llava, path, tmp_path)) == 1
+    assert len(eval_vlm.read_file(eval_vlm.parse_llava, path, tmp_path)) == 1
 
 
 def test_yes_no_metrics():
-    answers, labels = (
-        ["yes", "yes", "yes", "no", "no", "no"],
-        ["yes", "yes", "no", "yes", "no", "no"],
-    )
-    found = eval_vlm.yes_no_metrics([(*pair, True) for pair in zip(answers, labels, strict=True)])
-    assert found == pytest.approx(
-        dict(accuracy=4 / 6, precision=2 / 3, recall=2 / 3, f1=2 / 3, yes_rate=0.5)
-    )
-    assert eval_vlm.yes_no_metrics([("no", "yes", True)] * 4)["f1"] == 0
+    answers = ["yes", "yes", "no", "yes", "no", "no"]
+    said = torch.tensor([1, 1, 1, 0, 0, 0])
+    questions = [(i, eval_vlm.Question("kind", "?", a, ("no", "yes")))
+                 for i, a in enumerate(answers)]
+
+    def metrics(said):
+        scores = F.one_hot(said, 2)
+        vlm = SimpleNamespace(score=lambda tokens, batch: (scores, scores.bool()))
+        return eval_vlm.evaluate(vlm, lambda images: None, questions, blind=False)
+
+    expected = dict(accuracy=4 / 6, kind=4 / 6, exact_match=4 / 6, f1=2 / 3, yes_rate=0.5)
+    assert metrics(said) == pytest.approx(expected)
+    assert metrics(0 * said)["f1"] == 0
 
 
 @pytest.fixture
@@ -3958,17 +3973,15 @@ def test_vlm_program_from_training_to_chat(copied_run, vlm_flags, tmp_path, monk
     assert (copied_run / "encoder.safetensors").read_bytes() == weights
     metrics = json.loads((copied_run / "vlm.json").read_text())
     keys = (
-        "choice_accuracy choice_blind choice_shuffled pope_accuracy pope_f1 pope_yes_rate "
-        "pope_blind_f1 "
-        "pope_shuffled_f1 exact_match n_questions seconds"
+        "choice_accuracy choice_blind pope_accuracy pope_f1 pope_yes_rate pope_blind_f1 "
+        "exact_match n_questions seconds choice_color pope_adversarial"
     )
     assert all(metrics[key] is not None for key in keys.split())
     first = torch.load(copied_run / "vlm.pt", weights_only=True)["model"]
     run_main(monkeypatch, eval_vlm, *vlm_flags)
     again = torch.load(copied_run / "vlm.pt", weights_only=True)["model"]
     assert all(torch.equal(first[name], again[name]) for name in first)
-    run_main(monkeypatch, eval_vlm, *vlm_flags, "--space", "latents")
-    assert (copied_run / "vlm_latents.png").is_file()
+    assert (copied_run / "vlm.png").is_file()
 
     Image.new("RGB", (50, 40), "red").save(tmp_path / "a.png")
     chat = ["--chat", tmp_path / "a.png", "What color is the circle?"]
@@ -3983,17 +3996,15 @@ def test_vlm_program_from_training_to_chat(copied_run, vlm_flags, tmp_path, monk
     run_main(monkeypatch, eval_vlm, *vlm_flags, *chat)
     message = error_message(monkeypatch, eval_vlm, *vlm_flags, "--chat", HERE / "train.py", "Is?")
     assert "cannot identify image file" in message
-    assert "without --chat" in error_message(
-        monkeypatch, eval_vlm, *vlm_flags, "--random-init", *chat
-    )
     state = torch.load(copied_run / "vlm.pt", weights_only=True)
-    torch.save({**state, "checksum": state["checksum"] + 1}, copied_run / "vlm.pt")
+    torch.save({**state, "encoder": state["encoder"] + 1}, copied_run / "vlm.pt")
     assert "another encoder" in error_message(monkeypatch, eval_vlm, *vlm_flags, *chat)
+    (copied_run / "vlm.pt").unlink()
+    assert "without --chat" in error_message(monkeypatch, eval_vlm, *vlm_flags, *chat)
 
 
 @pytest.mark.parametrize("flags, message", [
-    (("--space", "latents", "--random-init"), "uses no encoder"),
-    (("--pope", "x.json"), "--images"),
+    (("--pope", "x.json"), "x.json"),
     (("--chat", "a.png"), "expected 2"),
     (("--steps", 0, 5), "--steps"),
 ])
@@ -4003,83 +4014,37 @@ def test_bad_vlm_flags(vlm_flags, monkeypatch, capsys, flags, message):
     assert message in f"{stop.value.code} {capsys.readouterr().err}"
 
 
-def test_files_of_pope_seed_bench_and_llava(vlm_flags, copied_run, tmp_path, monkeypatch):
+def test_files_of_pope_and_llava(vlm_flags, copied_run, tmp_path, monkeypatch, capsys):
     Image.new("RGB", (50, 40), "red").save(tmp_path / "a.png")
-    pope, seed, llava = (
-        tmp_path / "coco_pope_random.json",
-        tmp_path / "seed.json",
-        tmp_path / "llava.json",
-    )
+    pope, llava = tmp_path / "coco_pope_random.json", tmp_path / "llava.json"
     row = {"question_id": 1, "image": "a.png", "text": "Is there a dog in the image?"}
     pope.write_text("\n".join(json.dumps({**row, "label": label}) for label in ("yes", "no", "no")))
-    seed.write_text(
-        json.dumps(
-            {
-                "questions": [
-                    {
-                        "answer": "B",
-                        "choice_a": "One",
-                        "choice_b": "Two",
-                        "choice_c": "Three",
-                        "choice_d": "Four",
-                        "data_id": "a",
-                        "data_type": "image",
-                        "question": "How many towels are in the image?",
-                        "question_id": "1",
-                        "question_type_id": 5,
-                    },
-                    {"answer": "A", "data_type": "video", "data_id": "none", "question": "?"},
-                ],
-                "question_type": {"Instances Counting": 5},
-            }
-        )
-    )
-    llava.write_text(
-        json.dumps(
-            [
-                {
-                    "id": "1",
-                    "image": "a.png",
-                    "conversations": [
-                        {"from": "human", "value": "<image>\nWhat is it?"},
-                        {"from": "gpt", "value": "A red thing."},
-                        {"from": "human", "value": "Sure?"},
-                        {"from": "gpt", "value": "Yes."},
-                    ],
-                },
-                {"id": "2", "conversations": []},
-            ]
-        )
-    )
-    assert [q.answer for _, q in eval_vlm.parse_pope(pope, tmp_path)] == ["yes", "no", "no"]
-    assert list(eval_vlm.parse_seed_bench(seed, tmp_path)) == [
-        (
-            tmp_path / "a.png",
-            eval_vlm.Question(
-                "instances_counting",
-                "How many towels are in the image?",
-                "Two",
-                ("One", "Two", "Three", "Four"),
-            ),
-        )
-    ]
-    assert list(eval_vlm.parse_llava(llava, tmp_path)) == [
+    conversations = [{"from": "human", "value": "<image>\nWhat is it?"},
+                     {"from": "gpt", "value": "A red thing."},
+                     {"from": "human", "value": "Sure?"},
+                     {"from": "gpt", "value": "Yes."}]
+    llava.write_text(json.dumps([{"id": "1", "image": "a.png", "conversations": conversations},
+                                 {"id": "2", "conversations": []}]))
+    found = eval_vlm.read_file(eval_vlm.parse_pope, pope, tmp_path)
+    assert [q.answer for _, q in found] == ["yes", "no", "no"]
+    assert eval_vlm.read_file(eval_vlm.parse_llava, llava, tmp_path) == [
         (tmp_path / "a.png", eval_vlm.question_prompt("What is it?"), "A red thing."),
         (tmp_path / "a.png", eval_vlm.question_prompt("Sure?"), "Yes."),
     ]
-    files = ("--pope", pope, "--seed-bench", seed, "--align", llava, "--instruct", llava)
+    assert "1 of 2 rows have no image" in capsys.readouterr().out
+    files = ("--pope", pope, "--align", llava, "--instruct", llava)
     run_main(monkeypatch, eval_vlm, *vlm_flags, *files, "--images", tmp_path)
     metrics = json.loads((copied_run / "vlm.json").read_text())
-    assert metrics["file_pope_accuracy"] in (0, 1 / 3, 2 / 3, 1)
-    assert metrics["file_choice_instances_counting"] in (0, 1)
+    assert metrics["coco_pope_random_accuracy"] in (0, 1 / 3, 2 / 3, 1)
 
     def message(*flags) -> str:
         return error_message(monkeypatch, eval_vlm, *vlm_flags, *flags)
 
     assert "parse_pope" in message("--pope", llava, "--images", tmp_path)
-    assert "has no image" in message("--pope", pope, "--images", HERE)
-    assert "parse_llava" in message("--instruct", seed, "--images", tmp_path)
-    assert "parse_seed_bench" in message("--seed-bench", llava, "--images", tmp_path)
+    assert "give --images" in message("--pope", pope, "--images", HERE)
+    assert "parse_llava" in message("--instruct", pope, "--images", tmp_path)
+    pope.write_text(json.dumps({**row, "label": "perhaps"}))
+    assert "parse_pope" in message("--pope", pope, "--images", tmp_path)
     pope.write_text("")
     assert "no question" in message("--pope", pope, "--images", tmp_path)
 
@@ -4111,7 +4076,7 @@ def test_a_language_model_of_transformers(tmp_path):
     assert vlm.tokenizer.encode_ordinary("ab c") == [0, 1, 26, 2]
     questions = [
         eval_vlm.Question("", "abcd", "g", ("g", "hi")),
-        eval_vlm.Question("", "f", "j", ("j", "kl", "m")),
+        eval_vlm.Question("", "f", "j", ("j", "kl")),
     ]
     scores, _ = vlm.score(tokens, questions)
     model, embed = vlm.lm.model, vlm.lm.model.get_input_embeddings()
@@ -4122,7 +4087,7 @@ def test_a_language_model_of_transformers(tmp_path):
             prompt = vlm.tokenizer.encode_ordinary(eval_vlm.question_prompt(q.text))
             answer = vlm.tokenizer.encode_ordinary(f" {option}") + [31]
             text = embed(torch.tensor([[30, *prompt, *answer]]))
-            x = torch.cat([text[:, :1], vlm.projector(tokens[b : b + 1]), text[:, 1:]], dim=1)
+            x = torch.cat([text[:, :1], vlm.embed_images(tokens[b : b + 1]), text[:, 1:]], dim=1)
             labels = torch.tensor([[-100] * (x.shape[1] - len(answer)) + answer])
             with torch.no_grad():
                 expected = -model(inputs_embeds=x, labels=labels).loss.item()
@@ -4131,7 +4096,7 @@ def test_a_language_model_of_transformers(tmp_path):
         ids = [30, *vlm.tokenizer.encode_ordinary(eval_vlm.question_prompt("abcd"))]
         vlm.lm.model.lm_head.weight[31] = 0.0  # a greedy answer that does not end at once
         text = embed(torch.tensor([ids]))
-        x = torch.cat([text[:, :1], vlm.projector(tokens[:1]), text[:, 1:]], dim=1)
+        x = torch.cat([text[:, :1], vlm.embed_images(tokens[:1]), text[:, 1:]], dim=1)
         expected = model.generate(inputs_embeds=x, max_new_tokens=5, do_sample=False)[0].tolist()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(eval_vlm, "MAX_TOKENS", 5)
@@ -4229,7 +4194,7 @@ def test_programs_keep_waiting_threads_from_spinning():
         assert text.index("OMP_WAIT_POLICY") < text.index("\nimport torch"), name
 
 
-@pytest.mark.parametrize("name", ["vae", "encoder", "decoders", "losses", "openvision3", "shapes"])
+@pytest.mark.parametrize("name", ["vae", "encoder", "decoders", "losses", "openvision3"])
 def test_model_files_run_alone(name, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [f"{name}.py"])
     runpy.run_path(str(HERE / f"{name}.py"), run_name="__main__")
