@@ -21,7 +21,7 @@ import math
 import torch
 from torch import nn
 
-from encoder import Transformer, VisionTransformer
+from encoder import Transformer, VisionTransformer, init_linear
 
 
 class LatentDecoder(nn.Module):
@@ -33,8 +33,7 @@ class LatentDecoder(nn.Module):
         self.vit = VisionTransformer(grid // patch_size, 1, token_dim, width, depth, heads)
         self.patch_size, self.out_channels = patch_size, out_channels
         self.to_latents = nn.Linear(width, patch_size * patch_size * out_channels)
-        nn.init.normal_(self.to_latents.weight, std=0.02)
-        nn.init.zeros_(self.to_latents.bias)
+        init_linear(self.to_latents, std=0.02)
 
     def unpatchify(self, x):
         """[B,N,P*P*C] -> [B,C,h,w]. Order within a token (unpublished): row, column, channel."""
@@ -114,7 +113,5 @@ if __name__ == "__main__":
     latent_decoder = LatentDecoder(token_dim=192, grid=8, width=192, depth=2, heads=3)
     caption_decoder = CaptionDecoder(500, 32, token_dim=192, width=192, depth=1, heads=3)
     tokens, ids = torch.randn(2, 16, 192), torch.ones(2, 8).long()  # two images of 64x64 pixels
-    print(f"{sum(p.numel() for p in latent_decoder.parameters()) / 1e6:.1f} M parameters: "
-          f"tokens (2, 16, 192) -> latents {tuple(latent_decoder(tokens).shape)}")
-    print(f"{sum(p.numel() for p in caption_decoder.parameters()) / 1e6:.1f} M parameters: "
-          f"tokens, ids (2, 8) -> logits {tuple(caption_decoder(tokens, ids).shape)}")
+    print(f"tokens (2, 16, 192) -> latents {tuple(latent_decoder(tokens).shape)}")
+    print(f"tokens, ids (2, 8) -> logits {tuple(caption_decoder(tokens, ids).shape)}")

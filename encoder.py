@@ -23,26 +23,26 @@ from textwrap import shorten
 import torch
 import torch.nn.functional as F
 from huggingface_hub import hf_hub_download
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-# The image encoder (paper: B and L; heads are 64 wide, a checkpoint does not store their number),
-# then (width, depth) of the latent decoder, which the paper keeps at B for L (sec 5.3), and of the
-# text encoder and the caption decoder, as in OpenVision 1 (Ti: ours). Nano, for laptops, is ours.
+# (width, depth) of the image encoder (paper: B and L), of the latent decoder, which the paper keeps
+# at B for L (sec 5.3), and of text encoder and caption decoder, as in OpenVision 1 (Ti: ours). Heads
+# are 64 wide: a checkpoint does not store their number. Nano, for laptops, is ours.
 SIZES = {
-    "Nano": dict(width=192, depth=3, heads=3, embed_dim=192,
-                 decoder=(192, 2), text=(192, 1), caption=(192, 1)),
-    "Ti": dict(width=192, depth=12, heads=3, embed_dim=192,
-               decoder=(192, 12), text=(192, 12), caption=(192, 12)),
-    "S": dict(width=384, depth=12, heads=6, embed_dim=384,
-              decoder=(384, 12), text=(384, 12), caption=(384, 12)),
-    "B": dict(width=768, depth=12, heads=12, embed_dim=768,
-              decoder=(768, 12), text=(512, 12), caption=(512, 12)),
-    "L": dict(width=1024, depth=24, heads=16, embed_dim=1024,
-              decoder=(768, 12), text=(768, 12), caption=(768, 12)),
+    "Nano": dict(encoder=(192, 3), decoder=(192, 2), text=(192, 1)),
+    "Ti": dict(encoder=(192, 12), decoder=(192, 12), text=(192, 12)),
+    "S": dict(encoder=(384, 12), decoder=(384, 12), text=(384, 12)),
+    "B": dict(encoder=(768, 12), decoder=(768, 12), text=(512, 12)),
+    "L": dict(encoder=(1024, 24), decoder=(768, 12), text=(768, 12)),
 }
+
+
+def init_linear(linear, std):
+    nn.init.normal_(linear.weight, std=std)
+    nn.init.zeros_(linear.bias)
+
 
 # ---- Transformer, shared by all encoders and decoders of the project -----------------------------
 
@@ -111,12 +111,10 @@ class Transformer(nn.Module):
             qkv_std = fc_std = 0.02 * 768 / width
             proj_std = 0.0
         for block in self.resblocks:
-            attn, mlp = block.attn, block.mlp
-            nn.init.normal_(attn.in_proj_weight, std=qkv_std)
-            stds = {mlp.c_fc: fc_std, attn.out_proj: proj_std, mlp.c_proj: proj_std}
-            for linear, std in stds.items():
-                nn.init.normal_(linear.weight, std=std)
-                nn.init.zeros_(linear.bias)
+            nn.init.normal_(block.attn.in_proj_weight, std=qkv_std)
+            init_linear(block.mlp.c_fc, fc_std)
+            init_linear(block.attn.out_proj, proj_std)
+            init_linear(block.mlp.c_proj, proj_std)
 
     def forward(self, x, mask=None):
         """x [B,S,W] -> [B,S,W]; mask as in Attention."""
@@ -145,13 +143,11 @@ def whitening_matrix(x, width):
     rank = (variances > 1e-6).sum()
     floor = torch.maximum(0.02 * variances.mean(), 0.2 / rank.clamp(min=1))
     zca = directions * (variances + floor).rsqrt() @ directions.T            # (F, F)
-    if width < len(mean):  # of the 768 pixels of a patch, the directions of most variance
-        rotation = directions[:, -width:]                                    # (F, width)
-    else:
-        rotation = zca.new_empty(len(mean), width)                           # (F, width)
-        nn.init.orthogonal_(rotation, gain=(width / len(mean)) ** 0.5)
+    rotation = directions[:, -width:]  # of most variance, for the 768 pixels of a patch
+    if width >= len(mean):
+        rotation = nn.init.orthogonal_(zca.new_empty(len(mean), width), (width / len(mean)) ** 0.5)
     mean = mean * (rank > 0)  # equal samples: without their mean nothing would be left
-    return mean.to(x), (zca @ rotation).to(x)
+    return mean.to(x), (zca @ rotation).to(x)                                # (F,), (F, width)
 
 
 def init_whitened_head(x, norm, weight):
@@ -274,41 +270,28 @@ class TextEncoder(nn.Module):
 
 # ---- Checkpoints under the official names --------------------------------------------------------
 
-WEIGHT_FILES = ("encoder.safetensors", "open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+HUB_FILE = "open_clip_pytorch_model.bin"
 
 
 def save_encoder(encoder, path):
-    """Writes safetensors with the official names, atomically. OSError where that fails."""
-    tmp_path = Path(f"{path}.tmp")
-    try:
-        save_file(encoder.state_dict(), tmp_path)
-        tmp_path.replace(path)
-    except (OSError, SafetensorError) as error:  # a full disk, for example
-        tmp_path.unlink(missing_ok=True)
-        raise OSError(f"{path} could not be written: {error}") from None
+    """Writes safetensors with the official names."""
+    save_file(encoder.state_dict(), path)
 
 
 def resolve_encoder_path(source):
     """A weights file, a folder with one, or a hub id (downloaded) -> the path of the file."""
     path = Path(source).expanduser()
-    for candidate in (path, *(path / name for name in WEIGHT_FILES)):
-        if candidate.is_file():
-            return candidate
+    for name in ("", "encoder.safetensors", "open_clip_model.safetensors", HUB_FILE):
+        if (path / name).is_file():
+            return path / name
     reason = "no weights file, and no folder with one"
     if not path.parent.is_dir():  # owner/name
         try:
-            return Path(hf_hub_download(str(source), WEIGHT_FILES[-1]))
+            return Path(hf_hub_download(str(source), HUB_FILE))
         except (OSError, ValueError) as error:
             reason = f"not here, and not downloaded from the hub ({type(error).__name__})"
     raise FileNotFoundError(f"{path}: {reason}; give the folder of python train.py --out DIR, a "
                             "hub id, or, offline, a file downloaded from there")
-
-
-def load_state_dict_file(path):
-    """The tensors of a .safetensors or PyTorch file. Nothing in it is executed."""
-    if path.suffix == ".safetensors":
-        return load_file(path)
-    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def load_encoder(source):
@@ -317,7 +300,10 @@ def load_encoder(source):
     """
     path = resolve_encoder_path(source)
     try:
-        tensors = load_state_dict_file(path)
+        if path.suffix == ".safetensors":
+            tensors = load_file(path)
+        else:
+            tensors = torch.load(path, map_location="cpu", weights_only=True)
         if "visual.proj" in tensors:  # a CLIP model
             names = [name for name in tensors if name.startswith("visual.")]
             tensors = {name.removeprefix("visual."): tensors[name] for name in names}
