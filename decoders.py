@@ -31,17 +31,17 @@ class LatentDecoder(nn.Module):
     def __init__(self, token_dim, grid, width, depth, heads, patch_size=2, out_channels=16):
         super().__init__()
         self.vit = VisionTransformer(grid // patch_size, 1, token_dim, width, depth, heads)
-        self.patch_size, self.out_channels = patch_size, out_channels
+        self.patch_size = patch_size
         self.to_latents = nn.Linear(width, patch_size * patch_size * out_channels)
         init_linear(self.to_latents, std=0.02)
 
     def unpatchify(self, x):
         """[B,N,P*P*C] -> [B,C,h,w]. Order within a token (unpublished): row, column, channel."""
         B, N, _ = x.shape
-        side, P, C = math.isqrt(N), self.patch_size, self.out_channels
-        x = x.reshape(B, side, side, P, P, C)                      # (B, h/P, w/P, P, P, C)
+        side, P = math.isqrt(N), self.patch_size
+        x = x.reshape(B, side, side, P, P, -1)                     # (B, h/P, w/P, P, P, C)
         x = x.permute(0, 5, 1, 3, 2, 4)                            # (B, C, h/P, P, w/P, P)
-        return x.reshape(B, C, side * P, side * P)                 # (B, C, h, w)
+        return x.reshape(B, -1, side * P, side * P)                # (B, C, h, w)
 
     def forward(self, tokens, tau=0.0):
         """tau > 0 adds noise, in eval mode too: one std per image, from U[0,tau], in units of z_u.
@@ -64,7 +64,6 @@ class CaptionDecoder(nn.Module):
 
     def __init__(self, vocab_size, context_length, token_dim, width, depth, heads):
         super().__init__()
-        self.context_length = context_length
         self.image_projection = nn.Linear(token_dim, width, bias=False)
         self.token_embedding = nn.Embedding(vocab_size, width)
         self.positional_embedding = nn.Parameter(torch.randn(context_length, width) * 0.01)
@@ -86,23 +85,19 @@ class CaptionDecoder(nn.Module):
         mask[:, :N] = True
         return self.ln_final(self.transformer(x, mask)[:, N:])     # (B, T, W)
 
-    def logits(self, hidden):
-        """[...,W] -> [...,V] in fp32, also under autocast."""
+    def forward(self, tokens, ids):
+        """tokens [B,N,token_dim], ids [B,T], bos first -> next-token logits [B,T,V] in fp32."""
+        hidden = self.forward_features(tokens, ids)                # (B, T, W)
         with torch.autocast(hidden.device.type, enabled=False):
             return self.head(hidden)
-
-    def forward(self, tokens, ids):
-        """tokens [B,N,token_dim], ids [B,T], bos first -> logits [B,T,V] of the next tokens."""
-        return self.logits(self.forward_features(tokens, ids))
 
     @torch.no_grad()
     def generate(self, tokens, bos, eos, max_length):
         """Greedy captions [B, at most max_length], bos first; shorter ones are padded with eos."""
         ids = torch.full((len(tokens), 1), bos, device=tokens.device)            # (B, 1)
         finished = torch.zeros_like(ids, dtype=torch.bool)         # (B, 1)
-        while ids.shape[1] < min(max_length, self.context_length) and not finished.all():
-            hidden = self.forward_features(tokens, ids)[:, -1:]    # (B, 1, W)
-            next_ids = self.logits(hidden).argmax(dim=-1)          # (B, 1)
+        while ids.shape[1] < max_length and not finished.all():
+            next_ids = self(tokens, ids)[:, -1:].argmax(dim=-1)    # (B, 1)
             next_ids = next_ids.masked_fill(finished, eos)
             ids = torch.cat([ids, next_ids], dim=1)                # (B, T+1)
             finished |= next_ids == eos

@@ -25,11 +25,10 @@ import torch.nn.functional as F
 from huggingface_hub import hf_hub_download
 from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
-# (width, depth) of the image encoder (paper: B and L), of the latent decoder, which the paper keeps
-# at B for L (sec 5.3), and of text encoder and caption decoder, as in OpenVision 1 (Ti: ours). Heads
-# are 64 wide: a checkpoint does not store their number. Nano, for laptops, is ours.
+# (width, depth) of the image encoder (paper: B, L), of the latent decoder, which stays at B for L
+# (sec 5.3), and of text encoder and caption decoder, as in OpenVision 1. Ti and Nano, for laptops,
+# are ours. Heads are 64 wide: a checkpoint does not store their number.
 SIZES = {
     "Nano": dict(encoder=(192, 3), decoder=(192, 2), text=(192, 1)),
     "Ti": dict(encoder=(192, 12), decoder=(192, 12), text=(192, 12)),
@@ -101,7 +100,6 @@ class Transformer(nn.Module):
 
     def __init__(self, width, depth, heads, init="zero_residual", approximate="none"):
         super().__init__()
-        self.grad_checkpointing = False  # True: recompute activations in the backward pass
         self.resblocks = nn.ModuleList(Block(width, heads, approximate) for _ in range(depth))
         if init == "clip":
             qkv_std = width**-0.5
@@ -119,10 +117,7 @@ class Transformer(nn.Module):
     def forward(self, x, mask=None):
         """x [B,S,W] -> [B,S,W]; mask as in Attention."""
         for block in self.resblocks:
-            if self.grad_checkpointing:
-                x = checkpoint(block, x, mask, use_reentrant=False)
-            else:
-                x = block(x, mask)
+            x = block(x, mask)
         return x
 
 
@@ -305,8 +300,8 @@ def load_encoder(source):
         else:
             tensors = torch.load(path, map_location="cpu", weights_only=True)
         if "visual.proj" in tensors:  # a CLIP model
-            names = [name for name in tensors if name.startswith("visual.")]
-            tensors = {name.removeprefix("visual."): tensors[name] for name in names}
+            visual = [name for name in tensors if name.startswith("visual.")]
+            tensors = {name.removeprefix("visual."): tensors[name] for name in visual}
         width, in_channels, patch_size, _ = tensors["conv1.weight"].shape
         grid = math.isqrt(len(tensors["positional_embedding"]) - 1) * patch_size
         depth = sum(name.endswith(".ln_1.weight") for name in tensors)

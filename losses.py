@@ -17,8 +17,6 @@ Run:    python losses.py      # expected values at initialization next to measur
 Source: paper eqs 4-6, Table 1; CLIP (arXiv 2103.00020); LPIPS v0.1 (arXiv 1801.03924)
 Next:   tokenizer.py
 """
-from pathlib import Path
-
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -154,9 +152,9 @@ def download_lpips(name):
         return torch.hub.load_state_dict_from_url(
             url, map_location="cpu", check_hash=True, file_name=file_name, weights_only=True)
     except Exception as error:  # no network, a wrong hash, a damaged file
-        path = Path(torch.hub.get_dir(), "checkpoints", file_name)
-        raise FileNotFoundError(f"{url} could not be downloaded ({error}): save it as {path}, or "
-                                "train with --lpips-weight 0") from None
+        folder = f"{torch.hub.get_dir()}/checkpoints"
+        raise FileNotFoundError(f"{url} could not be downloaded ({error}): save it as {folder}/"
+                                f"{file_name}, or train with --lpips-weight 0") from None
 
 
 class LPIPS(PerceptualDistance):
@@ -167,9 +165,8 @@ class LPIPS(PerceptualDistance):
         super().__init__()
         state = {}
         for name, source in (("lin", lin), ("vgg", vgg)):  # the small file first
-            if source is None:
-                source = download_lpips(name)
-            elif not isinstance(source, dict):
+            source = source or download_lpips(name)
+            if not isinstance(source, dict):
                 source = torch.load(source, map_location="cpu", weights_only=True)
             state.update(source)
         for i in range(5):

@@ -26,7 +26,6 @@ import torch.nn.functional as F
 from huggingface_hub import hf_hub_download
 from safetensors import safe_open
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 FLUX = dict(ch=128, ch_mult=[1, 2, 4, 4], num_res_blocks=2, z_channels=16, scale_factor=0.3611)
 TINY = dict(ch=16, ch_mult=[1, 1, 4, 6], num_res_blocks=1, z_channels=16, scale_factor=0.3611)
@@ -165,7 +164,6 @@ class Decoder(nn.Module):
 
     def __init__(self, ch, ch_mult, num_res_blocks, z_channels):
         super().__init__()
-        self.grad_checkpointing = False
         widths = [ch * multiplier for multiplier in (ch_mult[-1], *reversed(ch_mult))]
         self.conv_in = conv3x3(z_channels, widths[0])
         self.mid = make_mid(widths[0])
@@ -177,12 +175,7 @@ class Decoder(nn.Module):
     def forward(self, z):
         h = self.mid(self.conv_in(z))                            # (B, ch*ch_mult[-1], H/8, W/8)
         for level in reversed(self.up):
-            for block in level.block:
-                if self.grad_checkpointing:
-                    h = checkpoint(block, h, use_reentrant=False)
-                else:
-                    h = block(h)
-            h = level[1:](h)                                     # upsampled, except the last
+            h = level(h)                                         # twice the size, except the last
         return self.conv_out(F.silu(self.norm_out(h)))           # (B, 3, H, W)
 
 
