@@ -108,5 +108,5 @@ if __name__ == "__main__":
     latent_decoder = LatentDecoder(token_dim=192, grid=8, width=192, depth=2, heads=3)
     caption_decoder = CaptionDecoder(500, 32, token_dim=192, width=192, depth=1, heads=3)
     tokens, ids = torch.randn(2, 16, 192), torch.ones(2, 8).long()  # two images of 64x64 pixels
-    print(f"tokens (2, 16, 192) -> latents {tuple(latent_decoder(tokens).shape)}")
-    print(f"tokens, ids (2, 8) -> logits {tuple(caption_decoder(tokens, ids).shape)}")
+    print("tokens [2, 16, 192] -> latents", list(latent_decoder(tokens).shape))
+    print("tokens, ids [2, 8] -> logits", list(caption_decoder(tokens, ids).shape))

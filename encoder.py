@@ -43,9 +43,6 @@ def init_linear(linear, std):
     nn.init.zeros_(linear.bias)
 
 
-# ---- Transformer, shared by all encoders and decoders of the project -----------------------------
-
-
 class Attention(nn.Module):
     """Multi-head self-attention. Names and layout of the weights are the released checkpoints'."""
 
@@ -152,9 +149,6 @@ def init_whitened_head(x, norm, weight):
     weight.copy_(matrix)
 
 
-# ---- Image encoder -------------------------------------------------------------------------------
-
-
 def sincos_positions(rows, cols, width):
     """Fixed 2D position table [rows*cols, width], row-major: sin x, cos x, sin y, cos y, a quarter
     of the width each, frequencies 10000^-(k/(W/4-1)). This is MoCo v3's layout, not MAE's."""
@@ -226,9 +220,6 @@ class ImageEncoder(VisionTransformer):
         return self.pool(tokens), tokens
 
 
-# ---- Text encoder --------------------------------------------------------------------------------
-
-
 class TextEncoder(nn.Module):
     """caption ids [B,T] -> [B,E]. As in OpenVision 1, attention is bidirectional, padding included,
     and the output is read at a class token in the last position."""
@@ -245,12 +236,11 @@ class TextEncoder(nn.Module):
         nn.init.normal_(self.head.weight, std=width**-0.5)
 
     def forward_features(self, ids):
-        """[B,T] -> [B,W], after the final LayerNorm. T is at most context_length."""
+        """[B,T] -> [B,W], after the final LayerNorm. T is context_length."""
         x = self.token_embedding(ids)                                        # (B, T, W)
         x = torch.cat([x, self.class_embedding.expand(len(x), 1, -1)], dim=1)  # (B, T+1, W)
-        pos = self.positional_embedding                                      # (context_length+1, W)
-        pos = torch.cat([pos[:-1][: ids.shape[1]], pos[-1:]])                # (T+1, W)
-        return self.ln_final(self.transformer(x + pos)[:, -1])               # (B, W)
+        x = self.transformer(x + self.positional_embedding)                  # (B, T+1, W)
+        return self.ln_final(x[:, -1])                                       # (B, W)
 
     @torch.no_grad()
     def init_whitened(self, ids):
@@ -299,8 +289,8 @@ def load_encoder(source):
             tensors = load_file(path)
         else:
             tensors = torch.load(path, map_location="cpu", weights_only=True)
-        if "visual.proj" in tensors:  # a CLIP model
-            visual = [name for name in tensors if name.startswith("visual.")]
+        visual = [name for name in tensors if name.startswith("visual.")]
+        if visual:  # a CLIP model
             tensors = {name.removeprefix("visual."): tensors[name] for name in visual}
         width, in_channels, patch_size, _ = tensors["conv1.weight"].shape
         grid = math.isqrt(len(tensors["positional_embedding"]) - 1) * patch_size
@@ -320,4 +310,4 @@ if __name__ == "__main__":
     print(*SIZES.items(), sep="\n")
     model = ImageEncoder(grid=8, width=192, depth=3, heads=3, embed_dim=192)
     pooled, tokens = model(torch.randn(2, 16, 8, 8))  # two images of 64x64 pixels
-    print(f"latents (2, 16, 8, 8) -> tokens {tuple(tokens.shape)}, pooled {tuple(pooled.shape)}")
+    print("latents [2, 16, 8, 8] -> tokens", list(tokens.shape), "pooled", list(pooled.shape))

@@ -27,9 +27,6 @@ from torch.utils.checkpoint import checkpoint
 MAX_LOGITS = 2**25  # caption logits that exist at once: 128 MiB in fp32
 
 
-# ---- Understanding -------------------------------------------------------------------------------
-
-
 def contrastive_loss(image_features, text_features, logit_scale):
     """Symmetric InfoNCE over the global batch; every rank returns its value. Features [B,E], with
     the same B on each rank, are normalized here. logit_scale: 1/temperature. Chance is ln G."""
@@ -72,9 +69,6 @@ def chunked_caption_loss(hidden, head, targets, pad_id, num_tokens):
     return sum(checkpoint(chunk_loss, *chunk, use_reentrant=False) for chunk in chunks)
 
 
-# ---- The objective -------------------------------------------------------------------------------
-
-
 def openvision3_loss(*, images, recon, latents, pred_latents, caption, contrastive, perceptual,
                      w_rec, w_und, beta, alpha, lpips_weight):
     """The paper's objective, eqs 4-6: each term, unweighted, and their weighted sum, "loss". images
@@ -105,27 +99,26 @@ class PerceptualDistance(nn.Module):
     """LPIPS's formula on a frozen VGG16 with random weights: for tests of the formula and its
     gradient, not the published metric. With the published weights it is LPIPS."""
 
-    CHANNELS = (64, 128, 256, 512, 512)
     TAP_LAYERS = (3, 8, 15, 22, 29)  # relu1_2, 2_2, 3_3, 4_3 and 5_3 of torchvision's features
 
     def __init__(self):
         super().__init__()
+        self.lin = nn.ParameterList()
         layers, in_channels = [], 3
-        for channels, num_convs in zip(self.CHANNELS, (2, 2, 3, 3, 3), strict=True):
+        for channels, num_convs in ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3)):
             for _ in range(num_convs):
                 layers += [nn.Conv2d(in_channels, channels, 3, padding=1), nn.ReLU()]
                 in_channels = channels
             layers.append(nn.MaxPool2d(2))
+            self.lin.append(torch.rand(channels, 1, 1) / channels)
         self.features = nn.Sequential(*layers[:-1])
-        self.lin = nn.ParameterList(torch.rand(C, 1, 1) / C for C in self.CHANNELS)
-        shift, scale = torch.tensor([-0.030, -0.088, -0.188]), torch.tensor([0.458, 0.448, 0.450])
-        self.shift = nn.Buffer(shift.view(3, 1, 1), persistent=False)
-        self.scale = nn.Buffer(scale.view(3, 1, 1), persistent=False)
         self.requires_grad_(False).eval()
 
     def unit_features(self, x):
         """[B,3,H,W] in [-1,1] -> five maps [B,C,H',W'] in fp32, of norm 1 at each position."""
-        x, maps = (x.float() - self.shift) / self.scale, []
+        mean_std = [[-0.030, -0.088, -0.188], [0.458, 0.448, 0.450]]  # ImageNet's, of RGB
+        mean, std = torch.tensor(mean_std, device=x.device).view(2, 3, 1, 1)  # (3, 1, 1) each
+        x, maps = (x.float() - mean) / std, []
         for i, layer in enumerate(self.features):
             x = layer(x)
             if i in self.TAP_LAYERS:

@@ -658,7 +658,6 @@ def test_text_encoder_reads_its_last_position_and_attends_to_all():
     assert output.shape == (2, 32) and not torch.allclose(output, changed)
     assert not torch.allclose(seen[0][:, 0], seen[2][:, 0])  # the first position sees the last
     torch.testing.assert_close(output, model.head(model.ln_final(seen[1][:, -1])))
-    assert model(ids[:, :4]).shape == (2, 32)
     with pytest.raises(RuntimeError, match="size of tensor"):
         model(torch.zeros(1, 10, dtype=torch.long))
 

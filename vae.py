@@ -43,8 +43,6 @@ def psnr(x, y):
     return 10 * torch.log10(4 / mse.clamp(min=1e-10))  # the peak-to-peak range is 2
 
 
-# ---- Building blocks -----------------------------------------------------------------------------
-
 conv3x3 = partial(nn.Conv2d, kernel_size=3, padding=1)
 
 
@@ -131,12 +129,12 @@ def make_levels(widths, num_blocks, name, resize):
     except in the last level, the module `resize` under its name."""
     levels = []
     for in_channels, out_channels in pairwise(widths):
+        if levels:
+            levels[-1].add_module(name, resize(in_channels))
         level = nn.Sequential(OrderedDict(block=nn.Sequential()))
-        for channels in (in_channels, *[out_channels] * (num_blocks - 1)):
-            level.block.append(ResnetBlock(channels, out_channels))
+        for i in range(num_blocks):
+            level.block.append(ResnetBlock(out_channels if i else in_channels, out_channels))
         levels.append(level)
-        if len(levels) < len(widths) - 1:
-            level.add_module(name, resize(out_channels))
     return levels
 
 
@@ -184,21 +182,18 @@ class AutoencoderKL(nn.Module):
 
     def __init__(self, ch, ch_mult, num_res_blocks, z_channels, scale_factor, shift_factor=0.0):
         super().__init__()
-        self.config = dict(ch=ch, ch_mult=ch_mult, num_res_blocks=num_res_blocks,
-                           z_channels=z_channels, scale_factor=scale_factor,
-                           shift_factor=shift_factor)
-        self.encoder = Encoder(ch, ch_mult, num_res_blocks, z_channels)
-        self.decoder = Decoder(ch, ch_mult, num_res_blocks, z_channels)
+        sizes = dict(ch=ch, ch_mult=ch_mult, num_res_blocks=num_res_blocks, z_channels=z_channels)
+        self.config = dict(**sizes, scale_factor=scale_factor, shift_factor=shift_factor)
+        self.encoder, self.decoder = Encoder(**sizes), Decoder(**sizes)
         self.downsample_factor = 2 ** (len(ch_mult) - 1)
         self.scale_factor, self.shift_factor = scale_factor, shift_factor  # the shift is 0 here
         self.encode_dtype = torch.float32  # bfloat16 (train.py --vae-dtype) is faster on a GPU
 
     def moments(self, images):
         """Posterior mean and log-variance, unscaled, [B,Z,H/8,W/8] each, in fp32."""
-        H, W = images.shape[-2:]
         factor, low = self.downsample_factor, self.encode_dtype != torch.float32
-        if H % factor or W % factor:
-            raise ValueError(f"image sides must be multiples of {factor}, got {H}x{W}")
+        if any(side % factor for side in images.shape[2:]):
+            raise ValueError(f"image sides must be multiples of {factor}, got {images.shape}")
         with torch.autocast(images.device.type, self.encode_dtype, enabled=low):
             mean, logvar = self.encoder(images).float().chunk(2, dim=1)
         return mean, logvar.clamp(-30.0, 20.0)
@@ -285,7 +280,7 @@ def vae_sha256(source):
 
 def read_vae_checkpoint(path):
     """(constructor arguments, tensors under FLUX's names). The arguments are those in the file
-    (train_vae.py), else FLUX's, with the scale of a config.json beside it (diffusers)."""
+    (train_vae.py) or FLUX's, with the scale of a config.json beside it (diffusers)."""
     tensors = {}
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata() or {}
@@ -296,12 +291,11 @@ def read_vae_checkpoint(path):
             if tensor.ndim == 2:  # a linear layer in diffusers, a 1x1 convolution here
                 tensor = tensor[:, :, None, None]
             tensors[name] = tensor
-    config, hf_path = FLUX, path.with_name("config.json")
-    if "config" in metadata:
-        config = json.loads(metadata["config"])
-    elif hf_path.is_file():  # its shift is not used: OpenVision 3 has none
-        hf_config = json.loads(hf_path.read_text())
-        config = {**FLUX, "scale_factor": hf_config.get("scaling_factor", FLUX["scale_factor"])}
+    config = {**FLUX, **json.loads(metadata.get("config", "{}"))}
+    hf_path = path.with_name("config.json")
+    if hf_path.is_file():  # its shift is not used: OpenVision 3 has none
+        scale_factor = json.loads(hf_path.read_text()).get("scaling_factor")
+        config["scale_factor"] = scale_factor or config["scale_factor"]
     return config, tensors
 
 
@@ -324,5 +318,5 @@ def load_vae(source="tiny"):
 
 
 if __name__ == "__main__":
-    images = torch.zeros(1, 3, 64, 64)
-    print(f"images {tuple(images.shape)} -> latents {tuple(load_vae().encode(images).shape)}")
+    latents = load_vae().encode(torch.zeros(1, 3, 64, 64))
+    print("images [1, 3, 64, 64] -> latents", list(latents.shape))
