@@ -1,9 +1,9 @@
 """
 decoders.py: stage 2, the two decoders of the tokens: one predicts the latents, one the caption.
 
-One small transformer turns the tokens z_u of encoder.py back into VAE latents; another generates
-the caption from them. Both are trained together with the encoder (paper sec 3.2). During training
-the latent decoder sees noisy tokens (eq 3), so that it tolerates the errors of a token generator.
+One transformer turns the tokens z_u of encoder.py back into VAE latents; another generates the
+caption from them. Both are trained with the encoder (paper sec 3.2). In training the latent decoder
+sees noisy tokens (eq 3), so that it tolerates the errors of a token generator.
 
     tokens [B,N,W] + sigma * noise, sigma ~ U[0,tau] per image -> ViT on 1x1 patches
         -> linear to P*P*C -> unpatchify -> latents^ [B,C,h,w]
@@ -12,7 +12,7 @@ the latent decoder sees noisy tokens (eq 3), so that it tolerates the errors of 
 
 Shapes: B batch, N image tokens, T text length, W width, V vocab size, h w latent map, P patch side
         (2), C latent channels (16).
-Run:    python decoders.py    # parameters, and a shape trace
+Run:    python decoders.py    # a shape trace
 Source: paper sec 3.2, eq 3, sec 5.3; captions as in OpenVision 2 (arXiv 2509.01644)
 Next:   losses.py
 """
@@ -45,7 +45,7 @@ class LatentDecoder(nn.Module):
 
     def forward(self, tokens, tau=0.0):
         """tau > 0 adds noise, in eval mode too: one std per image, from U[0,tau], in units of z_u.
-        N must be a square number."""
+        N is a square number."""
         if tau > 0:
             sigma = tau * torch.rand_like(tokens[:, :1, :1])       # (B, 1, 1)
             tokens = tokens + sigma * torch.randn_like(tokens)

@@ -1,17 +1,17 @@
 """
 encoder.py: stage 1, the trained encoders: a ViT for latents and a transformer for captions.
 
-The ViT splits the frozen VAE's latents (vae.py) into 2x2 patches and turns them into the unified
-tokens z_u, one per 16x16 pixels (paper sec 3.2, eq 2). Both decoders read these tokens, and their
-mean is matched with the text encoder's output. Weights of the released encoders load unchanged.
+The ViT turns 2x2 patches of the frozen VAE's latents into the unified tokens z_u, one per 16x16
+pixels (paper sec 3.2, eq 2). Both decoders read these tokens; their mean is matched with the text
+encoder's output. Weights of the released encoders load unchanged.
 
     latents [B,16,h,w] -> 2x2 patches -> + class token, + sin-cos positions -> D blocks
         -> drop class token -> tokens [B,N,W], N = (h/2)(w/2)    not normalized
         -> mean over N -> LayerNorm -> proj -> pooled [B,E]
     caption ids [B,T] -> embedding, + class token last -> D blocks -> LayerNorm -> head -> [B,E]
 
-Shapes: B batch, h w latent map, P patch side, N image tokens, T text length, S sequence length,
-        W width, H heads, D depth, E embedding width, C channels; whitening: M samples, F features.
+Shapes: B batch, h w map, P patch side, N image tokens, T text length, S sequence length, W width,
+        H heads, D depth, E embedding width, C channels; whitening: M samples, F features.
 Run:    python encoder.py     # the sizes, and a shape trace
 Source: paper sec 3.2 and the released checkpoints; text encoder: OpenVision 1 (arXiv 2505.04601)
 Next:   decoders.py
@@ -26,9 +26,9 @@ from huggingface_hub import hf_hub_download
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-# (width, depth) of the image encoder (paper: B, L), of the latent decoder, which stays at B for L
-# (sec 5.3), and of text encoder and caption decoder, as in OpenVision 1. Ti and Nano, for laptops,
-# are ours. Heads are 64 wide: a checkpoint does not store their number.
+# (width, depth) of the image encoder (paper: B, L), of the latent decoder (sec 5.3), and of text
+# encoder and caption decoder (OpenVision 1). Ti and Nano, for laptops, are ours. Heads are 64 wide:
+# a checkpoint does not store their number.
 SIZES = {
     "Nano": dict(encoder=(192, 3), decoder=(192, 2), text=(192, 1)),
     "Ti": dict(encoder=(192, 12), decoder=(192, 12), text=(192, 12)),
@@ -280,9 +280,9 @@ def resolve_encoder_path(source):
 
 
 def load_encoder(source):
-    """A run folder of train.py, a file with the official names (alone or as the `visual.` part of
-    a CLIP model), or a hub id. Strict: a ValueError names missing, unexpected or misshapen tensors.
-    """
+    """A run folder of train.py, a file with the official names (alone or as a CLIP model's
+    `visual.` part), or a hub id. Strict: a ValueError names missing, unexpected or misshapen
+    tensors."""
     path = resolve_encoder_path(source)
     try:
         if path.suffix == ".safetensors":
@@ -295,10 +295,9 @@ def load_encoder(source):
         width, in_channels, patch_size, _ = tensors["conv1.weight"].shape
         grid = math.isqrt(len(tensors["positional_embedding"]) - 1) * patch_size
         depth = sum(name.endswith(".ln_1.weight") for name in tensors)
-        embed_dim = tensors["proj"].shape[-1]
+        heads, embed_dim = width // 64, tensors["proj"].shape[-1]
         with torch.device("meta"):  # the tensors become the weights, without a copy
-            encoder = ImageEncoder(
-                grid, patch_size, in_channels, width, depth, width // 64, embed_dim)
+            encoder = ImageEncoder(grid, patch_size, in_channels, width, depth, heads, embed_dim)
         encoder.load_state_dict(tensors, assign=True)
     except Exception as error:  # damaged, refused by weights_only, or other tensors
         raise ValueError(f"{path} holds no OpenVision 3 image encoder (conv1.weight, proj, "

@@ -1,18 +1,17 @@
 """
 losses.py: stage 3, the objective: what "reconstructs" and "understands" mean as numbers.
 
-The objective of OpenVision 3 is one weighted sum (paper sec 3.3, eqs 4-6). The reconstruction half
-compares the decoded image with the input in pixels, in latents and, in the finetuning stage only,
-in a VGG's features (LPIPS). The understanding half is CLIP's loss plus the caption's cross entropy.
+The objective is one weighted sum (paper sec 3.3, eqs 4-6). Reconstruction is compared in pixels,
+in latents and, in the finetuning stage only, in a VGG's features (LPIPS). Understanding is CLIP's
+loss plus the caption's cross entropy.
 
-    images, recon         -> L1 --------------.
-    latents, pred_latents -> 0.4 * L1 --------+-> reconstruction -- * 0.5 --.
-    images, recon         -> lambda * LPIPS --'                             +-> loss
-    caption hidden states -> cross entropy ---.                             |
-    pooled, text features -> 1.0 * InfoNCE ---+-> understanding --- * 1.0 --'
+    images, recon [M,3,R,R] -> L1 + lambda * LPIPS -----.
+    latents, pred_latents [B,C,h,w] -> 0.4 * L1 --------+-> reconstruction -- * 0.5 --.
+    hidden [B,T,W] -> caption logits -> cross entropy --.                             +-> loss
+    pooled, text features [B,E] -> 1.0 * InfoNCE -------+-> understanding --- * 1.0 --'
 
-Shapes: B batch of a rank, G global batch, T text length, V vocab size, W, E widths, R resolution,
-        M images of the pixel loss.
+Shapes: B batch of a rank, M its images in the pixel loss, G global batch, T text length, V vocab
+        size, W, E widths, R resolution.
 Run:    python losses.py      # expected values at initialization next to measured ones
 Source: paper eqs 4-6, Table 1; CLIP (arXiv 2103.00020); LPIPS v0.1 (arXiv 1801.03924)
 Next:   tokenizer.py
@@ -71,14 +70,11 @@ def chunked_caption_loss(hidden, head, targets, pad_id, num_tokens):
 
 def openvision3_loss(*, images, recon, latents, pred_latents, caption, contrastive, perceptual,
                      w_rec, w_und, beta, alpha, lpips_weight):
-    """The paper's objective, eqs 4-6: each term, unweighted, and their weighted sum, "loss". images
-    and recon [M,3,R,R] in [-1,1]; latents and pred_latents [B,C,h,w]; caption and contrastive: the
-    losses above. L1 is the mean over elements, in fp32."""
+    """Each term of eqs 4-6, unweighted, and their weighted sum, "loss". images and recon [M,3,R,R]
+    in [-1,1]; caption and contrastive: the losses above. L1 is the mean over elements, in fp32."""
     pixel = F.l1_loss(recon.float(), images.float())
     latent = F.l1_loss(pred_latents.float(), latents.float())
-    lpips = torch.zeros_like(pixel)
-    if lpips_weight > 0:
-        lpips = perceptual(recon, images).mean()
+    lpips = perceptual(recon, images).mean() if lpips_weight > 0 else torch.zeros_like(pixel)
     reconstruction = pixel + beta * latent + lpips_weight * lpips
     understanding = caption + alpha * contrastive
     return {"loss": w_rec * reconstruction + w_und * understanding, "pixel": pixel,
@@ -110,7 +106,7 @@ class PerceptualDistance(nn.Module):
                 layers += [nn.Conv2d(in_channels, channels, 3, padding=1), nn.ReLU()]
                 in_channels = channels
             layers.append(nn.MaxPool2d(2))
-            self.lin.append(torch.rand(channels, 1, 1) / channels)
+            self.lin.append(torch.rand(1, channels, 1, 1) / channels)
         self.features = nn.Sequential(*layers[:-1])
         self.requires_grad_(False).eval()
 
@@ -163,7 +159,7 @@ class LPIPS(PerceptualDistance):
                 source = torch.load(source, map_location="cpu", weights_only=True)
             state.update(source)
         for i in range(5):
-            state[f"lin.{i}"] = state.pop(f"lin{i}.model.1.weight")[0]
+            state[f"lin.{i}"] = state.pop(f"lin{i}.model.1.weight")
         names = [name for name in state if not name.startswith("classifier.")]
         self.load_state_dict({name: state[name] for name in names})
 
