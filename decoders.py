@@ -1,9 +1,9 @@
 """
 decoders.py: stage 2, the two decoders of the tokens: one predicts the latents, one the caption.
 
-One small transformer turns the tokens z_u of encoder.py back into VAE latents; another generates
-the caption from them. Both are trained together with the encoder (paper sec 3.2). During training
-the latent decoder sees noisy tokens (eq 3), so that it tolerates the errors of a token generator.
+One transformer turns the tokens z_u of encoder.py back into VAE latents; another generates the
+caption from them. Both are trained with the encoder (paper sec 3.2). In training the latent decoder
+sees noisy tokens (eq 3), so that it tolerates the errors of a token generator.
 
     tokens [B,N,W] + sigma * noise, sigma ~ U[0,tau] per image -> ViT on 1x1 patches
         -> linear to P*P*C -> unpatchify -> latents^ [B,C,h,w]
@@ -12,7 +12,7 @@ the latent decoder sees noisy tokens (eq 3), so that it tolerates the errors of 
 
 Shapes: B batch, N image tokens, T text length, W width, V vocab size, h w latent map, P patch side
         (2), C latent channels (16).
-Run:    python decoders.py    # parameters, and a shape trace
+Run:    python decoders.py    # a shape trace
 Source: paper sec 3.2, eq 3, sec 5.3; captions as in OpenVision 2 (arXiv 2509.01644)
 Next:   losses.py
 """
@@ -21,7 +21,7 @@ import math
 import torch
 from torch import nn
 
-from encoder import Transformer, VisionTransformer
+from encoder import Transformer, VisionTransformer, init_linear
 
 
 class LatentDecoder(nn.Module):
@@ -31,22 +31,21 @@ class LatentDecoder(nn.Module):
     def __init__(self, token_dim, grid, width, depth, heads, patch_size=2, out_channels=16):
         super().__init__()
         self.vit = VisionTransformer(grid // patch_size, 1, token_dim, width, depth, heads)
-        self.patch_size, self.out_channels = patch_size, out_channels
+        self.patch_size = patch_size
         self.to_latents = nn.Linear(width, patch_size * patch_size * out_channels)
-        nn.init.normal_(self.to_latents.weight, std=0.02)
-        nn.init.zeros_(self.to_latents.bias)
+        init_linear(self.to_latents, std=0.02)
 
     def unpatchify(self, x):
         """[B,N,P*P*C] -> [B,C,h,w]. Order within a token (unpublished): row, column, channel."""
         B, N, _ = x.shape
-        side, P, C = math.isqrt(N), self.patch_size, self.out_channels
-        x = x.reshape(B, side, side, P, P, C)                      # (B, h/P, w/P, P, P, C)
+        side, P = math.isqrt(N), self.patch_size
+        x = x.reshape(B, side, side, P, P, -1)                     # (B, h/P, w/P, P, P, C)
         x = x.permute(0, 5, 1, 3, 2, 4)                            # (B, C, h/P, P, w/P, P)
-        return x.reshape(B, C, side * P, side * P)                 # (B, C, h, w)
+        return x.reshape(B, -1, side * P, side * P)                # (B, C, h, w)
 
     def forward(self, tokens, tau=0.0):
         """tau > 0 adds noise, in eval mode too: one std per image, from U[0,tau], in units of z_u.
-        N must be a square number."""
+        N is a square number."""
         if tau > 0:
             sigma = tau * torch.rand_like(tokens[:, :1, :1])       # (B, 1, 1)
             tokens = tokens + sigma * torch.randn_like(tokens)
@@ -65,7 +64,6 @@ class CaptionDecoder(nn.Module):
 
     def __init__(self, vocab_size, context_length, token_dim, width, depth, heads):
         super().__init__()
-        self.context_length = context_length
         self.image_projection = nn.Linear(token_dim, width, bias=False)
         self.token_embedding = nn.Embedding(vocab_size, width)
         self.positional_embedding = nn.Parameter(torch.randn(context_length, width) * 0.01)
@@ -87,23 +85,19 @@ class CaptionDecoder(nn.Module):
         mask[:, :N] = True
         return self.ln_final(self.transformer(x, mask)[:, N:])     # (B, T, W)
 
-    def logits(self, hidden):
-        """[...,W] -> [...,V] in fp32, also under autocast."""
+    def forward(self, tokens, ids):
+        """tokens [B,N,token_dim], ids [B,T], bos first -> next-token logits [B,T,V] in fp32."""
+        hidden = self.forward_features(tokens, ids)                # (B, T, W)
         with torch.autocast(hidden.device.type, enabled=False):
             return self.head(hidden)
-
-    def forward(self, tokens, ids):
-        """tokens [B,N,token_dim], ids [B,T], bos first -> logits [B,T,V] of the next tokens."""
-        return self.logits(self.forward_features(tokens, ids))
 
     @torch.no_grad()
     def generate(self, tokens, bos, eos, max_length):
         """Greedy captions [B, at most max_length], bos first; shorter ones are padded with eos."""
         ids = torch.full((len(tokens), 1), bos, device=tokens.device)            # (B, 1)
         finished = torch.zeros_like(ids, dtype=torch.bool)         # (B, 1)
-        while ids.shape[1] < min(max_length, self.context_length) and not finished.all():
-            hidden = self.forward_features(tokens, ids)[:, -1:]    # (B, 1, W)
-            next_ids = self.logits(hidden).argmax(dim=-1)          # (B, 1)
+        while ids.shape[1] < max_length and not finished.all():
+            next_ids = self(tokens, ids)[:, -1:].argmax(dim=-1)    # (B, 1)
             next_ids = next_ids.masked_fill(finished, eos)
             ids = torch.cat([ids, next_ids], dim=1)                # (B, T+1)
             finished |= next_ids == eos
@@ -114,7 +108,5 @@ if __name__ == "__main__":
     latent_decoder = LatentDecoder(token_dim=192, grid=8, width=192, depth=2, heads=3)
     caption_decoder = CaptionDecoder(500, 32, token_dim=192, width=192, depth=1, heads=3)
     tokens, ids = torch.randn(2, 16, 192), torch.ones(2, 8).long()  # two images of 64x64 pixels
-    print(f"{sum(p.numel() for p in latent_decoder.parameters()) / 1e6:.1f} M parameters: "
-          f"tokens (2, 16, 192) -> latents {tuple(latent_decoder(tokens).shape)}")
-    print(f"{sum(p.numel() for p in caption_decoder.parameters()) / 1e6:.1f} M parameters: "
-          f"tokens, ids (2, 8) -> logits {tuple(caption_decoder(tokens, ids).shape)}")
+    print("tokens [2, 16, 192] -> latents", list(latent_decoder(tokens).shape))
+    print("tokens, ids [2, 8] -> logits", list(caption_decoder(tokens, ids).shape))

@@ -1,17 +1,17 @@
 """
 encoder.py: stage 1, the trained encoders: a ViT for latents and a transformer for captions.
 
-The ViT splits the frozen VAE's latents (vae.py) into 2x2 patches and turns them into the unified
-tokens z_u, one per 16x16 pixels (paper sec 3.2, eq 2). Both decoders read these tokens, and their
-mean is matched with the text encoder's output. Weights of the released encoders load unchanged.
+The ViT turns 2x2 patches of the frozen VAE's latents into the unified tokens z_u, one per 16x16
+pixels (paper sec 3.2, eq 2). Both decoders read these tokens; their mean is matched with the text
+encoder's output. Weights of the released encoders load unchanged.
 
     latents [B,16,h,w] -> 2x2 patches -> + class token, + sin-cos positions -> D blocks
         -> drop class token -> tokens [B,N,W], N = (h/2)(w/2)    not normalized
         -> mean over N -> LayerNorm -> proj -> pooled [B,E]
     caption ids [B,T] -> embedding, + class token last -> D blocks -> LayerNorm -> head -> [B,E]
 
-Shapes: B batch, h w latent map, P patch side, N image tokens, T text length, S sequence length,
-        W width, H heads, D depth, E embedding width, C channels; whitening: M samples, F features.
+Shapes: B batch, h w map, P patch side, N image tokens, T text length, S sequence length, W width,
+        H heads, D depth, E embedding width, C channels; whitening: M samples, F features.
 Run:    python encoder.py     # the sizes, and a shape trace
 Source: paper sec 3.2 and the released checkpoints; text encoder: OpenVision 1 (arXiv 2505.04601)
 Next:   decoders.py
@@ -23,28 +23,24 @@ from textwrap import shorten
 import torch
 import torch.nn.functional as F
 from huggingface_hub import hf_hub_download
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
-# The image encoder (paper: B and L; heads are 64 wide, a checkpoint does not store their number),
-# then (width, depth) of the latent decoder, which the paper keeps at B for L (sec 5.3), and of the
-# text encoder and the caption decoder, as in OpenVision 1 (Ti: ours). Nano, for laptops, is ours.
+# (width, depth) of the image encoder (paper: B, L), of the latent decoder (sec 5.3), and of text
+# encoder and caption decoder (OpenVision 1). Ti and Nano, for laptops, are ours. Heads are 64 wide:
+# a checkpoint does not store their number.
 SIZES = {
-    "Nano": dict(width=192, depth=3, heads=3, embed_dim=192,
-                 decoder=(192, 2), text=(192, 1), caption=(192, 1)),
-    "Ti": dict(width=192, depth=12, heads=3, embed_dim=192,
-               decoder=(192, 12), text=(192, 12), caption=(192, 12)),
-    "S": dict(width=384, depth=12, heads=6, embed_dim=384,
-              decoder=(384, 12), text=(384, 12), caption=(384, 12)),
-    "B": dict(width=768, depth=12, heads=12, embed_dim=768,
-              decoder=(768, 12), text=(512, 12), caption=(512, 12)),
-    "L": dict(width=1024, depth=24, heads=16, embed_dim=1024,
-              decoder=(768, 12), text=(768, 12), caption=(768, 12)),
+    "Nano": dict(encoder=(192, 3), decoder=(192, 2), text=(192, 1)),
+    "Ti": dict(encoder=(192, 12), decoder=(192, 12), text=(192, 12)),
+    "S": dict(encoder=(384, 12), decoder=(384, 12), text=(384, 12)),
+    "B": dict(encoder=(768, 12), decoder=(768, 12), text=(512, 12)),
+    "L": dict(encoder=(1024, 24), decoder=(768, 12), text=(768, 12)),
 }
 
-# ---- Transformer, shared by all encoders and decoders of the project -----------------------------
+
+def init_linear(linear, std):
+    nn.init.normal_(linear.weight, std=std)
+    nn.init.zeros_(linear.bias)
 
 
 class Attention(nn.Module):
@@ -101,7 +97,6 @@ class Transformer(nn.Module):
 
     def __init__(self, width, depth, heads, init="zero_residual", approximate="none"):
         super().__init__()
-        self.grad_checkpointing = False  # True: recompute activations in the backward pass
         self.resblocks = nn.ModuleList(Block(width, heads, approximate) for _ in range(depth))
         if init == "clip":
             qkv_std = width**-0.5
@@ -111,20 +106,15 @@ class Transformer(nn.Module):
             qkv_std = fc_std = 0.02 * 768 / width
             proj_std = 0.0
         for block in self.resblocks:
-            attn, mlp = block.attn, block.mlp
-            nn.init.normal_(attn.in_proj_weight, std=qkv_std)
-            stds = {mlp.c_fc: fc_std, attn.out_proj: proj_std, mlp.c_proj: proj_std}
-            for linear, std in stds.items():
-                nn.init.normal_(linear.weight, std=std)
-                nn.init.zeros_(linear.bias)
+            nn.init.normal_(block.attn.in_proj_weight, std=qkv_std)
+            init_linear(block.mlp.c_fc, fc_std)
+            init_linear(block.attn.out_proj, proj_std)
+            init_linear(block.mlp.c_proj, proj_std)
 
     def forward(self, x, mask=None):
         """x [B,S,W] -> [B,S,W]; mask as in Attention."""
         for block in self.resblocks:
-            if self.grad_checkpointing:
-                x = checkpoint(block, x, mask, use_reentrant=False)
-            else:
-                x = block(x, mask)
+            x = block(x, mask)
         return x
 
 
@@ -145,13 +135,11 @@ def whitening_matrix(x, width):
     rank = (variances > 1e-6).sum()
     floor = torch.maximum(0.02 * variances.mean(), 0.2 / rank.clamp(min=1))
     zca = directions * (variances + floor).rsqrt() @ directions.T            # (F, F)
-    if width < len(mean):  # of the 768 pixels of a patch, the directions of most variance
-        rotation = directions[:, -width:]                                    # (F, width)
-    else:
-        rotation = zca.new_empty(len(mean), width)                           # (F, width)
-        nn.init.orthogonal_(rotation, gain=(width / len(mean)) ** 0.5)
+    rotation = directions[:, -width:]  # of most variance, for the 768 pixels of a patch
+    if width >= len(mean):
+        rotation = nn.init.orthogonal_(zca.new_empty(len(mean), width), (width / len(mean)) ** 0.5)
     mean = mean * (rank > 0)  # equal samples: without their mean nothing would be left
-    return mean.to(x), (zca @ rotation).to(x)
+    return mean.to(x), (zca @ rotation).to(x)                                # (F,), (F, width)
 
 
 def init_whitened_head(x, norm, weight):
@@ -159,9 +147,6 @@ def init_whitened_head(x, norm, weight):
     mean, matrix = whitening_matrix(x, weight.shape[1])
     norm.bias.sub_(mean)  # so that the mean of the inputs is 0
     weight.copy_(matrix)
-
-
-# ---- Image encoder -------------------------------------------------------------------------------
 
 
 def sincos_positions(rows, cols, width):
@@ -235,9 +220,6 @@ class ImageEncoder(VisionTransformer):
         return self.pool(tokens), tokens
 
 
-# ---- Text encoder --------------------------------------------------------------------------------
-
-
 class TextEncoder(nn.Module):
     """caption ids [B,T] -> [B,E]. As in OpenVision 1, attention is bidirectional, padding included,
     and the output is read at a class token in the last position."""
@@ -254,12 +236,11 @@ class TextEncoder(nn.Module):
         nn.init.normal_(self.head.weight, std=width**-0.5)
 
     def forward_features(self, ids):
-        """[B,T] -> [B,W], after the final LayerNorm. T is at most context_length."""
+        """[B,T] -> [B,W], after the final LayerNorm. T is context_length."""
         x = self.token_embedding(ids)                                        # (B, T, W)
         x = torch.cat([x, self.class_embedding.expand(len(x), 1, -1)], dim=1)  # (B, T+1, W)
-        pos = self.positional_embedding                                      # (context_length+1, W)
-        pos = torch.cat([pos[:-1][: ids.shape[1]], pos[-1:]])                # (T+1, W)
-        return self.ln_final(self.transformer(x + pos)[:, -1])               # (B, W)
+        x = self.transformer(x + self.positional_embedding)                  # (B, T+1, W)
+        return self.ln_final(x[:, -1])                                       # (B, W)
 
     @torch.no_grad()
     def init_whitened(self, ids):
@@ -274,60 +255,49 @@ class TextEncoder(nn.Module):
 
 # ---- Checkpoints under the official names --------------------------------------------------------
 
-WEIGHT_FILES = ("encoder.safetensors", "open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+HUB_FILE = "open_clip_pytorch_model.bin"
 
 
 def save_encoder(encoder, path):
-    """Writes safetensors with the official names, atomically. OSError where that fails."""
-    tmp_path = Path(f"{path}.tmp")
-    try:
-        save_file(encoder.state_dict(), tmp_path)
-        tmp_path.replace(path)
-    except (OSError, SafetensorError) as error:  # a full disk, for example
-        tmp_path.unlink(missing_ok=True)
-        raise OSError(f"{path} could not be written: {error}") from None
+    """Writes safetensors with the official names."""
+    save_file(encoder.state_dict(), path)
 
 
 def resolve_encoder_path(source):
     """A weights file, a folder with one, or a hub id (downloaded) -> the path of the file."""
     path = Path(source).expanduser()
-    for candidate in (path, *(path / name for name in WEIGHT_FILES)):
-        if candidate.is_file():
-            return candidate
+    for name in ("", "encoder.safetensors", "open_clip_model.safetensors", HUB_FILE):
+        if (path / name).is_file():
+            return path / name
     reason = "no weights file, and no folder with one"
     if not path.parent.is_dir():  # owner/name
         try:
-            return Path(hf_hub_download(str(source), WEIGHT_FILES[-1]))
+            return Path(hf_hub_download(str(source), HUB_FILE))
         except (OSError, ValueError) as error:
             reason = f"not here, and not downloaded from the hub ({type(error).__name__})"
     raise FileNotFoundError(f"{path}: {reason}; give the folder of python train.py --out DIR, a "
                             "hub id, or, offline, a file downloaded from there")
 
 
-def load_state_dict_file(path):
-    """The tensors of a .safetensors or PyTorch file. Nothing in it is executed."""
-    if path.suffix == ".safetensors":
-        return load_file(path)
-    return torch.load(path, map_location="cpu", weights_only=True)
-
-
 def load_encoder(source):
-    """A run folder of train.py, a file with the official names (alone or as the `visual.` part of
-    a CLIP model), or a hub id. Strict: a ValueError names missing, unexpected or misshapen tensors.
-    """
+    """A run folder of train.py, a file with the official names (alone or as a CLIP model's
+    `visual.` part), or a hub id. Strict: a ValueError names missing, unexpected or misshapen
+    tensors."""
     path = resolve_encoder_path(source)
     try:
-        tensors = load_state_dict_file(path)
-        if "visual.proj" in tensors:  # a CLIP model
-            names = [name for name in tensors if name.startswith("visual.")]
-            tensors = {name.removeprefix("visual."): tensors[name] for name in names}
+        if path.suffix == ".safetensors":
+            tensors = load_file(path)
+        else:
+            tensors = torch.load(path, map_location="cpu", weights_only=True)
+        visual = [name for name in tensors if name.startswith("visual.")]
+        if visual:  # a CLIP model
+            tensors = {name.removeprefix("visual."): tensors[name] for name in visual}
         width, in_channels, patch_size, _ = tensors["conv1.weight"].shape
         grid = math.isqrt(len(tensors["positional_embedding"]) - 1) * patch_size
         depth = sum(name.endswith(".ln_1.weight") for name in tensors)
-        embed_dim = tensors["proj"].shape[-1]
+        heads, embed_dim = width // 64, tensors["proj"].shape[-1]
         with torch.device("meta"):  # the tensors become the weights, without a copy
-            encoder = ImageEncoder(
-                grid, patch_size, in_channels, width, depth, width // 64, embed_dim)
+            encoder = ImageEncoder(grid, patch_size, in_channels, width, depth, heads, embed_dim)
         encoder.load_state_dict(tensors, assign=True)
     except Exception as error:  # damaged, refused by weights_only, or other tensors
         raise ValueError(f"{path} holds no OpenVision 3 image encoder (conv1.weight, proj, "
@@ -339,4 +309,4 @@ if __name__ == "__main__":
     print(*SIZES.items(), sep="\n")
     model = ImageEncoder(grid=8, width=192, depth=3, heads=3, embed_dim=192)
     pooled, tokens = model(torch.randn(2, 16, 8, 8))  # two images of 64x64 pixels
-    print(f"latents (2, 16, 8, 8) -> tokens {tuple(tokens.shape)}, pooled {tuple(pooled.shape)}")
+    print("latents [2, 16, 8, 8] -> tokens", list(tokens.shape), "pooled", list(pooled.shape))

@@ -58,14 +58,13 @@ class OpenVision3(nn.Module):
             raise UserError(f"this VAE has {C} channels at 1/{vae.downsample_factor} of the image "
                             "side; OpenVision 3 needs 16 at 1/8, like FLUX.1's VAE")
         size, V, T = SIZES[config.size], tokenizer.vocab_size, config.context_length
-        grid, W, E = config.resolution // vae.downsample_factor, size["width"], size["embed_dim"]
-        self.encoder = ImageEncoder(grid, P, C, W, size["depth"], size["heads"], E)
+        grid, (W, D) = config.resolution // vae.downsample_factor, size["encoder"]
+        self.encoder = ImageEncoder(grid, P, C, W, D, W // 64, embed_dim=W)
         width, depth = size["decoder"]
         self.latent_decoder = LatentDecoder(W, grid, width, depth, width // 64, P, C)
-        width, depth = size["caption"]
-        self.caption_decoder = CaptionDecoder(V, T, W, width, depth, width // 64)
         width, depth = size["text"]
-        self.text_encoder = TextEncoder(V, T, width, depth, width // 64, E)
+        self.caption_decoder = CaptionDecoder(V, T, W, width, depth, width // 64)
+        self.text_encoder = TextEncoder(V, T, width, depth, width // 64, embed_dim=W)
         self.log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))  # CLIP's temperature
         self.vae = vae.requires_grad_(False).eval()
         self.perceptual = LPIPS() if config.lpips_weight > 0 else None
@@ -106,13 +105,15 @@ class OpenVision3(nn.Module):
         text = self.text_encoder(ids)                                  # (B, E)
 
         with torch.autocast(images.device.type, enabled=False):        # losses in fp32
-            num_tokens = cache.num_tokens if cache else None
-            caption = chunked_caption_loss(hidden, self.caption_decoder.head, targets=ids[:, 1:],
-                                           pad_id=self.pad, num_tokens=num_tokens)
+            targets = ids[:, 1:]                                       # (B, T-1)
             if cache:
+                num_tokens = cache.num_tokens
                 contrastive = contrastive_surrogate(pooled, text, self.log_scale, cache)
             else:
+                num_tokens = caption_tokens_per_rank(targets, self.pad)
                 contrastive = contrastive_loss(pooled, text, self.log_scale.exp())
+            caption = chunked_caption_loss(hidden, self.caption_decoder.head, targets, self.pad,
+                                           num_tokens)
         terms = self.compute_loss(
             images=images[subset], recon=recon, latents=latents, pred_latents=pred_latents,
             caption=caption, contrastive=contrastive, perceptual=self.perceptual,
@@ -227,7 +228,7 @@ def save_checkpoint(out, model, optimizers, step, extra):
     state = {"step": step, "model": model.trained_state_dict(),
              "optimizer": [optimizer.state_dict() for optimizer in optimizers], **extra}
     # Before the checkpoint: after a crash in between, --resume takes the last steps again
-    save_encoder(model.encoder, out / "encoder.safetensors")
+    atomic_write(out / "encoder.safetensors", lambda path: save_encoder(model.encoder, path))
     atomic_write(out / "last.pt", lambda tmp_path: torch.save(state, tmp_path))
 
 

@@ -364,16 +364,16 @@ def test_vae_files(tmp_path):
     name = "decoder.conv_in.bias"
     missing = {key: t for key, t in tensors.items() if key != name}
     for changed, says in (
-            (missing, f"missing {name} [96], unexpected none"),
-            ({**tensors, name: torch.zeros(3)}, f"missing {name} [96], unexpected {name} [3]"),
-            ({**tensors, "extra": torch.ones(1)}, "missing none, unexpected extra [1]"),
-            ({"a": torch.ones(1)}, "missing decoder.conv_in.bias [96], decoder.conv_in.weight")):
+            (missing, f'Missing key(s) in state_dict: "{name}"'),
+            ({**tensors, name: torch.zeros(3)}, f"size mismatch for {name}"),
+            ({**tensors, "extra": torch.ones(1)}, 'Unexpected key(s) in state_dict: "extra"'),
+            ({"a": torch.ones(1)}, 'Missing key(s) in state_dict: "encoder.conv_in.weight"')):
         save_file(changed, path, metadata)
         with pytest.raises(ValueError, match=r"a\.safetensors is not a VAE") as error:
             vae.load_vae(path)
         assert says in str(error.value) and len(str(error.value)) < 600
     save_file(tensors, path)  # without its config it counts as FLUX's
-    with pytest.raises(ValueError, match=r"missing decoder.conv_in.bias \[512\]"):
+    with pytest.raises(ValueError, match=r"Missing.*encoder.down.0.block.1.norm1"):
         vae.load_vae(path)
     for config in ([1], {"ch": 16}, {**codec.config, "depth": 3}):
         save_file(tensors, path, {"config": json.dumps(config)})
@@ -385,30 +385,10 @@ def test_vae_files(tmp_path):
             vae.load_vae(path)
 
 
-def test_a_diffusers_config_that_differs_from_flux_is_named(tmp_path):
-    tensors = {"encoder.down_blocks.0.resnets.0.norm1.weight": torch.ones(32)}
-    save_file(tensors, tmp_path / "diffusion_pytorch_model.safetensors")
-    for config, says in (({"act_fn": "relu"}, "act_fn relu, FLUX has silu"),
-                         ({"norm_num_groups": 16}, "norm_num_groups 16, FLUX has 32"),
-                         ({"latent_channels": 4}, "block_out_channels")):
-        (tmp_path / "config.json").write_text(json.dumps(config))
-        with pytest.raises(ValueError, match=says):
-            vae.load_vae(tmp_path)
-
-
 def test_pixels_are_their_own_latents():
     codec, x = vae.load_vae("pixels"), shapes(2)
     assert torch.equal(codec.encode(x), x) and torch.equal(codec.decode(x), x)
     assert codec.config["z_channels"] == 3 and codec.downsample_factor == 1
-
-
-def test_vae_grad_checkpointing_changes_no_gradient():
-    codec, gradients = vae.load_vae("tiny"), []
-    for codec.decoder.grad_checkpointing in (False, True):
-        z = torch.randn(1, 16, 4, 4, generator=torch.Generator().manual_seed(0)).requires_grad_()
-        codec.decode(z).square().sum().backward()
-        gradients.append(z.grad)
-    assert torch.equal(*gradients)
 
 
 def test_vae_training_stops_at_a_signal_and_resumes_bitwise(tmp_path, monkeypatch):
@@ -501,7 +481,7 @@ def test_every_drawing_fills_an_image():
 def test_flux_vae_from_the_hub(hub, tmp_path, monkeypatch):
     train_vae.save_vae(vae.load_vae("tiny"), tmp_path / "ae.safetensors")
     content = (tmp_path / "ae.safetensors").read_bytes()
-    first, second, _ = ("/".join(mirror) for mirror in vae.FLUX_MIRRORS)
+    first, second = ("/".join(file) for file in vae.FLUX_FILES)
     hub[second] = (403, "GatedRepo")
     with pytest.raises(FileNotFoundError, match="hf auth login"):
         vae.load_vae("flux")
@@ -518,7 +498,7 @@ def test_flux_vae_from_the_hub(hub, tmp_path, monkeypatch):
 def test_flux_vae_without_a_network(monkeypatch, tmp_path):
     point_hub_at("http://127.0.0.1:9", tmp_path, monkeypatch)  # nobody listens there
     monkeypatch.setattr("time.sleep", lambda seconds: None)  # between the hub library's retries
-    with pytest.raises(FileNotFoundError, match="the hub cannot be reached.*or use tiny"):
+    with pytest.raises(FileNotFoundError, match="LocalEntryNotFoundError.*offline.*or use tiny"):
         vae.load_vae("flux")
 
 
@@ -589,7 +569,7 @@ def test_base_encoder_is_the_released_one():
     assert set(base.state_dict()) == OFFICIAL_NAMES and len(OFFICIAL_NAMES) == 150
     assert sum(t.numel() for t in base.state_dict().values()) == 85_893_120
     assert base.ln_post.eps == base.transformer.resblocks[0].ln_1.eps == 1e-6
-    assert all(row["width"] == 64 * row["heads"] for row in encoder.SIZES.values())
+    assert all(width % 64 == 0 for row in encoder.SIZES.values() for width, _ in row.values())
 
 
 @pytest.mark.parametrize("gelu", ["none", "tanh"])
@@ -663,25 +643,8 @@ def test_text_encoder_reads_its_last_position_and_attends_to_all():
     assert output.shape == (2, 32) and not torch.allclose(output, changed)
     assert not torch.allclose(seen[0][:, 0], seen[2][:, 0])  # the first position sees the last
     torch.testing.assert_close(output, model.head(model.ln_final(seen[1][:, -1])))
-    assert model(ids[:, :4]).shape == (2, 32)
     with pytest.raises(RuntimeError, match="size of tensor"):
         model(torch.zeros(1, 10, dtype=torch.long))
-
-
-def test_gradient_checkpointing_recomputes_with_the_same_gradients():
-    model, latents = small_encoder(), torch.randn(2, 16, 8, 8)
-    calls, grads = Counter(), []
-    model.transformer.resblocks[0].mlp.register_forward_pre_hook(lambda *_: calls.update(["mlp"]))
-    for grad_checkpointing in (False, True):
-        model.transformer.grad_checkpointing = grad_checkpointing
-        model.zero_grad()
-        model(latents)[0].square().sum().backward()
-        grads.append([p.grad.clone() for p in model.parameters()])
-    assert calls["mlp"] == 1 + 2
-    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
-    with torch.no_grad():
-        model(latents)
-    assert calls["mlp"] == 4
 
 
 def test_residual_stream_stays_in_fp32_under_autocast():
@@ -779,9 +742,6 @@ def test_encoder_files(tmp_path, monkeypatch):
     for source in (tmp_path, tmp_path / "encoder.safetensors", "~/open_clip_pytorch_model.bin"):
         loaded = encoder.load_encoder(source)
         assert all(torch.equal(a, b) for a, b in zip(model(latents), loaded(latents), strict=True))
-    assert not list(tmp_path.glob("*.tmp"))
-    with pytest.raises(OSError, match="could not be written"):
-        encoder.save_encoder(model, tmp_path / "missing" / "encoder.safetensors")
     for source in (tmp_path / "nothing", "nothing", "a/b/c", "~/nothing.bin"):
         with pytest.raises(FileNotFoundError, match="python train.py --out"):
             encoder.resolve_encoder_path(source)
@@ -970,7 +930,8 @@ def save_gathered_gradients(out):
     part = slice(rank * 12 // world, (rank + 1) * 12 // world)
     image, text = x[part] @ image_head, y[part] @ text_head
     contrastive = losses.contrastive_loss(image, text, log_scale.exp())
-    caption = losses.chunked_caption_loss(hidden[part], head, targets[part], pad_id=0)
+    num_tokens = losses.caption_tokens_per_rank(targets[part], pad_id=0)
+    caption = losses.chunked_caption_loss(hidden[part], head, targets[part], 0, num_tokens)
     (contrastive + caption).backward()
     results = [contrastive.detach(), caption.detach()]
     results += [p.grad for p in (image_head, text_head, log_scale, head.weight)]
@@ -1017,18 +978,17 @@ def test_caption_loss_ignores_padding():
 def test_chunked_caption_loss_equals_the_plain_one(monkeypatch):
     head, targets = torch.nn.Linear(16, 50, bias=False), torch.randint(50, (6, 7))
     targets[2, 3:] = 0
-    results = []
-    for max_logits in (2**25, 50 * 5):  # one chunk; nine chunks of five rows
+    results, num_tokens = [], losses.caption_tokens_per_rank(targets, pad_id=0)
+    for max_logits in (2**25, 50 * 15):  # one chunk; three chunks of two captions
         monkeypatch.setattr(losses, "MAX_LOGITS", max_logits)
         hidden = torch.randn(6, 7, 16, generator=torch.Generator().manual_seed(0)).requires_grad_()
-        loss = losses.chunked_caption_loss(hidden, head, targets, pad_id=0)
+        loss = losses.chunked_caption_loss(hidden, head, targets, 0, num_tokens)
         results.append([loss, *torch.autograd.grad(loss, [hidden, head.weight])])
         plain = losses.caption_loss(head(hidden), targets, pad_id=0)
         results.append([plain, *torch.autograd.grad(plain, [hidden, head.weight])])
     for values in zip(*results, strict=True):
         for value in values[1:]:
             torch.testing.assert_close(value, values[0], rtol=1e-5, atol=1e-7)
-    num_tokens = losses.caption_tokens_per_rank(targets, pad_id=0)
     other = losses.chunked_caption_loss(hidden, head, targets, 0, num_tokens=torch.tensor(10.0))
     torch.testing.assert_close(other * 10, loss * num_tokens)
 
@@ -1039,11 +999,11 @@ def test_caption_head_memory_does_not_grow_with_the_vocabulary():
     with FakeTensorMode():
         head = torch.nn.Linear(8, 100_000, bias=False)
         head.register_forward_hook(lambda module, inputs, logits: made.append(logits.numel()))
-        hidden = torch.randn(256, 77, 8, requires_grad=True)
+        hidden, targets = torch.randn(256, 77, 8, requires_grad=True), torch.ones(256, 77).long()
         with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-            loss = losses.chunked_caption_loss(hidden, head, torch.ones(256, 77).long(), pad_id=0)
+            loss = losses.chunked_caption_loss(hidden, head, targets, 0, 256 * 77)
         loss.backward()
-    assert max(made) <= losses.MAX_LOGITS and len(made) == 2 * 59  # forward, then recomputed
+    assert max(made) <= losses.MAX_LOGITS and len(made) == 2 * 64  # forward, then recomputed
     assert max(t.numel() for t in saved) <= head.weight.numel()  # and no logits are kept
 
 
@@ -1090,15 +1050,17 @@ def test_lpips_files_are_downloaded_and_checked(monkeypatch, tmp_path):
         monkeypatch.setitem(losses.LPIPS_FILES, name, (path.as_uri(), sha256))
     x, y = torch.rand(2, 3, 32, 32), torch.rand(2, 3, 32, 32)
     torch.testing.assert_close(losses.LPIPS()(x, y), net(x, y))
-    cached = losses.download_lpips("lin")
-    assert cached.parent == tmp_path / "hub" / "checkpoints"
-    cached.write_bytes(b"something else")  # its hash is wrong: it is downloaded again
+    cached = sorted((tmp_path / "hub" / "checkpoints").iterdir())
+    assert [path.name[:10] for path in cached] == ["lpips_lin-", "lpips_vgg-"]
+    (tmp_path / "vgg.pth").unlink()  # from now on in the cache only
     torch.testing.assert_close(losses.LPIPS()(x, y), net(x, y))
-    cached.unlink()
+    cached[0].write_bytes(b"something else")
+    with pytest.raises(FileNotFoundError, match="save it as"):
+        losses.LPIPS()
     monkeypatch.setitem(losses.LPIPS_FILES, "lin", ((tmp_path / "lin.pth").as_uri(), "0" * 64))
     with pytest.raises(FileNotFoundError, match="hash"):
         losses.LPIPS()
-    assert not cached.exists()
+    assert sorted((tmp_path / "hub" / "checkpoints").iterdir()) == cached
     monkeypatch.setitem(losses.LPIPS_FILES, "lin", ("http://127.0.0.1:9/vgg.pth", "0" * 64))
     with pytest.raises(FileNotFoundError) as offline:
         losses.LPIPS()
@@ -2701,9 +2663,9 @@ def test_each_image_is_encoded_once_and_checkpointing_recomputes():
     model, tokenizer = small_model(resolution=32, pixel_loss_every=2, grad_checkpointing=True,
                                    accum_steps=2, compile=False)
     batch, calls, encoded = shapes_batch(8, tokenizer, 32), Counter(), []
-    for name, block in (("encoder", model.encoder.transformer.resblocks[0]),
-                        ("VAE", model.vae.decoder.up[0].block[0])):
-        block.register_forward_pre_hook(lambda *_, name=name: calls.update([name]))
+    for name, layer in (("encoder", model.encoder.transformer.resblocks[0].mlp),
+                        ("VAE", model.vae.decoder.up[0].block[0].conv1)):
+        layer.register_forward_pre_hook(lambda *_, name=name: calls.update([name]))
     model.vae.encoder.register_forward_pre_hook(lambda _, inputs: encoded.append(len(inputs[0])))
     train.prepare_model(model, model.config, CPU)
     train.train_step(model, model, train.make_optimizers(model, model.config), batch["image"],

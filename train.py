@@ -28,6 +28,7 @@ import sys
 import time
 import warnings
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -35,17 +36,18 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import cost
 import data as data_module
 import runtime
 from data import DataConfig, eval_loader, load_run_data, resolve_num_workers
-from encoder import SIZES
+from encoder import SIZES, Block
 from openvision3 import OpenVision3, grad_cache_backward, load_checkpoint, save_checkpoint
 from runtime import UserError, any_rank, arg
 from tokenizer import make_tokenizer
-from vae import load_vae, vae_sha256
+from vae import ResnetBlock, load_vae, vae_sha256
 
 LOSSES = ("loss", "pixel", "latent", "lpips", "caption", "contrastive")
 
@@ -241,9 +243,10 @@ def load_init_weights(model, state, c):
 def prepare_model(model, c, device):
     """Training mode, gradient checkpointing, VAE precision and compilation, as the flags say."""
     model.encoder.requires_grad_(not c.freeze_encoder)
-    for module in model.modules():
-        if hasattr(module, "grad_checkpointing"):
-            module.grad_checkpointing = c.grad_checkpointing
+    blocks = [m for m in model.modules() if isinstance(m, (Block, ResnetBlock))]
+    if c.grad_checkpointing:
+        for block in blocks:
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
     model.vae.to(memory_format=runtime.memory_format(device))
     model.vae.encode_dtype = getattr(torch, c.vae_dtype)
     model.train()
