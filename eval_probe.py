@@ -46,7 +46,7 @@ from data import (
 from encoder import load_encoder
 from images import center_crop, decode_image, image_grid, to_pil, to_tensor, to_uint8
 from losses import LPIPS
-from openvision3 import DECODE_CHUNK, OpenVision3, load_run
+from openvision3 import OpenVision3, load_run
 from runtime import UserError, arg
 from shapes import SCENE_PROBES, all_captions, scene_probe_labels
 from tokenizer import Tokenizer
@@ -235,11 +235,10 @@ def pool_latents(latents):
 
 class EncoderOnly(nn.Module):
     """A published encoder, or "latents", with the VAE it reads. No text encoder, no decoders."""
-    encode_latents = OpenVision3.encode_latents
+    encode_latents, decode_latents = OpenVision3.encode_latents, OpenVision3.decode_latents
 
     def reconstruct(self, images):
-        chunks = self.encode_latents(images).split(DECODE_CHUNK)
-        return torch.cat([self.vae.decode(chunk) for chunk in chunks]), None, None
+        return self.decode_latents(self.encode_latents(images)), None, None
 
     def __init__(self, source, vae, resolution):
         super().__init__()

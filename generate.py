@@ -266,7 +266,7 @@ class TokenSpace:
         tokens = self.stats.denormalize(x)
         with self.env.autocast():
             if self.source == "tokens":
-                return to_uint8(self.model.decode_tokens(tokens)).cpu()
+                return to_uint8(self.model.vae.decode(self.model.latent_decoder(tokens))).cpu()
             side = math.isqrt(x.shape[1])
             patches = tokens.mT.unflatten(2, (side, side))             # (B, C, side, side)
             return to_uint8(self.model.vae.decode(F.pixel_shuffle(patches, 2))).cpu()
