@@ -117,7 +117,8 @@ class OpenVision3(nn.Module):
     @torch.no_grad()
     def encode_latents(self, images):
         """[B,3,R,R], uint8 or float in [-1,1] -> [B,16,R/8,R/8]."""
-        return self.vae.encode(scale_images(images))
+        images = scale_images(images).contiguous(memory_format=memory_format(images.device))
+        return self.vae.encode(images)
 
     @torch.no_grad()
     def decode_latents(self, latents):
