@@ -77,17 +77,16 @@ def count_step(config, micro_batch):
             model(*batch)
     saved -= {p.untyped_storage() for p in model.parameters()}
     state_bytes = sum(p.numel() * (16 if p.requires_grad else 4) for p in model.parameters())
-    passes, costs = dict(PASSES), {}
-    if config.freeze_encoder:
-        passes["encoder"] = 1
+    costs = {}
     for name, module in model.named_modules():
-        if name in passes:
+        if name in PASSES:
+            passes = 1 if name == "encoder" and config.freeze_encoder else PASSES[name]
             parts = [f"OpenVision3.{name}"]
             if parts[0] not in counter.flop_counts:  # only its submodules were called
                 parts = [f"OpenVision3.{name}.{child}" for child, _ in module.named_children()]
             flops = sum(sum(counter.flop_counts[part].values()) for part in parts)
             num_params = sum(p.numel() for p in module.parameters())
-            costs[name] = (num_params, passes[name] * flops / micro_batch / 1e9)
+            costs[name] = (num_params, passes * flops / micro_batch / 1e9)
     return costs, state_bytes, sum(storage.nbytes() for storage in saved)
 
 

@@ -2,11 +2,9 @@
 openvision3.py: stage 4, the method on one screen: one encoder, trained to reconstruct and to
 understand at the same time.
 
-A frozen VAE turns the image into latents and a ViT turns the latents into tokens. Two branches read
-the same tokens. The reconstruction branch decodes them into the image; the understanding branch
-matches them with the caption (contrastive) and generates the caption from them. Both send their
-gradients into the encoder (paper sec 3.2-3.3). `OpenVision3.forward` is all of it. The rest of the
-file splits a batch into micro-batches, and saves and loads a run.
+A frozen VAE turns the image into latents and a ViT turns the latents into tokens. One branch
+decodes the tokens into the image; the other matches them with the caption and generates the caption
+from them. Both train the encoder (paper sec 3.2-3.3). `OpenVision3.forward` is all of it.
 
     images [B,3,R,R] -> VAE -> latents [B,16,R/8,R/8] -> encoder -> tokens [B,N,W], pooled [B,E]
         tokens + noise -> latent decoder -> latents^ -> VAE decoder -> images^
@@ -40,7 +38,8 @@ from runtime import UserError, atomic_write, memory_format
 from tokenizer import Tokenizer
 from vae import load_vae, scale_images, vae_sha256
 
-FROZEN = ("vae.", "perceptual.")  # prefixes of the weights that a checkpoint leaves out
+# What a checkpoint leaves out: the frozen networks, and the position tables, which are computed
+FROZEN = ("vae.", "perceptual.", "encoder.positional", "latent_decoder.vit.positional")
 DECODE_CHUNK = 32  # images: FLUX's decoder takes 0.2 GB for each at 256 px
 
 
@@ -140,7 +139,7 @@ class OpenVision3(nn.Module):
         return [tokenizer.decode(row) for row in ids.tolist()]
 
     def trained_state_dict(self):
-        """The weights that training changes: all but the frozen networks'."""
+        """The weights that training changes."""
         state = self.state_dict()
         return {name: t for name, t in state.items() if not name.startswith(FROZEN)}
 

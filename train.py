@@ -64,17 +64,14 @@ class Config(DataConfig):
 
     size: str = arg("Nano", "row of encoder.SIZES", "model", choices=tuple(SIZES))
     vae: str = arg("tiny", "tiny, flux (335 MB), a path, or pixels: none", "model", path=True)
-    vae_dtype: str = arg("float32", "precision of the VAE encoder", "model",
-                         choices=("float32", "bfloat16"))
+    vae_dtype: str = arg("float32", "of the VAE encoder", "model", choices=("float32", "bfloat16"))
     tokenizer: str = arg("bpe", "bpe (trained on the captions), gpt2, cl100k_base, ...", "model")
     context_length: int = arg(26, "text tokens per caption, bos and eos included", "model", min=4)
     init_from: str | None = arg(None, "run to take the weights from", "model", path=True)
     freeze_encoder: bool = arg(False, "train only decoders and text encoder", "model")
 
-    w_rec: float = arg(0.5, "weight of reconstruction; 0: the decoder trains on detached tokens",
-                       "objective", min=0)
-    w_und: float = arg(1.0, "weight of understanding; 0: it trains on detached tokens",
-                       "objective", min=0)
+    w_rec: float = arg(0.5, "weight of reconstruction; 0: on detached tokens", "objective", min=0)
+    w_und: float = arg(1.0, "weight of understanding; 0: on detached tokens", "objective", min=0)
     beta: float = arg(0.4, "weight of latent L1 within reconstruction", "objective", min=0)
     alpha: float = arg(1.0, "weight of contrastive within understanding", "objective", min=0)
     lpips_weight: float = arg(0.0, "weight of LPIPS (fetches 553 MB)", "objective", min=0)
@@ -87,8 +84,7 @@ class Config(DataConfig):
     base_lr: float | None = arg(None, "lr = base_lr * batch_size / 256", "optimization", min=0)
     warmup: int = arg(50, "steps of linear warm-up; cosine to 0 follows", "optimization", min=0)
     weight_decay: float = arg(0.1, "decoupled decay of matrices", "optimization", min=0)
-    optimizer: str = arg("muon", "muon (of matrices) or adamw", "optimization",
-                         choices=("muon", "adamw"))
+    optimizer: str = arg("muon", "muon: of matrices", "optimization", choices=("muon", "adamw"))
     grad_clip: float = arg(1.0, "maximum gradient norm", "optimization", min=1e-6)
     accum_steps: int = arg(1, "micro-batches; the same gradients", "optimization", min=1)
     grad_checkpointing: bool = arg(False, "recompute activations to save memory", "optimization")
@@ -172,7 +168,7 @@ def make_optimizers(model, c):
         in_block = "resblocks" in name and not name.startswith("latent_decoder")
         if not p.requires_grad:
             continue
-        if p.ndim < 2 or "embedding" in name:
+        if p.ndim < 2 or "embedding" in name:  # no matrix
             no_decay.append(p)
         elif in_block and c.optimizer == "muon":
             blocks.append(p)
@@ -193,8 +189,9 @@ def load_resume_state(c, env):
     has_checkpoint = (out / "last.pt").exists()
     if has_checkpoint and not c.resume:
         raise UserError(f"{out} already holds a run: give --resume, or another --out")
-    if not c.resume or (not has_checkpoint and (out / "config.json").exists()):
-        return None  # a new run, or one that was stopped before its first checkpoint
+    stopped_early = (out / "config.json").exists() and not has_checkpoint
+    if stopped_early or not c.resume:
+        return None
     state = load_checkpoint(out)
     runtime.check_resume(state["config"], dataclasses.asdict(c), RESUME_MAY_CHANGE)
     old = (state["world_size"], state["config"]["num_workers"])
@@ -213,17 +210,14 @@ def init_whitened(model, dataset, tokenizer, device):
 
 
 def load_weights(model, state, c):
-    """The weights of a run, at any resolution: position tables are computed, not learned."""
+    """The weights of a run with the same VAE, size and tokenizer, at any resolution."""
     if state["vae_sha256"] != vae_sha256(c.vae):
         raise UserError(f"--init-from {c.init_from} was trained with another VAE")
     for name in ("size", "tokenizer", "context_length"):
         old = state["config"][name]
         if old != getattr(c, name):
             raise UserError(f"--init-from {c.init_from} needs {runtime.flag_name(name)} {old}")
-    weights = dict(state["model"])
-    for name in ("encoder.positional_embedding", "latent_decoder.vit.positional_embedding"):
-        weights[name] = model.get_buffer(name)
-    model.load_trained_state_dict(weights)
+    model.load_trained_state_dict(state["model"])
 
 
 def prepare_model(model, c, device):
