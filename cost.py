@@ -9,8 +9,7 @@ times the real step.
     random images [B,3,R,R] -> train_step, n times -> median ms -> images/s, TFLOP/s, MFU
 
 Shapes: B batch, R resolution, T text length.
-Run:    python train.py --preset paper-b --dry-run
-        python train.py --bench
+Run:    python train.py --preset paper-b --dry-run; python train.py --bench
 Source: MFU (model FLOPs utilization) as in PaLM (arXiv 2204.02311)
 Next:   train.py
 """
@@ -18,7 +17,6 @@ import json
 import statistics
 import sys
 import time
-from dataclasses import replace
 from types import SimpleNamespace
 
 import torch
@@ -31,10 +29,10 @@ from openvision3 import OpenVision3
 from tokenizer import Tokenizer
 from vae import FLUX, AutoencoderKL, IdentityVAE, load_vae
 
-# FLOPs of forward and backward, in forward passes. A trained module has 3 (forward, gradients of
-# inputs and of weights), a frozen one fewer; LPIPS has no gradient for the target image.
-FROZEN_PASSES = {"encoder": 1, "latent_decoder": 2, "caption_decoder": 2, "text_encoder": 2,
-                 "vae.encoder": 1, "vae.decoder": 2, "perceptual": 1.5}
+# FLOPs of forward and backward, in forward passes: one, one for the gradient of the inputs where
+# something before is trained, one for that of the weights. LPIPS: none for the target image
+PASSES = {"encoder": 3, "latent_decoder": 3, "caption_decoder": 3, "text_encoder": 3,
+          "vae.encoder": 1, "vae.decoder": 2, "perceptual": 1.5}
 BPE_VOCAB_SIZE = 2051  # the most that --tokenizer bpe can have; on shapes it is 399
 aten = torch.ops.aten  # FlopCounterMode lacks the attention kernel that a CPU uses
 flop_registry.setdefault(aten._scaled_dot_product_flash_attention_for_cpu,
@@ -51,12 +49,8 @@ def random_model(config):
         with unset_fake_temporarily():  # a file cannot be read while tensors are fake
             vae_config = FLUX if config.vae == "flux" else load_vae(config.vae).config
         vae = AutoencoderKL(**vae_config)
-    model = OpenVision3(replace(config, lpips_weight=0.0), tokenizer, vae)
-    if config.lpips_weight > 0:
-        model.perceptual = PerceptualDistance().requires_grad_(False)
-    model.encoder.requires_grad_(not config.freeze_encoder)
-    model.config = config
-    return model
+    perceptual = PerceptualDistance() if config.lpips_weight else None
+    return OpenVision3(config, tokenizer, vae, perceptual)
 
 
 def random_batch(config, batch_size, device="cpu"):
@@ -66,17 +60,10 @@ def random_batch(config, batch_size, device="cpu"):
     return images, torch.randint(3, 256, (batch_size, config.context_length), device=device)
 
 
-def module_flops(counts, name, module):
-    """FLOPs of a module, or of its submodules where only those were called."""
-    if name in counts:
-        return sum(counts[name].values())
-    return sum(module_flops(counts, f"{name}.{key}", m) for key, m in module.named_children())
-
-
 def count_step(config, micro_batch):
     """Returns {module: (parameters, GFLOP/image)}, the bytes of weights, gradients and AdamW's
     moments, and those saved for the backward pass of a micro-batch, all in fp32."""
-    saved, costs, counter = set(), {}, FlopCounterMode(display=False)
+    saved, counter = set(), FlopCounterMode(display=False)
 
     def pack_hook(tensor):
         saved.add(tensor.untyped_storage())
@@ -84,30 +71,33 @@ def count_step(config, micro_batch):
 
     with FakeTensorMode():
         model = random_model(config)
+        model.encoder.requires_grad_(not config.freeze_encoder)
         batch = random_batch(config, micro_batch)
         with counter, saved_tensors_hooks(pack_hook, lambda tensor: tensor):
             model(*batch)
-    params = list(model.parameters())
-    saved -= {p.untyped_storage() for p in params}
-    state_bytes = sum(p.numel() * (16 if p.requires_grad else 4) for p in params)
+    saved -= {p.untyped_storage() for p in model.parameters()}
+    state_bytes = sum(p.numel() * (16 if p.requires_grad else 4) for p in model.parameters())
+    costs = {}
     for name, module in model.named_modules():
-        if name in FROZEN_PASSES:
-            params = list(module.parameters())
-            passes = 3 if any(p.requires_grad for p in params) else FROZEN_PASSES[name]
-            flops = passes * module_flops(counter.flop_counts, f"OpenVision3.{name}", module)
-            costs[name] = (sum(p.numel() for p in params), flops / micro_batch / 1e9)
+        if name in PASSES:
+            passes = 1 if name == "encoder" and config.freeze_encoder else PASSES[name]
+            parts = [f"OpenVision3.{name}"]
+            if parts[0] not in counter.flop_counts:  # only its submodules were called
+                parts = [f"OpenVision3.{name}.{child}" for child, _ in module.named_children()]
+            flops = sum(sum(counter.flop_counts[part].values()) for part in parts)
+            num_params = sum(p.numel() for p in module.parameters())
+            costs[name] = (num_params, passes * flops / micro_batch / 1e9)
     return costs, state_bytes, sum(storage.nbytes() for storage in saved)
 
 
 def cost_card(c, world_size):
     """Prints what a run costs, without running it."""
-    micro_batch = max(c.pixel_loss_every, c.batch_size // world_size // c.accum_steps)
+    micro_batch = c.batch_size // world_size // c.accum_steps
     costs, state_bytes, activation_bytes = count_step(c, micro_batch)
-    total = sum(gflop for _, gflop in costs.values())
     print("module            parameters (M)  GFLOP/image")
     for name, (num_params, gflop) in costs.items():
         print(f"{name:16} {num_params / 1e6:15.1f} {gflop:12.2f}")
-    print(f"total {total:39.2f}")
+    print(f"total {sum(gflop for _, gflop in costs.values()):39.2f}")
     print(f"{c.steps:,} steps, global batch {c.batch_size:,}: {c.steps * c.batch_size:,} images")
     print(f"memory per rank (world size {world_size}) in fp32: {state_bytes / 1e9:.2f} GB weights "
           f"and optimizer, {activation_bytes / 1e9:.2f} GB activations ({micro_batch} images)")
@@ -124,21 +114,20 @@ def median_time(function, device, repeats):
     return statistics.median(times[3:])
 
 
-def bench(model, step, env):
+def bench(c, step, env):
     """Times step(images, ids) on a random batch. The last line printed is JSON. MFU is relative to
     a large matrix product; peak memory on a CPU is all that was resident, libraries too."""
-    c, device = model.config, env.device
-    batch = random_batch(c, c.batch_size, device)
-    seconds = median_time(lambda: step(*batch), device, c.steps)
-    if device.type == "cuda":
+    images, ids = random_batch(c, c.batch_size, env.device)
+    seconds = median_time(lambda: step(images, ids), env.device, c.steps)
+    if env.device.type == "cuda":
         N, peak_memory = 8192, torch.cuda.max_memory_allocated()
     else:
         import resource  # absent on Windows, where --dry-run works
         unit = 1 if sys.platform == "darwin" else 1024
         N, peak_memory = 1024, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    a = torch.randn(N, N, device=device, dtype=env.dtype)
-    peak_tflops = 2 * N**3 / median_time(lambda: a @ a, device, repeats=5) / 1e12
-    costs = count_step(c, c.pixel_loss_every)[0]
+    a = torch.randn(N, N, device=env.device, dtype=env.dtype)
+    peak_tflops = 2 * N**3 / median_time(lambda: a @ a, env.device, repeats=5) / 1e12
+    costs, _, _ = count_step(c, c.pixel_loss_every)
     gflop, rate = sum(gflop for _, gflop in costs.values()), c.batch_size / seconds
     tflops = rate * gflop / 1e3
     print(f"{gflop:.2f} GFLOP/image, MFU {tflops / peak_tflops:.0%} of {peak_tflops:.4g} TFLOP/s")

@@ -243,7 +243,7 @@ def guided_velocity(model, x, t, labels, guidance, guide=None):
 def decode_tokens(model, tokens, space):
     """The inverse of image_tokens: [B,N,C] -> images [B,3,R,R] in about [-1,1]."""
     if space == "tokens":
-        return model.decode_tokens(tokens)
+        return model.vae.decode(model.latent_decoder(tokens))
     side = math.isqrt(tokens.shape[1])
     return model.vae.decode(F.pixel_shuffle(tokens.mT.unflatten(2, (side, side)), 2))
 

@@ -2,11 +2,9 @@
 openvision3.py: stage 4, the method on one screen: one encoder, trained to reconstruct and to
 understand at the same time.
 
-A frozen VAE turns the image into latents and a ViT turns the latents into tokens. Two branches read
-the same tokens. The reconstruction branch decodes them into the image; the understanding branch
-matches them with the caption (contrastive) and generates the caption from them. Both send their
-gradients into the encoder (paper sec 3.2-3.3). `OpenVision3.forward` is all of it. The rest of the
-file splits a batch into micro-batches, and saves and loads a run.
+A frozen VAE turns the image into latents and a ViT turns the latents into tokens. One branch
+decodes the tokens into the image; the other matches them with the caption and generates the caption
+from them. Both train the encoder (paper sec 3.2-3.3). `OpenVision3.forward` is all of it.
 
     images [B,3,R,R] -> VAE -> latents [B,16,R/8,R/8] -> encoder -> tokens [B,N,W], pooled [B,E]
         tokens + noise -> latent decoder -> latents^ -> VAE decoder -> images^
@@ -21,7 +19,7 @@ Source: paper sec 3 and eqs 1-6; micro-batches as in GradCache (arXiv 2101.06983
 Next:   shapes.py
 """
 import math
-from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -31,7 +29,6 @@ from torch import nn
 from decoders import CaptionDecoder, LatentDecoder
 from encoder import SIZES, ImageEncoder, TextEncoder, save_encoder
 from losses import (
-    LPIPS,
     caption_tokens_per_rank,
     chunked_caption_loss,
     contrastive_loss,
@@ -41,7 +38,8 @@ from runtime import UserError, atomic_write, memory_format
 from tokenizer import Tokenizer
 from vae import load_vae, scale_images, vae_sha256
 
-FROZEN = ("vae.", "perceptual.")  # prefixes of the weights that a checkpoint leaves out
+# What a checkpoint leaves out: the frozen networks, and the position tables, which are computed
+FROZEN = ("vae.", "perceptual.", "encoder.positional", "latent_decoder.vit.positional")
 DECODE_CHUNK = 32  # images: FLUX's decoder takes 0.2 GB for each at 256 px
 
 
@@ -49,14 +47,15 @@ class OpenVision3(nn.Module):
     """All modules and the objective. The VAE and LPIPS are frozen; everything else is trained.
 
     config: any object with size, resolution, context_length, pixel_loss_every, tau and the weights
-    of the losses (train.Config has them). vae: from vae.load_vae."""
+    of the losses (train.Config has them). vae: from vae.load_vae. perceptual: losses.LPIPS, where
+    config.lpips_weight > 0."""
 
-    def __init__(self, config, tokenizer, vae):
+    def __init__(self, config, tokenizer, vae, perceptual=None):
         super().__init__()
         C, P = vae.config["z_channels"], 16 // vae.downsample_factor  # one token per 16x16 pixels
         if (C, P) not in ((16, 2), (3, 16)):
-            raise UserError(f"this VAE has {C} channels at 1/{vae.downsample_factor} of the image "
-                            "side; OpenVision 3 needs 16 at 1/8, like FLUX.1's VAE")
+            raise UserError("this VAE is unlike FLUX.1's: OpenVision 3 needs 16 channels at 1/8 of "
+                            "the image side")
         size, V, T = SIZES[config.size], tokenizer.vocab_size, config.context_length
         grid, (W, D) = config.resolution // vae.downsample_factor, size["encoder"]
         self.encoder = ImageEncoder(grid, P, C, W, D, W // 64, embed_dim=W)
@@ -67,7 +66,7 @@ class OpenVision3(nn.Module):
         self.text_encoder = TextEncoder(V, T, width, depth, width // 64, embed_dim=W)
         self.log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))  # CLIP's temperature
         self.vae = vae.requires_grad_(False).eval()
-        self.perceptual = LPIPS() if config.lpips_weight > 0 else None
+        self.perceptual = perceptual
         self.config, self.pad = config, tokenizer.pad
         self.compute_loss = openvision3_loss  # train.py may compile it
 
@@ -76,10 +75,10 @@ class OpenVision3(nn.Module):
         self.vae.eval()  # important! the frozen networks never change
         return self
 
-    def forward(self, images, ids, latents=None, cache=None):
+    def forward(self, images, ids, latents=None, contrast=contrastive_loss, num_tokens=None):
         """images [B,3,R,R], uint8 or float in [-1,1]; ids [B,T] -> the loss, its five terms, the
-        tokens' standard deviation (the scale of tau). `latents` and `cache` come from
-        `grad_cache_backward` where these images are one micro-batch of a batch."""
+        tokens' standard deviation (the scale of tau). The other arguments are for micro-batches:
+        see `grad_cache_backward`."""
         c = self.config
         images = scale_images(images)
         if latents is None:
@@ -88,11 +87,9 @@ class OpenVision3(nn.Module):
 
         # A branch of weight 0 still trains (with its default weight), on detached tokens: it only
         # measures the encoder. DIFFERS: the paper (figs 4, 5) does not say how it measures
-        rec_tokens, und_tokens = tokens, tokens
-        if c.w_rec == 0:
-            rec_tokens = tokens.detach()
+        rec_tokens = tokens if c.w_rec else tokens.detach()
+        und_tokens = tokens if c.w_und else tokens.detach()
         if c.w_und == 0:
-            und_tokens = tokens.detach()
             pooled = self.encoder.pool(und_tokens)                     # (B, E)
 
         # Reconstruction
@@ -105,15 +102,11 @@ class OpenVision3(nn.Module):
         text = self.text_encoder(ids)                                  # (B, E)
 
         with torch.autocast(images.device.type, enabled=False):        # losses in fp32
-            targets = ids[:, 1:]                                       # (B, T-1)
-            if cache:
-                num_tokens = cache.num_tokens
-                contrastive = contrastive_surrogate(pooled, text, self.log_scale, cache)
-            else:
-                num_tokens = caption_tokens_per_rank(targets, self.pad)
-                contrastive = contrastive_loss(pooled, text, self.log_scale.exp())
-            caption = chunked_caption_loss(hidden, self.caption_decoder.head, targets, self.pad,
-                                           num_tokens)
+            if num_tokens is None:
+                num_tokens = caption_tokens_per_rank(ids[:, 1:], self.pad)
+            caption = chunked_caption_loss(hidden, self.caption_decoder.head, targets=ids[:, 1:],
+                                           pad_id=self.pad, num_tokens=num_tokens)
+            contrastive = contrast(pooled, text, self.log_scale.exp())
         terms = self.compute_loss(
             images=images[subset], recon=recon, latents=latents, pred_latents=pred_latents,
             caption=caption, contrastive=contrastive, perceptual=self.perceptual,
@@ -128,20 +121,17 @@ class OpenVision3(nn.Module):
         return self.vae.encode(images)
 
     @torch.no_grad()
-    def decode_tokens(self, tokens):
-        """tokens [B,N,W] -> images [B,3,R,R], about [-1,1], without noise, a chunk at a time."""
-        chunks = []
-        for chunk in tokens.split(DECODE_CHUNK):
-            chunks.append(self.vae.decode(self.latent_decoder(chunk)))
-        return torch.cat(chunks)
+    def decode_latents(self, latents):
+        """[B,16,R/8,R/8] -> images [B,3,R,R], about [-1,1]; a chunk at a time saves memory."""
+        return torch.cat([self.vae.decode(chunk) for chunk in latents.split(DECODE_CHUNK)])
 
     @torch.no_grad()
     def reconstruct(self, images):
         """(VAE reconstruction, our reconstruction, tokens); the first is the upper reference."""
         latents = self.encode_latents(images)
         _, tokens = self.encoder(latents)
-        vae_recon = torch.cat([self.vae.decode(chunk) for chunk in latents.split(DECODE_CHUNK)])
-        return vae_recon, self.decode_tokens(tokens), tokens
+        recon = self.decode_latents(self.latent_decoder(tokens))       # without noise
+        return self.decode_latents(latents), recon, tokens
 
     def generate_captions(self, tokens, tokenizer):
         """[B,N,W] -> B greedy captions."""
@@ -150,7 +140,7 @@ class OpenVision3(nn.Module):
         return [tokenizer.decode(row) for row in ids.tolist()]
 
     def trained_state_dict(self):
-        """The weights that training changes: all but the frozen networks'."""
+        """The weights that training changes."""
         state = self.state_dict()
         return {name: t for name, t in state.items() if not name.startswith(FROZEN)}
 
@@ -163,10 +153,10 @@ class OpenVision3(nn.Module):
 # ---- Micro-batches: the gradients of the whole batch, with the memory of a part ------------------
 
 
-def contrastive_surrogate(pooled, text, log_scale, cache):
-    """A number with the gradient of the whole batch's contrastive loss. Its value means nothing."""
-    return ((pooled.float() * cache.pooled_grad).sum() + (text.float() * cache.text_grad).sum()
-            + log_scale * cache.log_scale_grad)
+def contrastive_surrogate(*features, loss, gradients):
+    """A number with the value `loss` and the given gradients with respect to the features."""
+    linear = sum((x * gradient).sum() for x, gradient in zip(features, gradients, strict=True))
+    return loss + linear - linear.detach()
 
 
 def grad_cache_backward(ddp_model, model, images, ids, accum_steps, autocast):
@@ -180,43 +170,37 @@ def grad_cache_backward(ddp_model, model, images, ids, accum_steps, autocast):
         with autocast():
             terms = ddp_model(images, ids)
         terms["loss"].backward()
-        return terms
+        return {name: term.detach() for name, term in terms.items()}
 
     # 1. Features of all micro-batches. Their latents are kept: the VAE encodes each image once
     micro_images, micro_ids = images.chunk(accum_steps), ids.chunk(accum_steps)
-    micro_latents, pooled, text = [], [], []
     with torch.no_grad(), autocast():
-        for part_images, part_ids in zip(micro_images, micro_ids, strict=True):
-            micro_latents.append(model.encode_latents(part_images))
-            pooled.append(model.encoder(micro_latents[-1])[0].float())
-            text.append(model.text_encoder(part_ids).float())
+        micro_latents = [model.encode_latents(part) for part in micro_images]
+        pooled = torch.cat([model.encoder(part)[0] for part in micro_latents])  # (B, E)
+        text = torch.cat([model.text_encoder(part) for part in micro_ids])      # (B, E)
 
     # 2. The loss of the whole batch, and its gradients
-    pooled, text = torch.cat(pooled).requires_grad_(), torch.cat(text).requires_grad_()  # (B, E)
-    log_scale = model.log_scale.detach().clone().requires_grad_()
-    contrastive = contrastive_loss(pooled, text, log_scale.exp())
-    contrastive.backward()
-    # Step 3 divides by accum_steps; a feature is in one micro-batch only, log_scale is in all
-    pooled_grads = (pooled.grad * accum_steps).chunk(accum_steps)
-    text_grads = (text.grad * accum_steps).chunk(accum_steps)
+    features = [pooled.requires_grad_(), text.requires_grad_(),
+                model.log_scale.detach().exp().requires_grad_()]
+    contrastive = contrastive_loss(*features)
+    pooled_grad, text_grad, scale_grad = torch.autograd.grad(contrastive, features)
+    # Step 3 divides by accum_steps; a feature is in one micro-batch only, the scale is in all
+    pooled_grads = (pooled_grad * accum_steps).chunk(accum_steps)
+    text_grads = (text_grad * accum_steps).chunk(accum_steps)
     num_tokens = caption_tokens_per_rank(ids[:, 1:], model.pad) / accum_steps
 
     # 3. One micro-batch at a time
-    micro_terms = []
+    means = {}
     for k in range(accum_steps):
-        cache = SimpleNamespace(pooled_grad=pooled_grads[k], text_grad=text_grads[k],
-                                log_scale_grad=log_scale.grad, num_tokens=num_tokens)
-        last = k == accum_steps - 1
-        sync_context = nullcontext() if ddp_model is model or last else ddp_model.no_sync()
-        with sync_context:
-            with autocast():
-                terms = ddp_model(micro_images[k], micro_ids[k], micro_latents[k], cache)
-            (terms["loss"] / accum_steps).backward()
-        micro_terms.append({name: term.detach() for name, term in terms.items()})
-    mean = {name: torch.stack([t[name] for t in micro_terms]).mean() for name in micro_terms[0]}
-    scale = (model.config.w_und or 1.0) * model.config.alpha
-    mean["loss"] = mean["loss"] + scale * (contrastive.detach() - mean["contrastive"])
-    return {**mean, "contrastive": contrastive.detach()}
+        contrast = partial(contrastive_surrogate, loss=contrastive.detach(),
+                           gradients=(pooled_grads[k], text_grads[k], scale_grad))
+        ddp_model.require_backward_grad_sync = k == accum_steps - 1  # DDP's: ranks meet once
+        with autocast():
+            terms = ddp_model(micro_images[k], micro_ids[k], micro_latents[k], contrast, num_tokens)
+        (terms["loss"] / accum_steps).backward()
+        for name, term in terms.items():
+            means[name] = means.get(name, 0) + term.detach() / accum_steps
+    return means
 
 
 # ---- A run's folder ------------------------------------------------------------------------------
@@ -237,16 +221,14 @@ def load_checkpoint(folder):
     path = Path(folder).expanduser() / "last.pt"
     if not path.is_file():
         raise UserError(f"no checkpoint {path}; train one with: python train.py --out {folder}")
-    required = {"step", "config", "model", "optimizer", "tokenizer", "class_names", "vae_sha256"}
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # truncated, no zip archive, or objects that weights_only refuses
+        vae, sha256 = state["config"]["vae"], state["vae_sha256"]
+    except Exception as error:  # truncated, refused by weights_only, or from another program
         raise UserError(f"{path} is not a readable checkpoint ({type(error).__name__})") from None
-    if not isinstance(state, dict) or not required <= set(state):
-        raise UserError(f"{path} is not a checkpoint of this version of train.py")
-    if state["vae_sha256"] != vae_sha256(state["config"]["vae"]):
-        raise UserError(f"{path} was trained with another VAE than {state['config']['vae']} is "
-                        "now; its tokens cannot be decoded with this one")
+    if sha256 != vae_sha256(vae):
+        raise UserError(f"{path} was trained with another VAE than {vae} is now; its tokens cannot "
+                        "be decoded with this one")
     return state
 
 
@@ -254,12 +236,10 @@ def load_run(folder, device, random_init=False):
     """A trained run, to evaluate: (model in eval mode, its tokenizer, the checkpoint's other
     entries). random_init: the same model with random weights, as a baseline."""
     state = load_checkpoint(folder)
-    config = SimpleNamespace(**{**state["config"], "lpips_weight": 0.0})  # no training loss here
+    config, weights = SimpleNamespace(**state["config"]), state.pop("model")
     tokenizer = Tokenizer.from_state_dict(state["tokenizer"], config.context_length)
-    vae = load_vae(config.vae).to(device, memory_format=memory_format(device))
-    weights = state.pop("model")
-    if random_init:
-        torch.manual_seed(config.seed + 1)  # not the weights that training began with
+    vae = load_vae(config.vae).to(memory_format=memory_format(device))
+    torch.manual_seed(config.seed + 1)  # of random weights: not those that training began with
     model = OpenVision3(config, tokenizer, vae).to(device)
     if not random_init:
         model.load_trained_state_dict(weights)

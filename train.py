@@ -21,7 +21,6 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: threads that wait do not spin
 
 import dataclasses
-import json
 import math
 import shlex
 import sys
@@ -37,13 +36,13 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
-from tqdm import tqdm
 
 import cost
-import data as data_module
 import runtime
-from data import DataConfig, eval_loader, load_run_data, resolve_num_workers
+from data import DataConfig, eval_loader, load_run_data, resolve_num_workers, train_loader
 from encoder import SIZES, Block
+from images import image_grid, to_pil
+from losses import LPIPS
 from openvision3 import OpenVision3, grad_cache_backward, load_checkpoint, save_checkpoint
 from runtime import UserError, any_rank, arg
 from tokenizer import make_tokenizer
@@ -66,17 +65,14 @@ class Config(DataConfig):
 
     size: str = arg("Nano", "row of encoder.SIZES", "model", choices=tuple(SIZES))
     vae: str = arg("tiny", "tiny, flux (335 MB), a path, or pixels: none", "model", path=True)
-    vae_dtype: str = arg("float32", "precision of the VAE encoder", "model",
-                         choices=("float32", "bfloat16"))
+    vae_dtype: str = arg("float32", "of the VAE encoder", "model", choices=("float32", "bfloat16"))
     tokenizer: str = arg("bpe", "bpe (trained on the captions), gpt2, cl100k_base, ...", "model")
     context_length: int = arg(26, "text tokens per caption, bos and eos included", "model", min=4)
     init_from: str | None = arg(None, "run to take the weights from", "model", path=True)
     freeze_encoder: bool = arg(False, "train only decoders and text encoder", "model")
 
-    w_rec: float = arg(0.5, "weight of reconstruction; 0: the decoder trains on detached tokens",
-                       "objective", min=0)
-    w_und: float = arg(1.0, "weight of understanding; 0: it trains on detached tokens",
-                       "objective", min=0)
+    w_rec: float = arg(0.5, "weight of reconstruction; 0: on detached tokens", "objective", min=0)
+    w_und: float = arg(1.0, "weight of understanding; 0: on detached tokens", "objective", min=0)
     beta: float = arg(0.4, "weight of latent L1 within reconstruction", "objective", min=0)
     alpha: float = arg(1.0, "weight of contrastive within understanding", "objective", min=0)
     lpips_weight: float = arg(0.0, "weight of LPIPS (fetches 553 MB)", "objective", min=0)
@@ -89,8 +85,7 @@ class Config(DataConfig):
     base_lr: float | None = arg(None, "lr = base_lr * batch_size / 256", "optimization", min=0)
     warmup: int = arg(50, "steps of linear warm-up; cosine to 0 follows", "optimization", min=0)
     weight_decay: float = arg(0.1, "decoupled decay of matrices", "optimization", min=0)
-    optimizer: str = arg("muon", "muon (of matrices) or adamw", "optimization",
-                         choices=("muon", "adamw"))
+    optimizer: str = arg("muon", "muon: of matrices", "optimization", choices=("muon", "adamw"))
     grad_clip: float = arg(1.0, "maximum gradient norm", "optimization", min=1e-6)
     accum_steps: int = arg(1, "micro-batches; the same gradients", "optimization", min=1)
     grad_checkpointing: bool = arg(False, "recompute activations to save memory", "optimization")
@@ -113,25 +108,22 @@ class Config(DataConfig):
 
 PRESETS = {
     "laptop": {},
-    "smoke": dict(
-        steps=4, batch_size=8, pixel_loss_every=4, warmup=1, log_every=1, save_every=2,
-        sample_every=4, eval_every=4, out="runs/smoke"),
-    "gpu": dict(
-        size="S", resolution=128, pixel_loss_every=1, steps=20_000, batch_size=512,
-        optimizer="adamw", lr=5e-4, warmup=1000, num_workers="auto", log_every=20, save_every=1000,
-        sample_every=1000, eval_every=500, out="runs/gpu"),
-    # Table 1: 4000 + 400 ImageNet epochs (steps = epochs * 1,281,167 // batch), warm-up 40 + 20
-    "paper-b": dict(
-        size="B", vae="flux", resolution=128, pixel_loss_every=1, steps=625_569, batch_size=8192,
-        optimizer="adamw", base_lr=8e-6, warmup=6255, weight_decay=0.2, context_length=80,
-        num_workers="auto", log_every=50, save_every=1000, sample_every=5000, eval_every=1000,
-        out="runs/paper-b"),
+    "smoke": dict(steps=4, batch_size=8, pixel_loss_every=4, warmup=1, log_every=1, save_every=2,
+                  sample_every=4, eval_every=4),
+    "gpu": dict(size="S", resolution=128, pixel_loss_every=1, steps=20_000, batch_size=512,
+                optimizer="adamw", lr=5e-4, warmup=1000, num_workers="auto", log_every=20,
+                eval_every=500, sample_every=1000, save_every=1000),
 }
+# Table 1: 4000 + 400 ImageNet epochs (steps = epochs * 1,281,167 // batch), warm-up 40 + 20
+PRESETS["paper-b"] = PRESETS["gpu"] | dict(
+    size="B", vae="flux", steps=625_569, batch_size=8192, base_lr=8e-6, warmup=6255,
+    weight_decay=0.2, context_length=80)
+PRESETS["paper-l"] = PRESETS["paper-b"] | dict(size="L")
 FINETUNE = dict(resolution=256, steps=125_113, batch_size=4096, base_lr=4e-7, lpips_weight=0.5)
-PRESETS["paper-l"] = {**PRESETS["paper-b"], "size": "L", "out": "runs/paper-l"}
 for name in ("paper-b", "paper-l"):
-    PRESETS[f"{name}-finetune"] = {**PRESETS[name], **FINETUNE, "init_from": f"runs/{name}",
-                                   "out": f"runs/{name}-finetune"}
+    PRESETS[f"{name}-finetune"] = PRESETS[name] | FINETUNE | dict(init_from=f"runs/{name}")
+for name, preset in PRESETS.items():
+    preset["out"] = f"runs/{name}"
 
 RESUME_MAY_CHANGE = (
     "resume out device dtype compile num_workers log_every eval_every save_every sample_every "
@@ -149,20 +141,17 @@ def parse_config(argv=None):
         c.steps = 20
     if c.resolution % 16:
         raise UserError(f"--resolution {c.resolution} is not a multiple of 16, the side of a token")
+    # Ranks and micro-batches must not change which images of the batch are decoded
+    divisor = int(os.environ.get("WORLD_SIZE", 1)) * c.accum_steps * c.pixel_loss_every
+    if c.batch_size % divisor:
+        raise UserError(f"--batch-size {c.batch_size}, the global batch, must be a multiple of "
+                        f"processes x --accum-steps x --pixel-loss-every = {divisor}")
     if c.freeze_encoder and not c.init_from:
         raise UserError("--freeze-encoder keeps the encoder of an earlier run: give --init-from")
     if c.w_rec == c.w_und == 0:
         raise UserError("--w-rec 0 --w-und 0 leaves the encoder nothing to learn")
     resolve_num_workers(c.num_workers)
     return c
-
-
-def check_batch(c, world_size):
-    """Ranks and micro-batches must not change which images of the batch are decoded."""
-    divisor = world_size * c.accum_steps * c.pixel_loss_every
-    if c.batch_size % divisor:
-        raise UserError(f"--batch-size {c.batch_size}, the global batch, must be a multiple of "
-                        f"processes x --accum-steps x --pixel-loss-every = {divisor}")
 
 
 # ---- Setup ---------------------------------------------------------------------------------------
@@ -177,16 +166,15 @@ def make_optimizers(model, c):
     needs half the steps; the latent decoder keeps AdamW, or reconstruction suffers."""
     blocks, decay, no_decay = [], [], []
     for name, p in model.named_parameters():
+        in_block = "resblocks" in name and not name.startswith("latent_decoder")
         if not p.requires_grad:
             continue
-        is_matrix = p.ndim >= 2 and "embedding" not in name
-        in_block = "resblocks" in name and not name.startswith("latent_decoder")
-        if is_matrix and in_block and c.optimizer == "muon":
-            blocks.append(p)
-        elif is_matrix:
-            decay.append(p)
-        else:
+        if p.ndim < 2 or "embedding" in name:  # no matrix
             no_decay.append(p)
+        elif in_block and c.optimizer == "muon":
+            blocks.append(p)
+        else:
+            decay.append(p)
     groups = [dict(params=decay, weight_decay=c.weight_decay, lr_scale=1),
               dict(params=no_decay, weight_decay=0.0, lr_scale=1)]
     optimizers = [torch.optim.AdamW(groups, lr=c.lr, betas=(0.9, 0.95), fused=True)]
@@ -202,8 +190,9 @@ def load_resume_state(c, env):
     has_checkpoint = (out / "last.pt").exists()
     if has_checkpoint and not c.resume:
         raise UserError(f"{out} already holds a run: give --resume, or another --out")
-    if not c.resume or (not has_checkpoint and (out / "config.json").exists()):
-        return None  # a new run, or one that was stopped before its first checkpoint
+    stopped_early = (out / "config.json").exists() and not has_checkpoint
+    if stopped_early or not c.resume:
+        return None
     state = load_checkpoint(out)
     runtime.check_resume(state["config"], dataclasses.asdict(c), RESUME_MAY_CHANGE)
     old = (state["world_size"], state["config"]["num_workers"])
@@ -213,31 +202,23 @@ def load_resume_state(c, env):
     return state
 
 
-def init_whitened(model, dataset, tokenizer):
+def init_whitened(model, dataset, tokenizer, device):
     """Fits the towers' first weights to 1,024 training images, the same ones on each rank."""
-    device = next(model.parameters()).device
-    latents, ids = [], []
-    batches = eval_loader(dataset, tokenizer, 32, limit=1024)
-    for batch in runtime.progress(batches, desc="whitening init", leave=False):
-        latents.append(model.encode_latents(batch["image"].to(device)))
-        ids.append(batch["text"].to(device))
+    batch = next(iter(eval_loader(dataset, tokenizer, batch_size=1024)))
+    latents = [model.encode_latents(images.to(device)) for images in batch["image"].split(32)]
     model.encoder.init_whitened(torch.cat(latents))
-    model.text_encoder.init_whitened(torch.cat(ids))
+    model.text_encoder.init_whitened(batch["text"].to(device))
 
 
-def load_init_weights(model, state, c):
-    """The weights of an earlier run, at any resolution: position tables are computed, not learned.
-    The optimizer starts fresh, as in OpenVision 1's stages."""
+def load_weights(model, state, c):
+    """The weights of a run with the same VAE, size and tokenizer, at any resolution."""
     if state["vae_sha256"] != vae_sha256(c.vae):
         raise UserError(f"--init-from {c.init_from} was trained with another VAE")
     for name in ("size", "tokenizer", "context_length"):
         old = state["config"][name]
         if old != getattr(c, name):
             raise UserError(f"--init-from {c.init_from} needs {runtime.flag_name(name)} {old}")
-    weights = dict(state["model"])
-    for name in ("encoder.positional_embedding", "latent_decoder.vit.positional_embedding"):
-        weights[name] = model.get_buffer(name)
-    model.load_trained_state_dict(weights)
+    model.load_trained_state_dict(state["model"])
 
 
 def prepare_model(model, c, device):
@@ -257,68 +238,6 @@ def prepare_model(model, c, device):
         model.compute_loss = torch.compile(model.compute_loss, dynamic=False)
 
 
-def setup(c, env, state):
-    """All that the loop needs: new, resumed, or with an earlier run's weights."""
-    data = load_run_data(c)
-    if state and data.stream:
-        data.stream.shard_rows.copy_(state["shard_rows"])
-    init_state = load_checkpoint(c.init_from) if c.init_from and not state else None
-    saved_tokenizer = (state or init_state or {}).get("tokenizer")
-    tokenizer = make_tokenizer(c.tokenizer, data.train.sample_captions(), c.context_length,
-                               saved_tokenizer)
-    torch.manual_seed(c.seed)
-    model = OpenVision3(c, tokenizer, load_vae(c.vae)).to(env.device)
-    if state:
-        model.load_trained_state_dict(state["model"])
-    elif init_state:
-        load_init_weights(model, init_state, c)
-    else:
-        init_whitened(model, data.train, tokenizer)
-    prepare_model(model, c, env.device)
-    optimizers = make_optimizers(model, c)
-    if state:
-        for optimizer, saved in zip(optimizers, state["optimizer"], strict=True):
-            optimizer.load_state_dict(saved)
-    ddp_model = model
-    if env.world_size > 1:
-        ddp_model = DistributedDataParallel(model, gradient_as_bucket_view=True,
-                                            broadcast_buffers=False)
-    num_test = min(c.batch_size, max(8, c.batch_size // c.accum_steps), len(data.test), 256)
-    num_test = num_test // env.world_size * env.world_size or num_test
-    test_batch = next(iter(eval_loader(data.test, tokenizer, num_test, limit=num_test)))
-    extra_state = {"config": dataclasses.asdict(c), "tokenizer": tokenizer.state_dict(),
-                   "class_names": data.class_names, "vae_sha256": vae_sha256(c.vae),
-                   "world_size": env.world_size}
-    return SimpleNamespace(
-        config=c, env=env, out=Path(c.out), start=state["step"] if state else 0, data=data,
-        tokenizer=tokenizer, model=model, ddp_model=ddp_model, optimizers=optimizers,
-        test_batch=test_batch, extra_state=extra_state)
-
-
-def open_run_folder(run):
-    """Writes config.json, removes log lines past the checkpoint, prints the derived numbers and
-    what the losses should be at the first step."""
-    c, env, out, model = run.config, run.env, run.out, run.model
-    out.mkdir(parents=True, exist_ok=True)
-    if c.log_ids:
-        runtime.truncate_log(out / f"ids-{env.rank}.jsonl", run.start)
-    if not env.is_main:
-        return
-    settings = {**dataclasses.asdict(c), "torch": torch.__version__, "world_size": env.world_size,
-                "commit": runtime.git_commit(), "command": shlex.join(sys.argv)}
-    (out / "config.json").write_text(json.dumps(settings, indent=1) + "\n")
-    runtime.truncate_log(out / "log.jsonl", run.start)
-    V = run.tokenizer.vocab_size
-    print(f"run: steps {run.start:,} to {c.steps:,}, global batch {c.batch_size}, world size "
-          f"{env.world_size}, device {env.device}, dtype {env.dtype}, peak lr {c.lr:.3g}")
-    for name, module in model.named_children():
-        print(f"  {name:16} {sum(p.numel() for p in module.parameters()) / 1e6:7.2f} M parameters")
-    print(f"{(c.resolution // 16) ** 2} image tokens, vocab size {V}, chance: contrastive "
-          f"{math.log(c.batch_size):.2f}, caption {math.log(V):.2f}")
-    if run.start == 0:
-        save_recon_grid(model, run.tokenizer, run.test_batch, out / "recon_000000.png")
-
-
 def learning_rate(step, c):
     """Linear to the peak over `warmup` steps, then a cosine to 0."""
     if step < c.warmup:
@@ -336,13 +255,12 @@ def train_step(ddp_model, model, optimizers, images, ids, step, env):
     for optimizer in optimizers:
         optimizer.zero_grad()
     terms = grad_cache_backward(ddp_model, model, images, ids, c.accum_steps, env.autocast)
-    grad_norm = nn.utils.clip_grad_norm_(model.parameters(), c.grad_clip)
+    terms["grad_norm"] = nn.utils.clip_grad_norm_(model.parameters(), c.grad_clip)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, c) * group["lr_scale"]
         optimizer.step()
-    terms = {name: term.detach() for name, term in terms.items()}
-    return {**terms, "grad_norm": grad_norm}
+    return terms
 
 
 def check_finite(pending, out):
@@ -352,7 +270,6 @@ def check_finite(pending, out):
         if bad:
             raise UserError(f"step {step}: non-finite {', '.join(bad)}; start again with a lower "
                             f"--lr in another --out; the checkpoint in {out} is unchanged")
-    pending.clear()
 
 
 # ---- What a run writes. Outside of the step all runs eagerly, so the step's graphs stay static ---
@@ -360,81 +277,63 @@ def check_finite(pending, out):
 
 @torch.no_grad()
 @torch.compiler.set_stance("force_eager")
-def save_recon_grid(model, tokenizer, batch, path):
-    """Eight test images: input, VAE reconstruction, ours, the generated caption below. Returns the
-    captions."""
-    images = batch["image"][:8].to(next(model.parameters()).device)
-    vae_recon, recon, tokens = model.reconstruct(images)
-    captions = model.generate_captions(tokens, tokenizer)
+def write_samples(run, step):
+    """recon_STEP.png of eight test images: input, VAE reconstruction, ours, the generated caption
+    below. Returns the captions."""
+    images = run.test_batch["image"][:8].to(run.env.device)
+    vae_recon, recon, tokens = run.model.reconstruct(images)
+    captions = run.model.generate_captions(tokens, run.tokenizer)
     columns = []
     for column in zip(images, vae_recon, recon, strict=True):
-        columns.append([data_module.to_pil(image) for image in column])
-    row_names = ("input", "VAE recon", "recon")
-    grid = data_module.image_grid(columns, captions, row_names=row_names)
-    runtime.atomic_write(path, lambda tmp_path: grid.save(tmp_path, format="png"))
+        columns.append([to_pil(image) for image in column])
+    grid = image_grid(columns, captions, row_names=("input", "VAE recon", "recon"))
+    grid.save(run.out / f"recon_{step:06d}.png")
     return captions
 
 
 @torch.no_grad()
 @torch.compiler.set_stance("force_eager")
-def eval_losses(model, batch, env):
-    """The loss terms of a held-out batch, each rank on its part: {"eval_loss": ..., ...}."""
-    size = len(batch["image"]) // env.world_size
-    part = slice(env.rank * size, (env.rank + 1) * size)
-    if size == 0:  # fewer test images than ranks: each takes all of them
-        part = slice(None)
-    images, ids = batch["image"][part].to(env.device), batch["text"][part].to(env.device)
+def eval_losses(run):
+    """The loss terms of held-out images, each rank on its part: {"eval_loss": ..., ...}."""
+    images, ids, env = run.test_batch["image"], run.test_batch["text"], run.env
+    size = max(1, len(images) // env.world_size)
+    part = torch.arange(env.rank * size, (env.rank + 1) * size) % len(images)
     with env.autocast():
-        terms = model(images, ids)
-    terms = {f"eval_{name}": term for name, term in terms.items() if name != "token_std"}
+        terms = run.model(images[part].to(env.device), ids[part].to(env.device))
+    terms = {f"eval_{name}": term for name, term in terms.items()}
     return runtime.mean_over_ranks(terms, env.world_size)
 
 
-def log_step(record, out, bar, eta_seconds):
-    """One record: a JSON line in log.jsonl, and a line on the screen that survives nohup."""
-    runtime.log_record(out / "log.jsonl", record)
+def print_record(record):
+    """The losses and the speed of a record of log.jsonl, on the screen."""
     names = [name for name in LOSSES if record[name]]
     losses = "  ".join(f"{name} {record[name]:.4f}" for name in names)
-    bar.set_postfix_str(losses)
-    tqdm.write(f"step {record['step']:6d}  {losses}  grad_norm {record['grad_norm']:.2f}  "
-               f"{record['images_per_s']:.0f} images/s  data {record['data_time_frac']:.0%}  "
-               f"eta {tqdm.format_interval(eta_seconds)}")
-    if record["data_time_frac"] > 0.5:  # Python shows a warning once
-        warnings.warn("most of the time is waiting for data: raise --num-workers", stacklevel=1)
+    print(f"step {record['step']:6d}  {losses}  grad_norm {record['grad_norm']:.2f}  "
+          f"{record['images_per_s']:.0f} images/s  data {record['data_time_frac']:.0%}  "
+          f"eta {record['eta_minutes']:.1f} min")
     if "eval_loss" in record:
         losses = "  ".join(f"{name} {record[f'eval_{name}']:.4f}" for name in names)
-        tqdm.write(f"  held out     {losses}")
+        print(f"  held out     {losses}")
+    if record["data_time_frac"] > 0.5:  # Python shows a warning once
+        warnings.warn("most of the time is waiting for data: raise --num-workers", stacklevel=1)
 
 
-def save_outputs(run, step, sample, save):
-    """Rank 0 writes the reconstruction grid, the captions and the curves; the checkpoint."""
-    c, out = run.config, run.out
-    if sample:
-        path = out / f"recon_{step:06d}.png"
-        captions = save_recon_grid(run.model, run.tokenizer, run.test_batch, path)
-        tqdm.write(f"  captions     {', '.join(map(repr, captions[:2]))}  ({path})")
-        chance = {"contrastive": math.log(c.batch_size),
-                  "caption": math.log(run.tokenizer.vocab_size)}
-        runtime.plot_log(out / "log.jsonl", out / "curves.png", LOSSES, chance)
-    if not save:
-        return
-    save_checkpoint(out, run.model, run.optimizers, step, run.extra_state)
-    if c.keep:  # last.pt is replaced by renaming, so a numbered hard link keeps its content
-        numbered = out / f"checkpoint_{step:07d}.pt"
-        numbered.unlink(missing_ok=True)
-        os.link(out / "last.pt", numbered)
-        for old in sorted(out.glob("checkpoint_*.pt"))[: -c.keep]:
-            old.unlink()
+def keep_checkpoint(out, step, keep):
+    """Numbers the checkpoint and deletes all but the last `keep` numbered ones. last.pt is replaced
+    by renaming, so a hard link keeps its content."""
+    numbered = out / f"checkpoint_{step:07d}.pt"
+    numbered.unlink(missing_ok=True)
+    os.link(out / "last.pt", numbered)
+    for old in sorted(out.glob("checkpoint_*.pt"), reverse=True)[keep:]:
+        old.unlink()
 
 
 def next_batch(batches, step):
     """The next batch; an error while loading ends the run with one sentence."""
     try:
         return next(batches)
-    except UserError:
-        raise
     except Exception as error:  # a worker's error arrives with its whole traceback, the reason last
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+        reason = f"{type(error).__name__}: {error}".strip().splitlines()[-1]
         raise UserError(f"step {step}: the data could not be loaded ({reason})") from None
 
 
@@ -447,22 +346,22 @@ def remember_shard_rows(run):
 
 
 def train_loop(run, stop):
-    """Returns whether the run came to its last step; `stop` ends it early, with a checkpoint."""
+    """The steps from run.start on; `stop` ends them early, with a checkpoint."""
     c, env, out, model = run.config, run.env, run.out, run.model
-    batches = filter(None, data_module.train_loader(  # a resumed stream may yield None first
+    batches = filter(None, train_loader(  # a resumed stream may yield None first
         run.data, run.tokenizer, c.batch_size, seed=c.seed, start=run.start, stop=c.steps,
         rank=env.rank, world_size=env.world_size, num_workers=resolve_num_workers(c.num_workers),
         pin_memory=env.device.type == "cuda"))
-    bar = runtime.progress(total=c.steps, initial=run.start, desc="train", smoothing=0.05)
+    chance = {"contrastive": math.log(c.batch_size), "caption": math.log(run.tokenizer.vocab_size)}
     deadline = math.inf if c.minutes is None else time.time() + 60 * c.minutes
-    pending, data_time, last_log, t_log = {}, 0.0, run.start, time.time()
+    pending, train_time, data_time = {}, 0.0, 0.0
     for step in range(run.start + 1, c.steps + 1):
         # 1. Batch
-        t_data = time.time()
+        start = time.time()
         batch = next_batch(batches, step)
         images = batch["image"].to(env.device, non_blocking=True)
         ids = batch["text"].to(env.device, non_blocking=True)
-        data_time += time.time() - t_data
+        data_time += time.time() - start
         if c.log_ids:
             record = {"step": step, "rank": env.rank, "epoch": batch["epochs"][0]}
             runtime.log_record(out / f"ids-{env.rank}.jsonl", {**record, "ids": batch["ids"]})
@@ -470,7 +369,6 @@ def train_loop(run, stop):
         # 2. Step
         terms = train_step(run.ddp_model, model, run.optimizers, images, ids, step - 1, env)
         pending[step] = terms
-        bar.update()
 
         # 3. Log, evaluate, sample, save. Reading a number makes the host wait for the device
         should_stop = any_rank(stop.is_set() or time.time() > deadline, env.world_size)
@@ -481,43 +379,94 @@ def train_loop(run, stop):
         log = step % c.log_every == 0 or evaluate
         if log or sample or save:
             check_finite(pending, out)
-        t_pause = time.time()
+        train_time += time.time() - start  # without evaluation, samples and checkpoints
         if log:
-            elapsed, num_steps = t_pause - t_log, step - last_log
+            seconds_per_step = train_time / len(pending)
             record = {"step": step, **runtime.mean_over_ranks(terms, env.world_size),
                       "lr": learning_rate(step - 1, c), "logit_scale": model.log_scale.exp().item(),
-                      "images_per_s": round(c.batch_size * num_steps / elapsed, 1),
-                      "data_time_frac": round(data_time / elapsed, 3)}
+                      "images_per_s": c.batch_size / seconds_per_step,
+                      "data_time_frac": data_time / train_time,
+                      "eta_minutes": (c.steps - step) * seconds_per_step / 60}
+            pending, train_time, data_time = {}, 0.0, 0.0
             if evaluate:
-                record.update(eval_losses(model, run.test_batch, env))
+                record.update(eval_losses(run))
             if env.is_main:
-                log_step(record, out, bar, (c.steps - step) * elapsed / num_steps)
-            last_log, data_time, t_log, t_pause = step, 0.0, time.time(), time.time()
+                runtime.log_record(out / "log.jsonl", record)
+                print_record(record)
         if save and run.data.stream:
             remember_shard_rows(run)
-        if env.is_main:
-            save_outputs(run, step, sample, save)
-        t_log += time.time() - t_pause  # images_per_s measures training only
+        if env.is_main and sample:
+            print(f"  captions     {write_samples(run, step)[:2]}")
+            runtime.plot_log(out / "log.jsonl", out / "curves.png", LOSSES, chance)
+        if env.is_main and save:
+            save_checkpoint(out, model, run.optimizers, step, run.extra_state)
+            keep_checkpoint(out, step, c.keep)
         if should_stop and not is_last:
-            tqdm.write(f"stopped at step {step}; rerun with --resume to continue")
-            return False
-    bar.close()
-    return True
+            print(f"stopped at step {step}; rerun with --resume to continue")
+            return
+    if env.is_main:
+        print(f"done: {out}/encoder.safetensors, recon_*.png, curves.png; next: python "
+              f"eval_probe.py --ckpt {out}")
 
 
 def train(c, stop):
-    env = runtime.init_distributed(c.device, c.dtype)
-    check_batch(c, env.world_size)
+    """A run from its flags to its last step; `stop` ends it early, with a checkpoint."""
+    # 1. Data, model, optimizers: new, resumed, or with the weights of another run
+    env, out = runtime.init_distributed(c.device, c.dtype), Path(c.out)
     state = load_resume_state(c, env)
-    if state and state["step"] >= c.steps:
-        print(f"{c.out} is finished: {state['step']} steps")
+    start = state["step"] if state else 0
+    if start >= c.steps:
+        print(f"{out} is finished: {start} steps")
         return
-    run = setup(c, env, state)
-    del state  # its memory is free again
-    open_run_folder(run)
-    if train_loop(run, stop) and env.is_main:
-        print(f"done: {c.out}/encoder.safetensors, recon_*.png, curves.png; next: python "
-              f"eval_probe.py --ckpt {c.out}")
+    source = load_checkpoint(c.init_from) if c.init_from and not state else state
+    data = load_run_data(c)
+    if state and data.stream:
+        data.stream.shard_rows.copy_(state["shard_rows"])
+    tokenizer = make_tokenizer(c.tokenizer, data.train.sample_captions(), c.context_length,
+                               source and source["tokenizer"])
+    torch.manual_seed(c.seed)
+    perceptual = LPIPS() if c.lpips_weight else None
+    model = OpenVision3(c, tokenizer, load_vae(c.vae), perceptual).to(env.device)
+    if source:
+        load_weights(model, source, c)
+    else:
+        init_whitened(model, data.train, tokenizer, env.device)
+    prepare_model(model, c, env.device)
+    optimizers = make_optimizers(model, c)
+    if state:
+        for optimizer, saved in zip(optimizers, state["optimizer"], strict=True):
+            optimizer.load_state_dict(saved)
+    del state, source  # their memory is free again
+    ddp_model = model
+    if env.world_size > 1:
+        ddp_model = DistributedDataParallel(model, gradient_as_bucket_view=True,
+                                            broadcast_buffers=False)
+
+    num_test = min(max(8, c.batch_size // c.accum_steps), len(data.test), 256)
+    config = dataclasses.asdict(c)
+    run = SimpleNamespace(
+        config=c, env=env, out=out, start=start, data=data, tokenizer=tokenizer, model=model,
+        ddp_model=ddp_model, optimizers=optimizers,
+        test_batch=next(iter(eval_loader(data.test, tokenizer, num_test))),
+        extra_state={"config": config, "tokenizer": tokenizer.state_dict(),
+                     "class_names": data.class_names, "vae_sha256": vae_sha256(c.vae),
+                     "world_size": env.world_size})
+
+    # 2. The run's folder. Log lines past the checkpoint go: their steps are taken again
+    out.mkdir(parents=True, exist_ok=True)
+    if c.log_ids:
+        runtime.truncate_log(out / f"ids-{env.rank}.jsonl", start)
+    if env.is_main:
+        runtime.truncate_log(out / "log.jsonl", start)
+        provenance = {"commit": runtime.git_commit(), "command": shlex.join(sys.argv)}
+        runtime.save_json({**config, **provenance}, out / "config.json")
+        print(f"run: steps {start:,} to {c.steps:,}, global batch {c.batch_size}, world size "
+              f"{env.world_size}, device {env.device}, dtype {env.dtype}, peak lr {c.lr:.3g}")
+    if env.is_main and start == 0:
+        write_samples(run, 0)
+
+    # 3. All steps
+    train_loop(run, stop)
     if env.world_size > 1:
         runtime.end_distributed()
 
@@ -525,31 +474,26 @@ def train(c, stop):
 def bench(c):
     """Times the real training step on random images; the last line printed is JSON."""
     env = runtime.init_distributed(c.device, c.dtype)
-    check_batch(c, env.world_size)
     torch.manual_seed(c.seed)
     model = cost.random_model(c).to(env.device)
     prepare_model(model, c, env.device)
-    optimizers = make_optimizers(model, c)
-
-    def step(images, ids):
-        train_step(model, model, optimizers, images, ids, 0, env)
-
-    cost.bench(model, step, env)
+    step = partial(train_step, model, model, make_optimizers(model, c), step=0, env=env)
+    cost.bench(c, step, env)
 
 
 def main():
     with runtime.cli_errors():
-        config = parse_config()
+        c = parse_config()
         world_size = int(os.environ.get("WORLD_SIZE", 1))
-        if config.dry_run:
-            cost.cost_card(config, world_size)
-        elif config.bench and world_size > 1:
+        if c.dry_run:
+            cost.cost_card(c, world_size)
+        elif c.bench and world_size > 1:
             raise UserError("--bench times one process: start it with python")
-        elif config.bench:
-            bench(config)
+        elif c.bench:
+            bench(c)
         else:
             with runtime.stop_on_signal() as stop:
-                train(config, stop)
+                train(c, stop)
 
 
 if __name__ == "__main__":
