@@ -40,7 +40,7 @@ from torch import nn
 from tqdm import tqdm
 
 import runtime
-from data import center_crop, decode_image, image_grid, load_run_data, to_pil, to_tensor
+from data import center_crop, decode_image, image_grid, load_run_data, to_tensor
 from decoders import CaptionDecoder
 from encoder import sincos_positions
 from eval_probe import TokenStats, encode_dataset, image_tokens
@@ -286,9 +286,9 @@ def save_examples(vlm, cache, dataset, questions, path):
     for i, q in questions[:: max(1, len(questions) // 16)][:16]:
         answer = vlm.generate(cache.get([i]), q.text)
         label = "" if answer == q.answer else f" ({q.answer})"
-        images.append([to_pil(dataset[i]["image"])])
+        images.append([dataset[i]["image"]])
         captions.append(f"{q.text} {answer}{label}")
-    grid = image_grid(images, captions, max_lines=4, per_row=8)
+    grid = image_grid(images, captions)
     runtime.atomic_write(path, partial(grid.save, format="png"))
 
 

@@ -46,7 +46,7 @@ from eval_probe import (
     frechet_distance,
     image_tokens,
 )
-from images import image_grid, to_pil, to_uint8
+from images import image_grid, to_uint8
 from openvision3 import DECODE_CHUNK, load_run
 from runtime import UserError, arg, atomic_write, progress
 from vae import scale_images
@@ -287,10 +287,9 @@ def sample_images(model, labels, space, s, guide=None):
     return torch.cat(images)
 
 
-def save_image_grid(path, rows, captions, row_names=()):
+def save_image_grid(path, rows, captions):
     """rows: uint8 images [M,3,R,R] each, shown one below the other, eight columns at a time."""
-    columns = [list(map(to_pil, column)) for column in zip(*rows, strict=True)]
-    grid = image_grid(columns, captions, row_names, cell_size=96, max_lines=3, per_row=8)
+    grid = image_grid(list(zip(*rows, strict=True)), captions, cell_size=96)
     atomic_write(path, partial(grid.save, format="png"))
 
 
@@ -520,8 +519,7 @@ def generate(s):
     captions = [f"class: {names[label]}" for label in labels[:48].tolist()]
     save_image_grid(s.path("samples.png"), [images[:48]], captions)
     nearest = nearest_train_images(images[:48], train, space)
-    save_image_grid(s.path("nearest_train.png"), [images[:48], nearest], captions,
-                    row_names=("sample", "nearest"))
+    save_image_grid(s.path("nearest_train.png"), [images[:48], nearest], captions)
     np.savez_compressed(s.path("samples.npz"), images.permute(0, 2, 3, 1), labels)  # ADM's layout
     runtime.plot_log(log, s.path("generate_curves.png"), ["loss"], {"loss": 2.0})
     test = encode(data.test, limit=max(2000, s.n_samples), desc="test images")

@@ -64,6 +64,7 @@ import eval_probe
 import eval_vlm
 import folders
 import generate
+import images as images_module
 import losses
 import openvision3
 import question_files
@@ -289,7 +290,7 @@ def test_images_are_scaled_once():
     scaled = vae.scale_images(images)
     assert scaled.dtype == torch.float32 and scaled[0] == -1 and scaled[2] == 1
     assert torch.equal(vae.scale_images(scaled), scaled)
-    assert torch.equal(data.to_uint8(scaled), images)
+    assert torch.equal(images_module.to_uint8(scaled), images)
 
 
 def test_upsampling_equals_interpolation_and_convolution():
@@ -1956,8 +1957,8 @@ def test_odd_images_become_rgb():
         assert data.to_tensor(data.center_crop(image, 32)).shape == (3, 32, 32)
         assert data.random_crop(image, 32, random.Random(0), 0.4).size == (32, 32)
     x = torch.randint(256, (3, 5, 5), dtype=torch.uint8)
-    assert torch.equal(data.to_tensor(data.to_pil(x)), x)
-    assert torch.equal(data.to_uint8(x.float() / 127.5 - 1), x)
+    assert torch.equal(data.to_tensor(images_module.to_pil(x)), x)
+    assert torch.equal(images_module.to_uint8(x.float() / 127.5 - 1), x)
 
 
 @pytest.mark.parametrize("value, dtype, gray", [
@@ -2098,7 +2099,7 @@ def test_rows_without_an_image_and_empty_splits(tmp_path, monkeypatch, capsys):
     assert re.search("none of its test images", load_error("owner/name"))
 
 
-def test_check_reports_a_folder(tmp_path, monkeypatch, capsys):
+def test_check_reports_a_folder(captioned_folder, tmp_path, monkeypatch, capsys):
     for i in range(24):
         kind = "cat" if i % 3 else "dog"
         put_image(tmp_path / "own" / kind / f"{i}.png", i, (40 + i, 90))
@@ -2111,8 +2112,10 @@ def test_check_reports_a_folder(tmp_path, monkeypatch, capsys):
     (tmp_path / "own" / "cat" / "broken.png").write_bytes(b"no image")
     argv = ("--check", tmp_path / "own", "--out", tmp_path / "grid2.png")
     assert "1 of 25 images are corrupt" in error_message(monkeypatch, data, *argv)
-    printed = capsys.readouterr().out
-    assert "broken.png" in printed and "| broken images | 1 |" in printed
+    assert "broken.png" in capsys.readouterr().out
+    run_main(monkeypatch, data, "--check", captioned_folder, "--out", tmp_path / "grid3.png")
+    printed = capsys.readouterr().out  # under 1 %
+    assert "017.png" in printed and "| broken images | 1 |" in printed
 
 
 def test_check_writes_nothing_into_the_data(tmp_path, monkeypatch):
@@ -2133,15 +2136,14 @@ def test_cut_captions_are_counted(tmp_path, monkeypatch, capsys):
 
 def test_image_grids_take_any_text():
     def drawn(caption):
-        return data.image_grid([[Image.new("RGB", (8, 8))]], [caption]).tobytes()
+        return data.image_grid([[torch.zeros(3, 8, 8)]], [caption]).tobytes()
 
     assert drawn("gr\u00fcn") != drawn("gr?n") == drawn("gr\N{CJK UNIFIED IDEOGRAPH-7DA0}n")
     for text in ("", "\n\t\0", "\ud800", "\N{SMILING CAT FACE WITH OPEN MOUTH}", "x" * 5000):
         drawn(text)
-    images = [Image.new("RGB", (8, 8))] * 2
-    one = data.image_grid([images] * 6, ["a"] * 6, ("input", "recon"), cell_size=32)
-    two = data.image_grid([images] * 6, ["a"] * 6, ("input", "recon"), cell_size=32, per_row=3)
-    assert two.height == 2 * one.height and two.width < one.width
+    one = data.image_grid([torch.zeros(2, 3, 8, 8)] * 8, ["a"] * 8, cell_size=32)
+    two = data.image_grid([torch.zeros(2, 3, 8, 8)] * 9, ["a"] * 9, cell_size=32)
+    assert two.height == 2 * one.height and two.width == one.width
 
 
 def test_class_folders_parquet_and_splits(tmp_path):
@@ -3585,7 +3587,7 @@ def test_encoded_images_decode_as_the_run_decodes_them(source):
     )
     nearest = generate.nearest_train_images(images[[2, 0]], {**encoded, "image": images}, space)
     assert torch.equal(nearest, images[[2, 0]])
-    expected = data.to_uint8(recon if source == "tokens" else vae_recon)
+    expected = images_module.to_uint8(recon if source == "tokens" else vae_recon)
     assert (
         space.decode(x).float() - expected.float()
     ).abs().max() <= 2  # the pool of tokens is fp16

@@ -363,11 +363,8 @@ def save_recon_grid(model, tokenizer, batch, path):
     images = batch["image"][:8].to(next(model.parameters()).device)
     vae_recon, recon, tokens = model.reconstruct(images)
     captions = model.generate_captions(tokens, tokenizer)
-    columns = []
-    for column in zip(images, vae_recon, recon, strict=True):
-        columns.append([data_module.to_pil(image) for image in column])
-    row_names = ("input", "VAE recon", "recon")
-    grid = data_module.image_grid(columns, captions, row_names=row_names)
+    columns = list(zip(images, vae_recon, recon, strict=True))
+    grid = data_module.image_grid(columns, captions)
     runtime.atomic_write(path, lambda tmp_path: grid.save(tmp_path, format="png"))
     return captions
 
