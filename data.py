@@ -23,7 +23,7 @@ import random
 import tempfile
 import time
 from collections import Counter, deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -39,7 +39,7 @@ from images import center_crop, decode_image, image_grid, random_crop, to_pil, t
 from images import to_uint8 as to_uint8  # for those who import it from here
 from runtime import UserError, arg, cli_errors, ignore_signals, parse_args, print_table, progress
 from shapes import CLASS_NAMES, shapes_dataset, shapes_example
-from streams import STREAM_PEEK, StreamingDataset, row_id, take_head
+from sources import STREAM_PEEK, StreamingDataset, row_id, take_head
 from tokenizer import Tokenizer
 
 TEMPLATES = ("{a} {}", "a photo of {a} {}", "a picture of {a} {}", "there is {a} {}")
@@ -189,8 +189,11 @@ def check_splits(splits, need_text, data):
                         "python data.py --check names all: move them away")
     if not test:
         raise UserError(f"{data}: none of its test images can be read")
-    if need_text and not any(map(str.strip, (train or test).sample_captions(1000))):
-        raise UserError(f"{data}: the first captions are all empty; name their column: --text-col")
+    part = train or test
+    has_texts = part.text_col or part.label_col
+    if need_text and not (has_texts and any(map(str.strip, part.sample_captions(1000)))):
+        raise UserError(f"{data} has neither captions nor labels: add metadata.jsonl or class "
+                        "folders, or name a column: --text-col, --label-col")
 
 
 def load_data(name, resolution, *, config=None, split=None, image_col=None, text_col=None,
@@ -214,7 +217,7 @@ def load_data(name, resolution, *, config=None, split=None, image_col=None, text
     source = sources.load_source(name, config=config, streaming=streaming, columns=requested)
     train, test = sources.choose_splits(source, split, evaluate, name)
     names = (test if train is None else train).column_names
-    columns = sources.resolve_columns(names or [], requested, need_text, name)
+    columns = sources.find_columns(names or [], requested, name)
     train = stream = sources.cast_images(train, columns["image"], name)
     test = sources.cast_images(test, columns["image"], name)
     # 2. The first rows of a stream stand for the rest; classes; two splits
@@ -274,10 +277,7 @@ def distributed_batches(length, batch_size, seed, start, stop, rank=0, world_siz
 
 
 def collate(tokenizer, examples):
-    """Examples -> the batch shown at the top of this file; the None of a stream stays None."""
-    if examples is None:
-        return None
-
+    """Examples -> the batch shown at the top of this file."""
     def values(key):
         return [example[key] for example in examples]
     return {"image": torch.stack(values("image")),                                 # (B, 3, R, R)
@@ -304,11 +304,11 @@ def make_loader(dataset, tokenizer, num_workers, pin_memory, **batching):
 
 def train_loader(data, tokenizer, batch_size, *, seed, start, stop, rank=0, world_size=1,
                  num_workers=0, pin_memory=False):
-    """This rank's part of the steps start..stop, to be read once; a stream may yield None first."""
+    """This rank's part of the steps start..stop, to be read once; a stream does not stop."""
     if data.stream:
-        local_batch = batch_size // world_size
-        part = data.stream.shard_for_rank(local_batch, start, rank, world_size, num_workers)
-        return make_loader(part, tokenizer, num_workers, pin_memory, batch_size=None)
+        part = replace(data.stream, start=start, rank=rank, world_size=world_size)
+        return make_loader(part, tokenizer, num_workers, pin_memory,
+                           batch_size=batch_size // world_size)
     length = len(data.train)
     if length < batch_size:
         raise UserError(f"--batch-size {batch_size} is more than the {length} training images")
