@@ -18,19 +18,18 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: threads that wait do not spin
 
 import itertools
-import math
-import random
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from random import Random
 
 import datasets
 import numpy as np
 import torch
 from PIL import ImageOps
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset, Subset
 
 import sources
 from folders import get_field, root_cause, say, to_captions
@@ -45,7 +44,7 @@ from images import (
 )
 from runtime import UserError, arg, cli_errors, ignore_signals, parse_args, print_table, progress
 from shapes import CLASS_NAMES, shapes_dataset, shapes_example
-from streams import STREAM_PEEK, StreamingDataset, row_id, take_head
+from sources import STREAM_PEEK, StreamingDataset, row_id, take_head
 from tokenizer import Tokenizer
 
 TEMPLATES = ("{a} {}", "a photo of {a} {}", "a picture of {a} {}", "there is {a} {}")
@@ -80,7 +79,7 @@ def class_prompts(name, templates=TEMPLATES):
 
 
 @dataclass(eq=False)
-class ImageTextDataset(torch.utils.data.Dataset):
+class ImageTextDataset(Dataset):
     """One split. [(epoch, i)] is a training example, [i] an evaluation example (center crop)."""
     hf_dataset: datasets.Dataset
     resolution: int
@@ -88,32 +87,27 @@ class ImageTextDataset(torch.utils.data.Dataset):
     text_col: str | None
     label_col: str | None
     class_names: list | None
-    class_index: dict | None  # from label to class
+    class_index: dict  # from label to class
     seed: int = 0
     min_crop_scale: float = 0.4
     flip: bool = False
     is_synthetic: bool = False  # shapes: they have scenes
     white: int = 0  # white level of images of more than 8 bits
-
-    def __post_init__(self):
-        self.corrupt = set()  # names of the images that were skipped
-        # twice the resolution, and never less than the smallest crop needs
-        self.min_side = math.ceil(self.resolution * max(2, (0.75 * self.min_crop_scale) ** -0.5))
+    corrupt: set = field(default_factory=set)  # names of the images that were skipped
 
     def __len__(self):
         return len(self.hf_dataset)
 
-    def captions(self, row):
-        """The row's captions; one per template of its label where it has none; else [""]."""
-        texts = to_captions(get_field(row, self.text_col)) if self.text_col else []
-        label = self.label(row)
-        if not texts and label >= 0:
-            texts = class_prompts(self.class_names[label])
-        return texts or [""]
-
     def label(self, row):
         """Index of the row's class, -1 where it has none."""
-        return self.class_index.get(get_field(row, self.label_col), -1) if self.label_col else -1
+        return self.class_index.get(get_field(row, self.label_col), -1)
+
+    def captions(self, row):
+        """The row's captions; one per template of its label where it has none; else [""]."""
+        texts, label = to_captions(get_field(row, self.text_col)), self.label(row)
+        if not texts and label >= 0:
+            return class_prompts(self.class_names[label])
+        return texts or [""]
 
     def __getitem__(self, key):
         """A dict: image uint8 [3,R,R], caption, captions (all), label, scene, id, epoch. A corrupt
@@ -128,19 +122,20 @@ class ImageTextDataset(torch.utils.data.Dataset):
 
     def make_example(self, row, epoch, i):
         """What `__getitem__` returns, None for a corrupt image; epoch None means evaluation."""
+        # twice the resolution, and never less than the smallest crop needs
+        min_side = self.resolution * max(2, (0.75 * self.min_crop_scale) ** -0.5)
         try:
-            image = decode_image(row[self.image_col], self.min_side, self.white)
+            image = decode_image(row[self.image_col], min_side, self.white)
         except Exception as error:  # whatever a decoder raises means: no image
             name = (row[self.image_col] or {}).get("path") or f"row {i}"
             if name not in self.corrupt:
                 say(f"skipped corrupt image {name} ({root_cause(error)})")
             self.corrupt.add(name)
             return None
-        texts = self.captions(row)
+        texts, rng = self.captions(row), Random(f"{self.seed} {epoch} {i}")
         if epoch is None:
             caption, image = texts[0], center_crop(image, self.resolution)
         else:
-            rng = random.Random(f"{self.seed} {epoch} {i}")
             caption = rng.choice(texts)
             image = random_crop(image, self.resolution, rng, self.min_crop_scale)
             if self.flip and rng.random() < 0.5:
@@ -169,36 +164,34 @@ class Splits:
     stream: StreamingDataset | None = None
 
 
-def verify_images(train, test, limit, data):
-    """Decodes the first `limit` images of both splits, drops corrupt ones, and finds the white
-    level. A UserError for more than 1 % of corrupt images or an empty test split."""
+def load_shapes(resolution, options):
+    """The drawn data set. Its images are not cropped, so that their captions stay true."""
+    options |= {"min_crop_scale": 1, "is_synthetic": True}
+    make = partial(ImageTextDataset, resolution=resolution, image_col="image", text_col="text",
+                   label_col="label", class_names=CLASS_NAMES,
+                   class_index={i: i for i in range(len(CLASS_NAMES))}, **options)
+    return Splits(make(shapes_dataset("train", 1_000_000, resolution)),
+                  make(shapes_dataset("test", 2000, resolution)), CLASS_NAMES)
+
+
+def verify_images(parts, limit, data):
+    """Decodes the first `limit` images of each split, drops corrupt ones, and finds the white level
+    of all. A UserError for more than 1 % of corrupt images."""
     num_read = num_corrupt = white = 0
-    for part in (train, test):
+    for part in parts:
         first = range(len(part))[:limit]
-        progress_bar = progress(first, desc="opening images", leave=False)
-        bad = [i for i in progress_bar if not part.make_example(part.hf_dataset[i], None, i)]
+        bar = progress(first, desc="opening images", leave=False)
+        bad = [i for i in bar if not part.make_example(part.hf_dataset[i], None, i)]
         part.hf_dataset = part.hf_dataset.select(np.delete(np.arange(len(part)), bad))
-        num_read, num_corrupt = num_read + len(first), num_corrupt + len(bad)
+        num_read += len(first)
+        num_corrupt += len(bad)
         for row in itertools.islice(part.hf_dataset, limit):
             white = max(white, white_level(open_image(row[part.image_col])))
     if num_corrupt > 0.01 * num_read:
         raise UserError(f"{data}: {num_corrupt} of {num_read} images are corrupt, more than 1 %; "
                         "python data.py --check names all: move them away")
-    if not test:
-        raise UserError(f"{data}: none of its test images can be read")
-    train.white = test.white = white
-
-
-def load_shapes(resolution, **options):
-    """The drawn data set. Its examples are not cropped, so that their captions stay true."""
-    options |= {"min_crop_scale": 1, "is_synthetic": True}
-    index = {i: i for i in range(len(CLASS_NAMES))}
-    splits = []
-    for split, length in (("train", 1_000_000), ("test", 2000)):
-        rows = shapes_dataset(split, length, resolution)
-        splits.append(ImageTextDataset(rows, resolution, "image", "text", "label", CLASS_NAMES,
-                                       index, **options))
-    return Splits(*splits, CLASS_NAMES)
+    for part in parts:
+        part.white = white
 
 
 def load_data(name, resolution, *, config=None, split=None, image_col=None, text_col=None,
@@ -212,42 +205,43 @@ def load_data(name, resolution, *, config=None, split=None, image_col=None, text
         if any((config, split, class_names, streaming, options.get("flip"), *requested.values())):
             raise UserError("shapes are drawn: leave out --config, --split, --class-names, --flip, "
                             "--streaming, --image-col, --text-col and --label-col")
-        return load_shapes(resolution, **options)
-    # 1. Rows and columns
+        return load_shapes(resolution, options)
+    # 1. Rows and columns. The first rows of a stream stand for the rest
     source = sources.load_source(name, config=config, streaming=streaming, columns=requested)
     train, test = sources.choose_splits(source, split, evaluate, name)
-    names = (test if train is None else train).column_names
-    columns = sources.resolve_columns(names or [], requested, need_text, name)
-    train = stream = sources.cast_images(train, columns["image"], name)
-    test = sources.cast_images(test, columns["image"], name)
-    if streaming:  # the first rows stand for the rest
-        count = STREAM_PEEK + stream_test_images
-        train, test = train and take_head(train, count, name), test and take_head(test, count, name)
+    parts = [rows for rows in (train, test) if rows is not None]
+    columns = sources.find_columns(parts[0].column_names or [], requested, name)
+    image_col = columns["image"]
+    parts = [sources.cast_images(rows, image_col, name) for rows in parts]
+    stream = parts[0]
+    if streaming:
+        parts = [take_head(rows, STREAM_PEEK + stream_test_images, name) for rows in parts]
     # 2. Classes, and two splits
     class_names, index = sources.choose_classes(
-        test if train is None else train, columns, class_names,
+        parts[0], columns, class_names,
         required=label_col or (need_text and columns["text"] is None))
-    held_out = set()
     if test is None:
-        n_test = max(len(train) - STREAM_PEEK, 0) if streaming else None
-        train, test = sources.split_train_test(train, columns["image"], name, n_test)
-        if streaming:
-            held_out = {row_id(row, columns["image"]) for row in test}
+        n_test = max(len(parts[0]) - STREAM_PEEK, 0) if streaming else None
+        parts = sources.split_train_test(parts[0], image_col, name, n_test)
     else:
-        test = sources.drop_missing(test, columns["image"], name)
-        train = sources.drop_missing(train, columns["image"], name) if train else test.select([])
+        parts = [sources.drop_missing(rows, image_col, name) for rows in parts]
+        if train is None:
+            parts.insert(0, parts[0].select([]))
     # 3. Examples, in a fixed random order: many files are sorted by class
-    parts = []
-    for rows in (train, test):
-        rows = rows.select(np.random.default_rng(0).permutation(len(rows)))
-        parts.append(ImageTextDataset(rows, resolution, *columns.values(), class_names, index,
-                                      **options))
-    verify_images(*parts, num_verify, name)
-    splits = Splits(*parts, class_names)
-    if streaming and stream:
-        splits.stream = StreamingDataset(stream, splits.train, held_out)
-    if need_text and not any(splits.test.sample_captions(1000)):
-        raise UserError(f"{name}: the first captions are all empty; name their column: --text-col")
+    make = partial(ImageTextDataset, resolution=resolution, image_col=image_col,
+                   text_col=columns["text"], label_col=columns["label"], class_names=class_names,
+                   class_index=index or {}, **options)
+    train, test = [make(rows.shuffle(seed=0, keep_in_memory=True)) for rows in parts]
+    verify_images((train, test), num_verify, name)
+    if not test:
+        raise UserError(f"{name}: none of its test images can be read")
+    if need_text and not any(test.sample_captions(1000)):
+        raise UserError(f"{name} has neither captions nor labels: add metadata.jsonl or class "
+                        "folders, or name a column: --text-col, --label-col")
+    splits = Splits(train, test, class_names)
+    if streaming:
+        held_out = {row_id(row, image_col) for row in test.hf_dataset}
+        splits.stream = StreamingDataset(stream, train, held_out)
     return splits
 
 
@@ -258,8 +252,8 @@ def load_run_data(config, /, data=None, **overrides):
     same = data in (None, config.data)
     evaluate = not same or "split" in options
     if same:
-        flags = filter(partial(hasattr, config), DATA_FLAGS)
-        options = {name: getattr(config, name) for name in flags} | options
+        run_options = {key: value for key, value in vars(config).items() if key in DATA_FLAGS}
+        options = run_options | options
     return load_data(data or config.data, config.resolution, evaluate=evaluate, **options)
 
 
@@ -280,10 +274,7 @@ def distributed_batches(length, batch_size, seed, start, stop, rank=0, world_siz
 
 
 def collate(tokenizer, examples):
-    """Examples -> the batch shown at the top of this file; the None of a stream stays None."""
-    if examples is None:
-        return None
-
+    """Examples -> the batch shown at the top of this file."""
     def values(key):
         return [example[key] for example in examples]
     return {"image": torch.stack(values("image")),                                 # (B, 3, R, R)
@@ -310,22 +301,22 @@ def make_loader(dataset, tokenizer, num_workers, **options):
 
 def train_loader(data, tokenizer, batch_size, *, seed, start, stop, rank=0, world_size=1,
                  num_workers=0, pin_memory=False):
-    """This rank's part of the steps start..stop, to be read once; a stream may yield None first."""
+    """This rank's part of the steps start..stop, to be read once; a stream does not stop."""
+    part, length = data.train, len(data.train)
     if data.stream:
-        local_batch = batch_size // world_size
-        part = data.stream.shard_for_rank(local_batch, start, rank, world_size, num_workers)
-        return make_loader(part, tokenizer, num_workers, pin_memory=pin_memory, batch_size=None)
-    length = len(data.train)
-    if length < batch_size:
+        part = replace(data.stream, start=start, rank=rank, world_size=world_size)
+        batching = {"batch_size": batch_size // world_size}
+    elif length < batch_size:
         raise UserError(f"--batch-size {batch_size} is more than the {length} training images")
-    order = distributed_batches(length, batch_size, seed, start, stop, rank, world_size)
-    return make_loader(data.train, tokenizer, num_workers, pin_memory=pin_memory,
-                       batch_sampler=order)
+    else:
+        batching = {"batch_sampler": distributed_batches(length, batch_size, seed, start, stop,
+                                                         rank, world_size)}
+    return make_loader(part, tokenizer, num_workers, pin_memory=pin_memory, **batching)
 
 
 def eval_loader(dataset, tokenizer, batch_size, limit=None, num_workers=0):
     """The first `limit` examples, center-cropped, in their fixed order."""
-    part = torch.utils.data.Subset(dataset, range(len(dataset))[:limit])
+    part = Subset(dataset, range(len(dataset))[:limit])
     return make_loader(part, tokenizer, num_workers, batch_size=batch_size)
 
 

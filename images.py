@@ -96,12 +96,12 @@ def to_uint8(images):
 
 def to_pil(image):
     """float in [-1,1] (clamped) or uint8, [3,H,W] -> RGB image."""
-    return Image.fromarray(to_uint8(image.detach().cpu()).permute(1, 2, 0).numpy())
+    return Image.fromarray(to_uint8(image).permute(1, 2, 0).cpu().numpy())
 
 
 def image_grid(columns, captions, cell_size=128):
     """One column per example: its images [3,H,W] one under another and the caption below, eight
-    columns side by side. Letters that the font lacks are drawn as "?"."""
+    columns side by side."""
     step = cell_size + 4
     height = len(columns[0]) * step + 80  # with five lines of text
     num_rows = math.ceil(len(columns) / 8)
@@ -112,7 +112,6 @@ def image_grid(columns, captions, cell_size=128):
         for image in images:
             grid.paste(to_pil(image).resize((cell_size, cell_size), Image.NEAREST), (left, top))
             top += step
-        text = caption.encode("latin-1", "replace").decode("latin-1")
-        text = textwrap.fill(text, cell_size // 6, max_lines=5)
+        text = textwrap.fill(caption, cell_size // 6, max_lines=5)
         draw.text((left, top), text, fill="black", font_size=12)
     return grid

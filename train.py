@@ -32,7 +32,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
@@ -204,10 +203,6 @@ def load_resume_state(c, env):
         return None  # a new run, or one that was stopped before its first checkpoint
     state = load_checkpoint(out)
     runtime.check_resume(state["config"], dataclasses.asdict(c), RESUME_MAY_CHANGE)
-    old = (state["world_size"], state["config"]["num_workers"])
-    if c.streaming and old != (env.world_size, c.num_workers):
-        raise UserError(f"a streaming run must be resumed with {old[0]} process(es) and "
-                        f"--num-workers {old[1]}")
     return state
 
 
@@ -257,8 +252,6 @@ def prepare_model(model, c, device):
 def setup(c, env, state):
     """All that the loop needs: new, resumed, or with an earlier run's weights."""
     data = load_run_data(c)
-    if state and data.stream:
-        data.stream.shard_rows.copy_(state["shard_rows"])
     init_state = load_checkpoint(c.init_from) if c.init_from and not state else None
     saved_tokenizer = (state or init_state or {}).get("tokenizer")
     tokenizer = make_tokenizer(c.tokenizer, data.train.sample_captions(), c.context_length,
@@ -432,18 +425,10 @@ def next_batch(batches, step):
         raise UserError(f"step {step}: the data could not be loaded ({reason})") from None
 
 
-def remember_shard_rows(run):
-    """Rows per shard of a stream, as far as any rank knows: a resume skips past epochs by them."""
-    shard_rows = run.data.stream.shard_rows.clone()
-    if run.env.world_size > 1:
-        dist.all_reduce(shard_rows, dist.ReduceOp.MAX)
-    run.extra_state["shard_rows"] = shard_rows
-
-
 def train_loop(run, stop):
     """Returns whether the run came to its last step; `stop` ends it early, with a checkpoint."""
     c, env, out, model = run.config, run.env, run.out, run.model
-    batches = filter(None, data_module.train_loader(  # a resumed stream may yield None first
+    batches = iter(data_module.train_loader(
         run.data, run.tokenizer, c.batch_size, seed=c.seed, start=run.start, stop=c.steps,
         rank=env.rank, world_size=env.world_size, num_workers=resolve_num_workers(c.num_workers),
         pin_memory=env.device.type == "cuda"))
@@ -487,8 +472,6 @@ def train_loop(run, stop):
             if env.is_main:
                 log_step(record, out, bar, (c.steps - step) * elapsed / num_steps)
             last_log, data_time, t_log, t_pause = step, 0.0, time.time(), time.time()
-        if save and run.data.stream:
-            remember_shard_rows(run)
         if env.is_main:
             save_outputs(run, step, sample, save)
         t_log += time.time() - t_pause  # images_per_s measures training only
