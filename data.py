@@ -31,17 +31,10 @@ import torch
 from PIL import ImageOps
 from torch.utils.data import DataLoader, Dataset, Subset
 
+import images
 import sources
 from folders import get_field, root_cause, say, to_captions
-from images import (
-    center_crop,
-    decode_image,
-    image_grid,
-    open_image,
-    random_crop,
-    to_tensor,
-    white_level,
-)
+from images import center_crop, decode_image, image_grid, random_crop, to_tensor
 from runtime import UserError, arg, cli_errors, ignore_signals, parse_args, print_table, progress
 from shapes import CLASS_NAMES, shapes_dataset, shapes_example
 from sources import STREAM_PEEK, StreamingDataset, row_id, take_head
@@ -131,7 +124,7 @@ class ImageTextDataset(Dataset):
             if name not in self.corrupt:
                 say(f"skipped corrupt image {name} ({root_cause(error)})")
             self.corrupt.add(name)
-            return None
+            return
         texts, rng = self.captions(row), Random(f"{self.seed} {epoch} {i}")
         if epoch is None:
             caption, image = texts[0], center_crop(image, self.resolution)
@@ -186,7 +179,7 @@ def verify_images(parts, limit, data):
         num_read += len(first)
         num_corrupt += len(bad)
         for row in itertools.islice(part.hf_dataset, limit):
-            white = max(white, white_level(open_image(row[part.image_col])))
+            white = max(white, images.white_level(row[part.image_col]))
     if num_corrupt > 0.01 * num_read:
         raise UserError(f"{data}: {num_corrupt} of {num_read} images are corrupt, more than 1 %; "
                         "python data.py --check names all: move them away")
@@ -217,9 +210,7 @@ def load_data(name, resolution, *, config=None, split=None, image_col=None, text
     if streaming:
         parts = [take_head(rows, STREAM_PEEK + stream_test_images, name) for rows in parts]
     # 2. Classes, and two splits
-    class_names, index = sources.choose_classes(
-        parts[0], columns, class_names,
-        required=label_col or (need_text and columns["text"] is None))
+    class_names, index = sources.choose_classes(parts[0], columns, class_names, label_col)
     if test is None:
         n_test = max(len(parts[0]) - STREAM_PEEK, 0) if streaming else None
         parts = sources.split_train_test(parts[0], image_col, name, n_test)
@@ -263,14 +254,13 @@ def load_run_data(config, /, data=None, **overrides):
 def distributed_batches(length, batch_size, seed, start, stop, rank=0, world_size=1):
     """Yields this rank's part of each global batch as (epoch, index) pairs, from step `start` on.
     The global order is a permutation keyed by (seed, epoch), so N ranks see what one sees."""
-    local_batch = batch_size // world_size
     for step in range(start, stop):
         epoch, k = divmod(step, length // batch_size)
         if k == 0 or step == start:
             generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
             order = torch.randperm(length, generator=generator)
-        first = k * batch_size + rank * local_batch
-        yield [(epoch, i) for i in order[first : first + local_batch].tolist()]
+        batch = order[k * batch_size : (k + 1) * batch_size]
+        yield [(epoch, i) for i in batch.chunk(world_size)[rank].tolist()]
 
 
 def collate(tokenizer, examples):
@@ -327,7 +317,7 @@ def inspect_split(name, dataset, tokenizer):
     """Prints what a split holds: the sizes of all images, captions, classes."""
     sides, texts, labels = [], [], []
     for row in dataset.hf_dataset:
-        sides.append(min(open_image(row[dataset.image_col]).size))
+        sides.append(min(images.open_image(row[dataset.image_col]).size))
         texts += dataset.captions(row)
         labels.append(dataset.label(row))
     lengths = [len(tokenizer.encode_ordinary(text)) + 2 for text in texts]
@@ -360,16 +350,15 @@ def main():
         if Path(args.out).resolve().is_relative_to(Path(args.data).resolve()):
             raise UserError(f"--out {args.out} is inside of the data's folder; choose another one")
         data = load_run_data(args, num_verify=10**9 if args.check else 1000)
-        start = time.time()
-        examples = [data.train[(0, i)] for i in range(len(data.train))[:256]]
-        rate = len(examples) / (time.time() - start)
+        tokenizer = Tokenizer.train(data.train.sample_captions(), args.context_length)
         if args.check:
-            tokenizer = Tokenizer.train(data.train.sample_captions(), args.context_length)
             inspect_split("train", data.train, tokenizer)
             inspect_split("test", data.test, tokenizer)
+        start = time.time()
+        batches = list(eval_loader(data.train, tokenizer, 8, limit=256))
+        rate = min(256, len(data.train)) / (time.time() - start)
         print(f"{len(data.train)} train / {len(data.test)} test images, {rate:.0f} images/s")
-        images = [[example["image"]] for example in examples[:8]]
-        grid = image_grid(images, [example["caption"] for example in examples[:8]])
+        grid = image_grid(batches[0]["image"][:, None], batches[0]["captions"])
         grid.save(args.out, format="png")
         print(f"wrote {args.out}")
 

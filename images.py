@@ -32,9 +32,10 @@ def open_image(source):
     return Image.open(io.BytesIO(source["bytes"]) if source.get("bytes") else source["path"])
 
 
-def white_level(image):
+def white_level(source):
     """The value of white in a gray image of more than 8 bits or of floats: the smallest of
-    WHITE_LEVELS that no pixel exceeds. Else 0."""
+    WHITE_LEVELS that no pixel exceeds. Else 0, and no pixel is read."""
+    image = open_image(source)
     if image.mode[0] not in "IF":
         return 0
     highest = np.nan_to_num(np.asarray(image), posinf=0).max()
