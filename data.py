@@ -214,7 +214,7 @@ def load_data(name, resolution, *, config=None, split=None, image_col=None, text
         return Splits(make(shapes_dataset("train", 1_000_000, resolution)),
                       make(shapes_dataset("test", 2000, resolution)), CLASS_NAMES)
     # 1. Rows and columns
-    source = sources.load_source(name, config=config, streaming=streaming, columns=requested)
+    source = sources.load_source(name, requested, config=config, streaming=streaming)
     train, test = sources.choose_splits(source, split, evaluate, name)
     names = (test if train is None else train).column_names
     columns = sources.find_columns(names or [], requested, name)

@@ -100,34 +100,21 @@ def load_tables(paths, requested, streaming):
     return folders.make_dataset(folders.read_tables(paths, requested).values(), requested)
 
 
-def read_schema(path):
-    """{column: Arrow type} of a parquet file."""
-    try:
-        schema = pq.read_schema(path)
-    except (ValueError, OSError):
-        raise UserError(f"{path} is not a parquet file") from None
-    return dict(zip(schema.names, map(str, schema.types), strict=True))
-
-
 def has_images(path, requested):
     """Whether a parquet file that is beside images lists or holds some itself."""
-    with contextlib.suppress(UserError):
-        find_columns(read_schema(path), requested, path)
+    with contextlib.suppress(UserError, ValueError, OSError):
+        find_columns(pq.read_schema(path).names, requested, path)
         return os.path.basename(path) not in folders.METADATA
     return False
 
 
 def load_parquet(paths, requested, streaming):
-    """A column of strings holds paths."""
-    first = read_schema(paths[0])
-    for path in paths:
-        schema = read_schema(path)
-        if schema.keys() != first.keys():
-            raise UserError(f"{path} has the columns {', '.join(schema)}, not {', '.join(first)}")
-    if first.get(find_columns(first, requested, paths[0])["image"]) in ("string", "large_string"):
-        return load_tables(paths, requested, streaming)
-    return datasets.load_dataset("parquet", data_files=list(map(glob.escape, paths)),
+    rows = datasets.load_dataset("parquet", data_files=[glob.escape(path) for path in paths],
                                  split="train", streaming=streaming)
+    image_col = find_columns(rows.column_names, requested, paths[0])["image"]
+    if "string" in getattr(rows.features[image_col], "dtype", ""):  # it holds paths
+        return load_tables(paths, requested, streaming)
+    return rows
 
 
 def load_hub(name, config, streaming):
@@ -162,24 +149,24 @@ def load_local(path, requested, streaming):
         return saved if isinstance(saved, dict) else {"train": saved}
     images = [file for file in files if ending(file) in folders.ENDINGS]
     tars = [file for file in files if ending(file) == ".tar"]
-    chosen = [file for file in files if ending(file) == ".parquet"
+    shards = [file for file in files if ending(file) == ".parquet"
               and (not images or has_images(f"{root}/{file}", requested))]
-    if not chosen and len(tars) >= len(images):  # a tar may lie beside its own images
-        chosen = tars
-    if not chosen and root == path:
+    if not shards and len(tars) >= len(images):  # a tar may lie beside its own images
+        shards = tars
+    if not shards and root == path:
         return folders.load_image_folder(root, files, skipped, requested)
-    load = LOADERS.get(ending((chosen or files)[0]))
+    splits = defaultdict(list)  # by the last word that names one: data/cc3m-train-0001.tar
+    for file in shards or files:
+        words = re.split(r"[^a-zA-Z]+", file)
+        splits[folders.first_split(reversed(words))].append(f"{root}/{file}")
+    load = LOADERS.get(ending((shards or files)[0]))
     if load is None:
         hint = folders.HINTS.get(ending(name), "")
         raise UserError(f"--data {path} is no folder, table (.csv, .jsonl, .parquet) or tar{hint}")
-    shards = defaultdict(list)  # by the last word that names a split: data/cc3m-train-0001.tar
-    for file in chosen or files:
-        words = re.split(r"[^a-zA-Z]+", file)
-        shards[folders.first_split(reversed(words))].append(f"{root}/{file}")
-    return {split: load(paths, requested, streaming) for split, paths in shards.items()}
+    return {split: load(paths, requested, streaming) for split, paths in splits.items()}
 
 
-def load_source(name, *, config=None, streaming=False, columns=None):
+def load_source(name, columns, *, config=None, streaming=False):
     """{split: Dataset, or IterableDataset if streaming} of a folder, file or hub id. `columns` has
     the requested names of "image", "text" and "label". Every failure is a UserError."""
     path = os.path.abspath(os.path.expanduser(name))  # without "..", as the paths that tables list
@@ -190,7 +177,7 @@ def load_source(name, *, config=None, streaming=False, columns=None):
         if config:
             raise UserError(f"--config is for hub data sets, and {name} is on this machine")
         datasets.disable_progress_bars()
-        source = load_local(path, columns or dict.fromkeys(COLUMNS), streaming)
+        source = load_local(path, columns, streaming)
         if streaming and datasets.Dataset in map(type, source.values()):
             raise UserError(f"--streaming is for the hub, parquet files and tars, not for {name}")
         return source
@@ -222,16 +209,14 @@ def choose_splits(source, split, evaluate, data):
 def image_names(rows, image_col, data):
     """{position: stable name} of the images: the path in their common folder, or the position. Rows
     without an image are left out; no bytes are read."""
-    content, paths = rows.data.column(image_col).flatten()  # of the Arrow struct
-    has_bytes, paths = content.is_valid().to_pylist(), paths.to_pylist()
-    root = os.path.commonpath([path for path in paths if path and os.path.isabs(path)] or ["/"])
+    images = rows.data.column(image_col)  # Arrow structs of bytes and path
+    paths = [path or "" for path in images.flatten()[1].to_pylist()]
+    root = os.path.commonpath(list(filter(os.path.isabs, paths)) or ["/"])
     names = {}
-    for i, path in enumerate(paths):
-        if path:
-            folders.refuse_url(path, image_col, data)
-            names[i] = path.removeprefix(root)
-        elif has_bytes[i]:
-            names[i] = str(i)
+    for i, is_there in enumerate(images.is_valid().to_pylist()):
+        folders.refuse_url(paths[i], image_col, data)
+        if is_there:
+            names[i] = paths[i].removeprefix(root) or str(i)
     if len(names) < len(paths):
         say(f"{len(paths) - len(names)} rows without an image are left out")
     return names
