@@ -200,7 +200,7 @@ def load_data(name, resolution, *, config=None, split=None, image_col=None, text
                             "--streaming, --image-col, --text-col and --label-col")
         return load_shapes(resolution, options)
     # 1. Rows and columns. The first rows of a stream stand for the rest
-    source = sources.load_source(name, config=config, streaming=streaming, columns=requested)
+    source = sources.load_source(name, requested, config=config, streaming=streaming)
     train, test = sources.choose_splits(source, split, evaluate, name)
     parts = [rows for rows in (train, test) if rows is not None]
     columns = sources.find_columns(parts[0].column_names or [], requested, name)

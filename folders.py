@@ -77,18 +77,17 @@ def find_columns(names, requested, data):
     by_lower = {name.lower(): name for name in names}
     columns = {}
     for kind, usual in COLUMNS.items():
-        name = requested[kind]
-        if name and {name, name.split(".")[0]}.isdisjoint(names):
-            raise UserError(f"{data} has no {kind} column {name!r} among {', '.join(names)}")
-        columns[kind] = name or next(filter(None, map(by_lower.get, usual)), None)
-    if columns["image"] is None:
-        raise UserError(f"{data} has no column 'file_name' or 'image' among {', '.join(names)}; "
-                        "give --image-col")
+        name = requested[kind] or next(filter(None, map(by_lower.get, usual)), None)
+        is_missing = name and {name, name.split(".")[0]}.isdisjoint(names)
+        if is_missing or (kind == "image" and name is None):
+            raise UserError(f"{data} has no {kind} column {name or 'file_name'!r} among "
+                            f"{', '.join(names)}; give --{kind}-col")
+        columns[kind] = name
     return columns
 
 
 def get_field(row, name):
-    """row[name], None without a name; a dotted name reaches into dicts, lists of dicts, JSON."""
+    """row[name]; a dotted name reaches into dicts, lists of dicts and JSON. None if missing."""
     if name is None or name in row:
         return row.get(name)
     first, _, rest = name.partition(".")
@@ -154,8 +153,8 @@ def refuse_url(path, column, data):
 
 def new_entry(image, text=None, label=None):
     """What tables, folders and tars know of an image; a label is text."""
-    labels = to_captions(label)
-    return {"image": image, "text": to_captions(text), "label": labels[0] if labels else None}
+    labels = to_captions(label) or [None]
+    return {"image": image, "text": to_captions(text), "label": labels[0]}
 
 
 def read_tables(files, requested):
@@ -165,76 +164,67 @@ def read_tables(files, requested):
         columns = None
         for row in read_rows(file):
             columns = columns or find_columns(list(row), requested, file)
-            path = row.get(columns["image"])
-            if not path or not isinstance(path, str):
-                continue
-            refuse_url(path, columns["image"], file)
-            path = os.path.join(os.path.dirname(file), path.replace("\\", "/"))
-            path = os.path.normpath(path)
-            text, label = get_field(row, columns["text"]), get_field(row, columns["label"])
-            entry = new_entry(path, text, label)
-            if entries.setdefault(path, entry) is not entry:  # one more caption
-                entries[path]["text"] += entry["text"]
+            path, text, label = [get_field(row, columns[kind]) for kind in COLUMNS]
+            if path and isinstance(path, str):
+                refuse_url(path, columns["image"], file)
+                path = os.path.join(os.path.dirname(file), path.replace("\\", "/"))
+                entry = new_entry(os.path.normpath(path), text, label)
+                if entries.setdefault(entry["image"], entry) is not entry:  # one more caption
+                    entries[entry["image"]]["text"] += entry["text"]
     return entries
-
-
-def make_features(kinds, requested):
-    """The columns of folders, tables and tars, under the requested names."""
-    string = datasets.Value("string")
-    types = {"image": datasets.Image(decode=False), "text": datasets.List(string), "label": string}
-    return datasets.Features({requested[kind] or kind: types[kind] for kind in kinds})
 
 
 def make_dataset(entries, requested):
     """One row per entry; no column of captions or labels where there are none."""
-    kinds = [kind for kind in COLUMNS if any(entry[kind] for entry in entries)]
-    rows = {requested[kind] or kind: [entry[kind] for entry in entries] for kind in kinds}
-    return datasets.Dataset.from_dict(rows, make_features(kinds, requested))
+    columns = {}
+    for kind in COLUMNS:
+        values = [entry[kind] for entry in entries]
+        if any(values):
+            columns[requested[kind] or kind] = values
+    return datasets.Dataset.from_dict(columns)
 
 
 # ---- A folder of images --------------------------------------------------------------------------
 
 
 def find_files(root):
-    """All files below `root` as sorted relative paths, and a count of what was skipped. A linked
-    folder is read once per split."""
+    """All files below `root` as sorted relative paths, and a count of what was skipped. A folder
+    that links lead to again is read once per split."""
     files, skipped, seen, unreadable = [], Counter(), set(), []
-    pending = [root]
-    for top in pending:  # links are added at its end, so that a folder keeps its own name
-        for path, subfolders, names in os.walk(top, onerror=unreadable.append):
-            folder, real = path[len(root):].lstrip("/"), os.path.realpath(path)
-            place = (real, first_split(folder.split("/")))
-            is_run = {"config.json", "log.jsonl"}.issubset(names)
-            skipped["run folders"] += is_run
-            if is_run or place in seen:
-                subfolders.clear()
-                continue
-            seen.add(place)
-            hidden = set(filter(HIDDEN.fullmatch, subfolders + names))
-            skipped["hidden files and folders"] += len(hidden)
-            files += [os.path.join(folder, name) for name in set(names) - hidden]
-            subfolders[:] = sorted(set(subfolders) - hidden)
-            for link in filter(os.path.islink, [os.path.join(path, name) for name in subfolders]):
-                if not Path(real).is_relative_to(os.path.realpath(link)):  # no loop
-                    pending.append(link)
+    for path, subfolders, names in os.walk(root, onerror=unreadable.append, followlinks=True):
+        folder, real = path[len(root):].lstrip("/"), os.path.realpath(path)
+        place = (real, first_split(folder.split("/")))
+        is_above = os.path.realpath(root).startswith(os.path.join(real, ""))  # a link out and up
+        is_run = {"config.json", "log.jsonl"}.issubset(names)
+        skipped["run folders"] += is_run
+        hidden = set(filter(HIDDEN.fullmatch, subfolders + names))
+        subfolders[:] = sorted(set(subfolders) - hidden)
+        subfolders.sort(key=lambda name: os.path.islink(os.path.join(path, name)))  # links last
+        if is_run or is_above or place in seen:
+            subfolders.clear()
+            continue
+        seen.add(place)
+        skipped["hidden files and folders"] += len(hidden)
+        files += [os.path.join(folder, name) for name in names if name not in hidden]
     skipped["folders that cannot be read"] = len(unreadable)
     return sorted(files), skipped
 
 
 def find_splits(images):
-    """{image: (split or None, folder of the split, class folder or None)}."""
-    shared = Path(os.path.commonpath([os.path.dirname(file) for file in images]))
-    depth = len(shared.parts)
-    found = {split_name(file.split("/")[depth]) for file in images}
-    has_splits = "train" in found and found & {"test", "validation"}
-    places = {}
-    for file in images:
-        split, folder, below = first_split(shared.parts), str(shared), file.split("/")[depth:]
-        if has_splits:
-            folder = below.pop(0)
-            split = split_name(folder)
-        places[file] = (split, folder, below[0] if len(below) > 1 else None)
-    return places
+    """Triples (image, split or None, class folder or None); a lone folder is no class."""
+    shared = Path(os.path.commonpath([os.path.dirname(file) for file in images])).parts
+    depth = len(shared)
+    tops = [file.split("/")[depth] for file in images]
+    splits = [split_name(top) for top in tops]
+    if {"train"} < set(splits) - {None}:
+        say(f"splits of the folders: {dict(zip(tops, splits, strict=True))}")
+        depth += 1
+    else:
+        splits = [first_split(shared)] * len(images)
+    classes = [next(iter(file.split("/")[depth:-1]), None) for file in images]
+    if len(set(classes) - {None}) == 1:
+        classes = [None] * len(images)
+    return zip(images, splits, classes, strict=True)
 
 
 def read_text(path):
@@ -244,20 +234,17 @@ def read_text(path):
         raise UserError(f"{path} is not UTF-8 text: {error}") from None
 
 
-def report_split(split, folders, entries):
-    """Prints what was found: folders, images, captions, labels."""
+def report_split(split, entries):
+    """Prints what was found: images, captions, labels."""
     num_captioned = sum(bool(entry["text"]) for entry in entries)
     unlabeled = [entry["image"] for entry in entries if entry["label"] is None]
     labels = sorted({entry["label"] for entry in entries} - {None})
-    say(f"{split} = {' + '.join(sorted(folders))}: {len(entries):,} images, {num_captioned:,} with "
-        f"captions, {len(entries) - len(unlabeled):,} with one of {len(labels):,} labels "
-        f"{', '.join(labels[:8])}")
-    if labels and unlabeled:
-        say(f"{len(unlabeled):,} images have no label, such as {unlabeled[0]}")
+    say(f"{split}: {len(entries)} images, {num_captioned} with captions, {len(labels)} labels "
+        f"{labels[:8]}, {len(unlabeled)} images without a label {unlabeled[:1]}")
 
 
 def list_counts(skipped):
-    counts = [f"{count:,} {what}{HINTS.get(what, '')}" for what, count in skipped.items() if count]
+    counts = [f"{count} {what}{HINTS.get(what, '')}" for what, count in skipped.items() if count]
     return ", ".join(counts) or "nothing"
 
 
@@ -265,28 +252,23 @@ def load_image_folder(root, files, skipped, requested):
     """{split: Dataset} by the rules at the top of this file; prints what was found."""
     images = [file for file in files if ending(file) in ENDINGS]
     tables = [file for file in files if os.path.basename(file).lower() in METADATA]
-    texts = set(files) & {os.path.splitext(file)[0] + ".txt" for file in images}
+    texts = {os.path.splitext(file)[0] + ".txt" for file in images}.intersection(files)
     skipped.update(map(ending, set(files).difference(images, tables, texts)))
     if not images:
         raise UserError(f"{root}: no images that can be read here; it has {list_counts(skipped)}")
-    listed = read_tables([os.path.join(root, file) for file in tables], requested)
-    places = find_splits(images)
-    num_classes = len({name for _, _, name in places.values()} - {None})
-    labels_listed = any(entry["label"] for entry in listed.values())
-    splits, folders = defaultdict(list), defaultdict(set)
-    for file, (split, folder, class_folder) in places.items():
-        path, text_file = os.path.join(root, file), os.path.splitext(file)[0] + ".txt"
-        entry = listed.pop(path, None) or new_entry(path)
+    listed = read_tables([f"{root}/{file}" for file in tables], requested)
+    splits = defaultdict(list)
+    for file, split, class_folder in find_splits(images):
+        entry = listed.pop(f"{root}/{file}", None) or new_entry(f"{root}/{file}")
+        text_file = os.path.splitext(file)[0] + ".txt"
         if text_file in texts and not entry["text"]:
-            entry["text"] = to_captions(read_text(os.path.join(root, text_file)))
-        if num_classes > 1 and not labels_listed:  # a lone folder is no class
-            entry["label"] = class_folder
+            entry["text"] = to_captions(read_text(f"{root}/{text_file}"))
+        entry["label"] = entry["label"] or class_folder
         splits[split].append(entry)
-        folders[split].add(folder)
     skipped["images outside of the split folders"] = len(splits.pop(None, []))
     skipped[f"metadata rows whose image is not here ({min(listed, default='')})"] = len(listed)
     for split, entries in splits.items():
-        report_split(split, folders[split], entries)
-    say(f"captions from {', '.join(tables[:5]) or 'no metadata'}, {len(texts):,} NAME.txt files")
+        report_split(split, entries)
+    say(f"captions from {', '.join(tables[:5]) or 'no metadata'}, {len(texts)} NAME.txt files")
     say(f"left out: {list_counts(skipped)}")
     return {split: make_dataset(entries, requested) for split, entries in splits.items()}

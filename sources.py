@@ -18,7 +18,6 @@ import contextlib
 import glob
 import hashlib
 import itertools
-import json
 import os
 import re
 import tarfile
@@ -54,27 +53,21 @@ def read_tar(path):
     a/0001, the path up to the name's first dot. A UserError where the tar has no proper end."""
     rest = b""
     with contextlib.suppress(tarfile.TarError), tarfile.open(path, "r:") as tar:
-        files = filter(tarfile.TarInfo.isfile, tar)
-        for key, group in itertools.groupby(files, sample_key):
+        for key, files in itertools.groupby(filter(tarfile.TarInfo.isfile, tar), sample_key):
             yield key, {file.name[len(key) + 1:].lower(): tar.extractfile(file).read()
-                        for file in group}
+                        for file in files}
         tar.fileobj.seek(tar.offset)
         rest = tar.fileobj.read()
     if len(rest) < 512 or rest.strip(b"\0"):
         raise UserError(f"{path}: truncated or corrupt tar, or several joined into one")
 
 
-def tar_field(sample, kind, requested, place):
+def tar_field(sample, kind, requested):
     """The captions or the label of a sample, or None; json.NAME reaches into its .json file."""
-    for name in [requested[kind]] if requested[kind] else COLUMNS[kind]:
-        file = name.split(".")[0]
-        try:
-            value = get_field({file: sample[file].decode()}, name) if file in sample else None
-        except ValueError as error:
-            raise UserError(f"{place}.{file}: {error}") from None
-        if value is not None:
-            return value
-    return None
+    names = [requested[kind]] if requested[kind] else COLUMNS[kind]
+    values = (get_field(sample, name) for name in names)
+    value = next((value for value in values if value is not None), None)
+    return value.decode() if isinstance(value, bytes) else value
 
 
 def tar_rows(tars, requested):
@@ -84,52 +77,44 @@ def tar_rows(tars, requested):
             images = [kind for kind in sample if f".{kind}" in folders.ENDINGS]
             kind = requested["image"] or next(iter(images), None)
             if kind in sample:
-                place = f"{path}/{key}"
-                entry = folders.new_entry({"bytes": sample[kind], "path": f"{place}.{kind}"},
-                                          tar_field(sample, "text", requested, place),
-                                          tar_field(sample, "label", requested, place))
+                image = {"bytes": sample[kind], "path": f"{path}/{key}.{kind}"}
+                try:
+                    text = tar_field(sample, "text", requested)
+                    label = tar_field(sample, "label", requested)
+                except ValueError as error:  # not UTF-8, or not JSON
+                    raise UserError(f"{path}: {key}: {error}") from None
+                entry = folders.new_entry(image, text, label)
                 yield {requested[kind] or kind: value for kind, value in entry.items()}
 
 
 def load_tars(paths, requested, streaming):
+    string = datasets.Value("string")
+    types = {"image": datasets.Image(decode=False), "text": datasets.List(string), "label": string}
+    features = datasets.Features({requested[kind] or kind: types[kind] for kind in types})
     make = datasets.IterableDataset if streaming else datasets.Dataset
     arguments = {"tars": [(path, os.path.getmtime(path)) for path in paths], "requested": requested}
-    return make.from_generator(tar_rows, gen_kwargs=arguments,
-                               features=folders.make_features(COLUMNS, requested))
+    return make.from_generator(tar_rows, features=features, gen_kwargs=arguments)
 
 
 def load_tables(paths, requested, streaming):
     return folders.make_dataset(folders.read_tables(paths, requested).values(), requested)
 
 
-def read_schema(path):
-    """{column: Arrow type} of a parquet file."""
-    try:
-        schema = pq.read_schema(path)
-    except (ValueError, OSError):
-        raise UserError(f"{path} is not a parquet file") from None
-    return dict(zip(schema.names, map(str, schema.types), strict=True))
-
-
 def has_images(path, requested):
     """Whether a parquet file that is beside images lists or holds some itself."""
-    with contextlib.suppress(UserError):
-        find_columns(read_schema(path), requested, path)
+    with contextlib.suppress(UserError, ValueError, OSError):
+        find_columns(pq.read_schema(path).names, requested, path)
         return os.path.basename(path) not in folders.METADATA
     return False
 
 
 def load_parquet(paths, requested, streaming):
-    """A column of strings holds paths."""
-    first = read_schema(paths[0])
-    for path in paths:
-        schema = read_schema(path)
-        if schema.keys() != first.keys():
-            raise UserError(f"{path} has the columns {', '.join(schema)}, not {', '.join(first)}")
-    if first.get(find_columns(first, requested, paths[0])["image"]) in ("string", "large_string"):
-        return load_tables(paths, requested, streaming)
-    return datasets.load_dataset("parquet", data_files=list(map(glob.escape, paths)),
+    rows = datasets.load_dataset("parquet", data_files=[glob.escape(path) for path in paths],
                                  split="train", streaming=streaming)
+    image_col = find_columns(rows.column_names, requested, paths[0])["image"]
+    if "string" in getattr(rows.features[image_col], "dtype", ""):  # it holds paths
+        return load_tables(paths, requested, streaming)
+    return rows
 
 
 def load_hub(name, config, streaming):
@@ -164,24 +149,24 @@ def load_local(path, requested, streaming):
         return saved if isinstance(saved, dict) else {"train": saved}
     images = [file for file in files if ending(file) in folders.ENDINGS]
     tars = [file for file in files if ending(file) == ".tar"]
-    chosen = [file for file in files if ending(file) == ".parquet"
+    shards = [file for file in files if ending(file) == ".parquet"
               and (not images or has_images(f"{root}/{file}", requested))]
-    if not chosen and len(tars) >= len(images):  # a tar may lie beside its own images
-        chosen = tars
-    if not chosen and root == path:
+    if not shards and len(tars) >= len(images):  # a tar may lie beside its own images
+        shards = tars
+    if not shards and root == path:
         return folders.load_image_folder(root, files, skipped, requested)
-    load = LOADERS.get(ending((chosen or files)[0]))
+    splits = defaultdict(list)  # by the last word that names one: data/cc3m-train-0001.tar
+    for file in shards or files:
+        words = re.split(r"[^a-zA-Z]+", file)
+        splits[folders.first_split(reversed(words))].append(f"{root}/{file}")
+    load = LOADERS.get(ending((shards or files)[0]))
     if load is None:
         hint = folders.HINTS.get(ending(name), "")
         raise UserError(f"--data {path} is no folder, table (.csv, .jsonl, .parquet) or tar{hint}")
-    shards = defaultdict(list)  # by the last word that names a split: data/cc3m-train-0001.tar
-    for file in chosen or files:
-        words = re.split(r"[^a-zA-Z]+", file)
-        shards[folders.first_split(reversed(words))].append(f"{root}/{file}")
-    return {split: load(paths, requested, streaming) for split, paths in shards.items()}
+    return {split: load(paths, requested, streaming) for split, paths in splits.items()}
 
 
-def load_source(name, *, config=None, streaming=False, columns=None):
+def load_source(name, columns, *, config=None, streaming=False):
     """{split: Dataset, or IterableDataset if streaming} of a folder, file or hub id. `columns` has
     the requested names of "image", "text" and "label". Every failure is a UserError."""
     path = os.path.abspath(os.path.expanduser(name))  # without "..", as the paths that tables list
@@ -192,7 +177,7 @@ def load_source(name, *, config=None, streaming=False, columns=None):
         if config:
             raise UserError(f"--config is for hub data sets, and {name} is on this machine")
         datasets.disable_progress_bars()
-        source = load_local(path, columns or dict.fromkeys(COLUMNS), streaming)
+        source = load_local(path, columns, streaming)
         if streaming and datasets.Dataset in map(type, source.values()):
             raise UserError(f"--streaming is for the hub, parquet files and tars, not for {name}")
         return source
@@ -209,39 +194,31 @@ def load_source(name, *, config=None, streaming=False, columns=None):
 def choose_splits(source, split, evaluate, data):
     """(train rows or None, test rows or None). `split` names the rows to train on, or with
     `evaluate` those to test on; others are found by their usual names."""
-    names = list(source)
-    by_kind = {split_name(name) or name: name for name in reversed(names)}
-    chosen = split if split in names else by_kind.get(split and split_name(split))
-    if split and chosen is None:
-        raise UserError(f"--split {split}: {data} has the splits {', '.join(names)}")
-    train = by_kind.get("train", names[0])
-    tests = [by_kind[kind] for kind in ("test", "validation") if kind in by_kind]
+    if split and split not in source:
+        raise UserError(f"--split {split}: {data} has the splits {', '.join(source)}")
+    by_kind = {split_name(name): name for name in reversed(source)}
+    train = by_kind.get("train", next(iter(source)))
+    test = by_kind.get("test", by_kind.get("validation"))
     if evaluate:
-        test = chosen or next(iter(tests), None)
-    else:
-        train = chosen or train
-        test = next((name for name in tests if name != train), None)
-    return source.get(train if train != test else None), source.get(test)
+        test = split or test
+        return source.get(train if train != test else None), source.get(test)
+    train = split or train
+    return source[train], source.get(test if test != train else None)
 
 
 def image_names(rows, image_col, data):
     """{position: stable name} of the images: the path in their common folder, or the position. Rows
     without an image are left out; no bytes are read."""
-    content, paths = rows.data.column(image_col).flatten()  # of the Arrow struct
-    has_bytes = content.is_valid().to_pylist()
-    paths = [path or "" for path in paths.to_pylist()]
-    anchors = list(filter(os.path.isabs, paths))
-    here = os.path.abspath(os.path.expanduser(data))
-    if os.path.exists(here):
-        anchors.append(here)
-    root = os.path.commonpath(anchors or ["/"])
+    images = rows.data.column(image_col)  # Arrow structs of bytes and path
+    paths = [path or "" for path in images.flatten()[1].to_pylist()]
+    root = os.path.commonpath(list(filter(os.path.isabs, paths)) or ["/"])
     names = {}
-    for i, path in enumerate(paths):
-        folders.refuse_url(path, image_col, data)
-        if path or has_bytes[i]:
-            names[i] = path.removeprefix(root) or str(i)
+    for i, is_there in enumerate(images.is_valid().to_pylist()):
+        folders.refuse_url(paths[i], image_col, data)
+        if is_there:
+            names[i] = paths[i].removeprefix(root) or str(i)
     if len(names) < len(paths):
-        say(f"{len(paths) - len(names):,} rows without an image are left out")
+        say(f"{len(paths) - len(names)} rows without an image are left out")
     return names
 
 
@@ -254,8 +231,6 @@ def split_train_test(rows, image_col, data, n_test=None):
     """The rows to train on and `n_test` (a tenth) to test on: those whose names hash lowest, so
     that an image stays in its split, but for a few at the border, when others are added."""
     names = image_names(rows, image_col, data)
-    if len(names) < 2:
-        raise UserError(f"{data} has {len(names)} image(s); training and testing need at least 2")
     order = sorted(names, key=lambda i: hashlib.sha1(names[i].encode()).hexdigest())
     n_test = n_test or max(1, min(2000, int(TEST_FRACTION * len(order))))
     return rows.select(sorted(order[n_test:])), rows.select(sorted(order[:n_test]))
@@ -270,28 +245,26 @@ def cast_images(rows, image_col, data):
 
 
 def read_class_names(path):
-    """{label: class name} of a JSON object, or of lines such as `n01440764 tench, Tinca tinca`."""
-    text = folders.read_text(Path(path).expanduser())
+    """{label: class name} of lines such as `n01440764 tench, Tinca tinca`."""
+    lines = folders.read_text(Path(path).expanduser()).splitlines()
     try:
-        if text.startswith("{"):
-            return json.loads(text)
-        return dict(re.split(r"[\s,:]+", line, maxsplit=1) for line in text.splitlines() if line)
+        return dict(re.split(r"[\s,:]+", line, maxsplit=1) for line in filter(str.strip, lines))
     except ValueError:
         raise UserError(f"--class-names {path}: each line needs a label and its name") from None
 
 
-def label_names(rows, column):
+def find_labels(rows, column):
     """{label: its name}, sorted; empty where the column has neither text nor whole numbers."""
     feature = rows.features.get(column)
-    values = set()
     if isinstance(feature, datasets.ClassLabel):
         return dict(enumerate(feature.names))
+    values = []
     if feature is None:  # a dotted name
         part = rows.select_columns(column.split(".")[0])
-        values = {get_field(row, column) for row in part}
+        values = [get_field(row, column) for row in part]
     elif re.search("string|int", getattr(feature, "dtype", "")):  # lists and structs have none
-        values = set(rows.unique(column))
-    values.discard(None)
+        values = rows.unique(column)
+    values = set(values) - {None}
     all_numbers = all(str(value).isdecimal() for value in values)
     return {value: str(value) for value in sorted(values, key=int if all_numbers else str)}
 
@@ -299,14 +272,12 @@ def label_names(rows, column):
 def choose_classes(rows, columns, names_file, required):
     """(class names, {value: index}); a label column without labels is dropped, or an error."""
     column = columns["label"]
-    labels = label_names(rows, column) if column else {}
+    labels = find_labels(rows, column) if column else {}
     if not labels:
-        problem = f"the column {column!r} has no names or whole numbers; give --label-col"
-        if names_file or (column and required):
-            raise UserError(f"no labels: {problem}")
-        if column:
-            say(problem)
         columns["label"] = None
+        if names_file or (column and required):
+            raise UserError(f"the label column {column!r} has no names or whole numbers; give "
+                            "--label-col")
         return None, None
     known = read_class_names(names_file) if names_file else {}
     names = [known.get(name, name) for name in labels.values()]
@@ -352,23 +323,17 @@ class StreamingDataset(torch.utils.data.IterableDataset):
         for epoch in itertools.count(self.start):
             generator = np.random.default_rng((self.dataset.seed, epoch))
             rows = self.rows.shuffle(generator=generator, buffer_size=SHUFFLE_BUFFER)
-            rows = split_dataset_by_node(rows, self.rank, self.world_size, "shards")
-            num_examples = 0
-            for example in filter(None, (self.make_example(row, epoch) for row in rows)):
-                num_examples += 1
+            found = False
+            for row in split_dataset_by_node(rows, self.rank, self.world_size, "shards"):
+                name = row_id(row, self.dataset.image_col)
+                example = name not in self.held_out and self.dataset.make_example(row, epoch, name)
+                if not example:  # a corrupt image is None
+                    continue
+                if self.dataset.label_col and not any(example["captions"]):
+                    raise UserError("an image has no caption, and a label that the first rows do "
+                                    "not have: shuffle the data, or add captions")
+                found = True
                 yield example
-            if num_examples == 0:
+            if not found:
                 raise UserError("a worker found no training images: lower --num-workers, or cut "
                                 "the stream into more files")
-
-    def make_example(self, row, epoch):
-        """None for a held-out or corrupt image."""
-        name = row_id(row, self.dataset.image_col)
-        if name in self.held_out:
-            return None
-        example = self.dataset.make_example(row, epoch, name)
-        label = get_field(row, self.dataset.label_col)
-        if example and label is not None and not any(example["captions"]):
-            raise UserError(f"the label {label!r} is not among those of the first rows; shuffle "
-                            "the data, or add captions")
-        return example
