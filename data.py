@@ -41,8 +41,8 @@ from sources import STREAM_PEEK, StreamingDataset, row_id, take_head
 from tokenizer import Tokenizer
 
 TEMPLATES = ("{a} {}", "a photo of {a} {}", "a picture of {a} {}", "there is {a} {}")
-DATA_FLAGS = ("config", "split", "image_col", "text_col", "label_col", "class_names", "seed",
-              "min_crop_scale", "flip", "streaming", "stream_test_images")  # of a training run
+DATA_FLAGS = {"config", "split", "image_col", "text_col", "label_col", "class_names", "seed",
+              "min_crop_scale", "flip", "streaming", "stream_test_images"}  # of a training run
 
 # ---- Settings, shared by the programs that read a data set ---------------------------------------
 
@@ -239,12 +239,11 @@ def load_data(name, resolution, *, config=None, split=None, image_col=None, text
 def load_run_data(config, /, data=None, **overrides):
     """A run's data set; or, to evaluate on, another one or another split, at the run's resolution.
     `overrides` are arguments of `load_data`; None means the run's value."""
-    options = {name: value for name, value in overrides.items() if value is not None}
+    given = {name: value for name, value in overrides.items() if value is not None}
     same = data in (None, config.data)
-    evaluate = not same or "split" in options
-    if same:
-        run_options = {key: value for key, value in vars(config).items() if key in DATA_FLAGS}
-        options = run_options | options
+    run = vars(config) if same else {}
+    options = {name: run[name] for name in run.keys() & DATA_FLAGS} | given
+    evaluate = not same or "split" in given
     return load_data(data or config.data, config.resolution, evaluate=evaluate, **options)
 
 
