@@ -147,8 +147,8 @@ def read_rows(file):
 def refuse_url(path, column, data):
     """A UserError where text in place of a path is a URL or an image in base64."""
     if len(path) > 1000 or re.match(r"\w+://|data:", path):
-        kind = "URLs" if "://" in path[:10] else "base64 text"
-        raise UserError(f"{data}: the column {column!r} holds {kind}; save the images as files")
+        raise UserError(f"{data}: the column {column!r} holds URLs or base64 text, not paths; save "
+                        "the images as files")
 
 
 def new_entry(image, text=None, label=None):
@@ -252,23 +252,23 @@ def load_image_folder(root, files, skipped, requested):
     """{split: Dataset} by the rules at the top of this file; prints what was found."""
     images = [file for file in files if ending(file) in ENDINGS]
     tables = [file for file in files if os.path.basename(file).lower() in METADATA]
-    texts = {os.path.splitext(file)[0] + ".txt" for file in images}.intersection(files)
-    skipped.update(map(ending, set(files).difference(images, tables, texts)))
+    texts = {file: os.path.splitext(file)[0] + ".txt" for file in images}
+    others = set(files).difference(images, tables)
+    skipped.update(map(ending, others.difference(texts.values())))
     if not images:
         raise UserError(f"{root}: no images that can be read here; it has {list_counts(skipped)}")
     listed = read_tables([f"{root}/{file}" for file in tables], requested)
     splits = defaultdict(list)
     for file, split, class_folder in find_splits(images):
         entry = listed.pop(f"{root}/{file}", None) or new_entry(f"{root}/{file}")
-        text_file = os.path.splitext(file)[0] + ".txt"
-        if text_file in texts and not entry["text"]:
-            entry["text"] = to_captions(read_text(f"{root}/{text_file}"))
+        if texts[file] in others and not entry["text"]:
+            entry["text"] = to_captions(read_text(f"{root}/{texts[file]}"))
         entry["label"] = entry["label"] or class_folder
         splits[split].append(entry)
     skipped["images outside of the split folders"] = len(splits.pop(None, []))
     skipped[f"metadata rows whose image is not here ({min(listed, default='')})"] = len(listed)
     for split, entries in splits.items():
         report_split(split, entries)
-    say(f"captions from {', '.join(tables[:5]) or 'no metadata'}, {len(texts)} NAME.txt files")
-    say(f"left out: {list_counts(skipped)}")
+    say(f"captions from {tables[:5]} and {len(others & set(texts.values()))} NAME.txt files; left "
+        f"out: {list_counts(skipped)}")
     return {split: make_dataset(entries, requested) for split, entries in splits.items()}
