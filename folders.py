@@ -191,21 +191,23 @@ def find_files(root):
     """All files below `root` as sorted relative paths, and a count of what was skipped. A folder
     that links lead to again is read once per split."""
     files, skipped, seen, unreadable = [], Counter(), set(), []
-    for path, subfolders, names in os.walk(root, onerror=unreadable.append, followlinks=True):
-        folder, real = path[len(root):].lstrip("/"), os.path.realpath(path)
-        place = (real, first_split(folder.split("/")))
-        is_above = os.path.realpath(root).startswith(os.path.join(real, ""))  # a link out and up
-        is_run = {"config.json", "log.jsonl"}.issubset(names)
-        skipped["run folders"] += is_run
-        hidden = set(filter(HIDDEN.fullmatch, subfolders + names))
-        subfolders[:] = sorted(set(subfolders) - hidden)
-        subfolders.sort(key=lambda name: os.path.islink(os.path.join(path, name)))  # links last
-        if is_run or is_above or place in seen:
-            subfolders.clear()
-            continue
-        seen.add(place)
-        skipped["hidden files and folders"] += len(hidden)
-        files += [os.path.join(folder, name) for name in names if name not in hidden]
+    pending = [root]
+    for top in pending:  # links are added at its end, so that a folder keeps its own name
+        for path, subfolders, names in os.walk(top, onerror=unreadable.append):
+            folder, real = path[len(root):].lstrip("/"), os.path.realpath(path)
+            place = (real, first_split(folder.split("/")))
+            is_above = os.path.realpath(root).startswith(os.path.join(real, ""))  # a loop
+            is_run = {"config.json", "log.jsonl"}.issubset(names)
+            skipped["run folders"] += is_run
+            if is_run or is_above or place in seen:
+                subfolders.clear()
+                continue
+            seen.add(place)
+            hidden = set(filter(HIDDEN.fullmatch, subfolders + names))
+            skipped["hidden files and folders"] += len(hidden)
+            files += [os.path.join(folder, name) for name in names if name not in hidden]
+            subfolders[:] = sorted(set(subfolders) - hidden)
+            pending += filter(os.path.islink, [os.path.join(path, name) for name in subfolders])
     skipped["folders that cannot be read"] = len(unreadable)
     return sorted(files), skipped
 
@@ -217,7 +219,8 @@ def find_splits(images):
     tops = [file.split("/")[depth] for file in images]
     splits = [split_name(top) for top in tops]
     if {"train"} < set(splits) - {None}:
-        say(f"splits of the folders: {dict(zip(tops, splits, strict=True))}")
+        found = {top: split for top, split in zip(tops, splits, strict=True) if split}
+        say(f"splits of the folders: {found}")
         depth += 1
     else:
         splits = [first_split(shared)] * len(images)

@@ -88,8 +88,9 @@ def tar_rows(tars, requested):
 
 def load_tars(paths, requested, streaming):
     string = datasets.Value("string")
-    types = {"image": datasets.Image(decode=False), "text": datasets.List(string), "label": string}
-    features = datasets.Features({requested[kind] or kind: types[kind] for kind in types})
+    names = [requested[kind] or kind for kind in COLUMNS]
+    types = [datasets.Image(decode=False), datasets.List(string), string]
+    features = datasets.Features(zip(names, types, strict=True))
     make = datasets.IterableDataset if streaming else datasets.Dataset
     arguments = {"tars": [(path, os.path.getmtime(path)) for path in paths], "requested": requested}
     return make.from_generator(tar_rows, features=features, gen_kwargs=arguments)

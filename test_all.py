@@ -1687,6 +1687,8 @@ def test_links_are_followed_once(tmp_path):
     (half / "all").symlink_to(half)  # a loop
     (half / "again").symlink_to(half / "cat")  # a second way to the same folder
     (half / "cat" / "up").symlink_to(tmp_path)
+    (half / "album").mkdir()  # comes first, and yet cat keeps its images
+    (half / "album" / "cats").symlink_to(half / "cat")
     splits = load_here(half)
     assert splits.class_names == ["bird", "cat", "dog"]
     assert len(splits.train) + len(splits.test) == 18
