@@ -147,8 +147,8 @@ def read_rows(file):
 def refuse_url(path, column, data):
     """A UserError where text in place of a path is a URL or an image in base64."""
     if len(path) > 1000 or re.match(r"\w+://|data:", path):
-        kind = "URLs" if "://" in path[:10] else "base64 text"
-        raise UserError(f"{data}: the column {column!r} holds {kind}; save the images as files")
+        raise UserError(f"{data}: the column {column!r} holds URLs or base64 text, not paths; save "
+                        "the images as files")
 
 
 def new_entry(image, text=None, label=None):
@@ -191,21 +191,23 @@ def find_files(root):
     """All files below `root` as sorted relative paths, and a count of what was skipped. A folder
     that links lead to again is read once per split."""
     files, skipped, seen, unreadable = [], Counter(), set(), []
-    for path, subfolders, names in os.walk(root, onerror=unreadable.append, followlinks=True):
-        folder, real = path[len(root):].lstrip("/"), os.path.realpath(path)
-        place = (real, first_split(folder.split("/")))
-        is_above = os.path.realpath(root).startswith(os.path.join(real, ""))  # a link out and up
-        is_run = {"config.json", "log.jsonl"}.issubset(names)
-        skipped["run folders"] += is_run
-        hidden = set(filter(HIDDEN.fullmatch, subfolders + names))
-        subfolders[:] = sorted(set(subfolders) - hidden)
-        subfolders.sort(key=lambda name: os.path.islink(os.path.join(path, name)))  # links last
-        if is_run or is_above or place in seen:
-            subfolders.clear()
-            continue
-        seen.add(place)
-        skipped["hidden files and folders"] += len(hidden)
-        files += [os.path.join(folder, name) for name in names if name not in hidden]
+    pending = [root]
+    for top in pending:  # links are added at its end, so that a folder keeps its own name
+        for path, subfolders, names in os.walk(top, onerror=unreadable.append):
+            folder, real = path[len(root):].lstrip("/"), os.path.realpath(path)
+            place = (real, first_split(folder.split("/")))
+            is_above = os.path.realpath(root).startswith(os.path.join(real, ""))  # a loop
+            is_run = {"config.json", "log.jsonl"}.issubset(names)
+            skipped["run folders"] += is_run
+            if is_run or is_above or place in seen:
+                subfolders.clear()
+                continue
+            seen.add(place)
+            hidden = set(filter(HIDDEN.fullmatch, subfolders + names))
+            skipped["hidden files and folders"] += len(hidden)
+            files += [os.path.join(folder, name) for name in names if name not in hidden]
+            subfolders[:] = sorted(set(subfolders) - hidden)
+            pending += filter(os.path.islink, [os.path.join(path, name) for name in subfolders])
     skipped["folders that cannot be read"] = len(unreadable)
     return sorted(files), skipped
 
@@ -217,7 +219,8 @@ def find_splits(images):
     tops = [file.split("/")[depth] for file in images]
     splits = [split_name(top) for top in tops]
     if {"train"} < set(splits) - {None}:
-        say(f"splits of the folders: {dict(zip(tops, splits, strict=True))}")
+        found = {top: split for top, split in zip(tops, splits, strict=True) if split}
+        say(f"splits of the folders: {found}")
         depth += 1
     else:
         splits = [first_split(shared)] * len(images)
@@ -252,23 +255,23 @@ def load_image_folder(root, files, skipped, requested):
     """{split: Dataset} by the rules at the top of this file; prints what was found."""
     images = [file for file in files if ending(file) in ENDINGS]
     tables = [file for file in files if os.path.basename(file).lower() in METADATA]
-    texts = {os.path.splitext(file)[0] + ".txt" for file in images}.intersection(files)
-    skipped.update(map(ending, set(files).difference(images, tables, texts)))
+    texts = {file: os.path.splitext(file)[0] + ".txt" for file in images}
+    others = set(files).difference(images, tables)
+    skipped.update(map(ending, others.difference(texts.values())))
     if not images:
         raise UserError(f"{root}: no images that can be read here; it has {list_counts(skipped)}")
     listed = read_tables([f"{root}/{file}" for file in tables], requested)
     splits = defaultdict(list)
     for file, split, class_folder in find_splits(images):
         entry = listed.pop(f"{root}/{file}", None) or new_entry(f"{root}/{file}")
-        text_file = os.path.splitext(file)[0] + ".txt"
-        if text_file in texts and not entry["text"]:
-            entry["text"] = to_captions(read_text(f"{root}/{text_file}"))
+        if texts[file] in others and not entry["text"]:
+            entry["text"] = to_captions(read_text(f"{root}/{texts[file]}"))
         entry["label"] = entry["label"] or class_folder
         splits[split].append(entry)
     skipped["images outside of the split folders"] = len(splits.pop(None, []))
     skipped[f"metadata rows whose image is not here ({min(listed, default='')})"] = len(listed)
     for split, entries in splits.items():
         report_split(split, entries)
-    say(f"captions from {', '.join(tables[:5]) or 'no metadata'}, {len(texts)} NAME.txt files")
-    say(f"left out: {list_counts(skipped)}")
+    say(f"captions from {tables[:5]} and {len(others & set(texts.values()))} NAME.txt files; left "
+        f"out: {list_counts(skipped)}")
     return {split: make_dataset(entries, requested) for split, entries in splits.items()}

@@ -48,20 +48,6 @@ def sample_key(member):
     return re.match("(.*/)?[^./]*", member.name)[0]
 
 
-def read_tar(path):
-    """Yields (key, {ending: bytes}) per sample of a webdataset tar. The key of a/0001.seg.png is
-    a/0001, the path up to the name's first dot. A UserError where the tar has no proper end."""
-    rest = b""
-    with contextlib.suppress(tarfile.TarError), tarfile.open(path, "r:") as tar:
-        for key, files in itertools.groupby(filter(tarfile.TarInfo.isfile, tar), sample_key):
-            yield key, {file.name[len(key) + 1:].lower(): tar.extractfile(file).read()
-                        for file in files}
-        tar.fileobj.seek(tar.offset)
-        rest = tar.fileobj.read()
-    if len(rest) < 512 or rest.strip(b"\0"):
-        raise UserError(f"{path}: truncated or corrupt tar, or several joined into one")
-
-
 def tar_field(sample, kind, requested):
     """The captions or the label of a sample, or None; json.NAME reaches into its .json file."""
     names = [requested[kind]] if requested[kind] else COLUMNS[kind]
@@ -70,27 +56,41 @@ def tar_field(sample, kind, requested):
     return value.decode() if isinstance(value, bytes) else value
 
 
+def read_tar(path):
+    """Yields (key, {ending: bytes}) per sample of a webdataset tar. The key of a/0001.seg.png is
+    a/0001, the path up to the name's first dot."""
+    with tarfile.open(path, "r:") as tar:
+        for key, files in itertools.groupby(filter(tarfile.TarInfo.isfile, tar), sample_key):
+            yield key, {file.name[len(key) + 1:].lower(): tar.extractfile(file).read()
+                        for file in files}
+        tar.fileobj.seek(tar.offset)
+        rest = tar.fileobj.read()
+        if len(rest) < 512 or rest.strip(b"\0"):  # without this a part would be lost silently
+            raise tarfile.ReadError("truncated, or several tars joined into one")
+
+
 def tar_rows(tars, requested):
     """One row per sample with an image. `tars`: (path, time of change), for `datasets`' cache."""
     for path, _ in tars:
-        for key, sample in read_tar(path):
-            images = [kind for kind in sample if f".{kind}" in folders.ENDINGS]
-            kind = requested["image"] or next(iter(images), None)
-            if kind in sample:
-                image = {"bytes": sample[kind], "path": f"{path}/{key}.{kind}"}
-                try:
-                    text = tar_field(sample, "text", requested)
-                    label = tar_field(sample, "label", requested)
-                except ValueError as error:  # not UTF-8, or not JSON
-                    raise UserError(f"{path}: {key}: {error}") from None
-                entry = folders.new_entry(image, text, label)
-                yield {requested[kind] or kind: value for kind, value in entry.items()}
+        key = "its start"
+        try:
+            for key, sample in read_tar(path):
+                images = [kind for kind in sample if f".{kind}" in folders.ENDINGS]
+                kind = requested["image"] or next(iter(images), None)
+                if kind in sample:
+                    image = {"bytes": sample[kind], "path": f"{path}/{key}.{kind}"}
+                    entry = folders.new_entry(image, tar_field(sample, "text", requested),
+                                              tar_field(sample, "label", requested))
+                    yield {requested[kind] or kind: value for kind, value in entry.items()}
+        except (ValueError, tarfile.TarError) as error:
+            raise UserError(f"{path} cannot be read from {key} on: {error}") from None
 
 
 def load_tars(paths, requested, streaming):
     string = datasets.Value("string")
-    types = {"image": datasets.Image(decode=False), "text": datasets.List(string), "label": string}
-    features = datasets.Features({requested[kind] or kind: types[kind] for kind in types})
+    names = [requested[kind] or kind for kind in COLUMNS]
+    types = [datasets.Image(decode=False), datasets.List(string), string]
+    features = datasets.Features(zip(names, types, strict=True))
     make = datasets.IterableDataset if streaming else datasets.Dataset
     arguments = {"tars": [(path, os.path.getmtime(path)) for path in paths], "requested": requested}
     return make.from_generator(tar_rows, features=features, gen_kwargs=arguments)
@@ -201,9 +201,13 @@ def choose_splits(source, split, evaluate, data):
     test = by_kind.get("test", by_kind.get("validation"))
     if evaluate:
         test = split or test
-        return source.get(train if train != test else None), source.get(test)
-    train = split or train
-    return source[train], source.get(test if test != train else None)
+    else:
+        train = split or train
+    if train == test and evaluate:
+        train = None
+    elif train == test:
+        test = None
+    return source.get(train), source.get(test)
 
 
 def image_names(rows, image_col, data):
@@ -303,7 +307,7 @@ def take_head(rows, count, data):
 def row_id(row, image_col):
     """A digest of the image file, which names the rows of a stream."""
     image = row[image_col] or {}
-    return hashlib.sha1(image.get("bytes") or str(image.get("path")).encode()).hexdigest()[:16]
+    return hashlib.sha1(image.get("bytes") or str(image).encode()).hexdigest()
 
 
 @dataclass(eq=False)

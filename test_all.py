@@ -1688,6 +1688,8 @@ def test_links_are_followed_once(tmp_path):
     (half / "all").symlink_to(half)  # a loop
     (half / "again").symlink_to(half / "cat")  # a second way to the same folder
     (half / "cat" / "up").symlink_to(tmp_path)
+    (half / "album").mkdir()  # comes first, and yet cat keeps its images
+    (half / "album" / "cats").symlink_to(half / "cat")
     splits = load_here(half)
     assert splits.class_names == ["bird", "cat", "dog"]
     assert len(splits.train) + len(splits.test) == 18
@@ -1820,11 +1822,10 @@ def test_tables_of_paths(tmp_path, monkeypatch):
         assert all_captions_of(splits) == {row["text"] for row in rows}
     monkeypatch.chdir(tmp_path / "rel")
     assert len(load_here(".").train) == 11
-    base64_text = "x" * 2000
-    for value, kind in (("https://example.com/1.jpg", "URLs"), (base64_text, "base64 text")):
+    for value in ("https://example.com/1.jpg", "x" * 2000):
         table = datasets.Dataset.from_dict({"image": [value], "text": ["a"]})
         table.to_parquet(tmp_path / "u.parquet")
-        with pytest.raises(runtime.UserError, match=f"holds {kind}") as error:
+        with pytest.raises(runtime.UserError, match="holds URLs or base64") as error:
             load_here(tmp_path / "u.parquet")
         assert len(str(error.value)) < 300
     put_metadata(tmp_path / "bad.jsonl", [{"file_name": "images/1.jpg"}, 7])
@@ -1881,9 +1882,10 @@ def test_tars_that_are_broken(tmp_path):
     complete = path.read_bytes()
     for content in (complete[: len(complete) // 2], complete + complete):
         path.write_bytes(content)
-        assert re.search("0.tar: truncated or corrupt tar", load_error(path.parent))
+        error = load_error(path.parent)
+        assert re.search("0.tar cannot be read from .*(end of data|truncated)", error)
     put_tar(tmp_path / "b" / "0.tar", [*entries[:-1], ("./00019.txt", b"caf\xe9")])
-    assert re.search(r"0.tar: .*00019: .*utf-8", load_error(tmp_path / "b"))
+    assert re.search(r"0.tar cannot be read from .*00019 on: .*utf-8", load_error(tmp_path / "b"))
 
 
 def test_the_cause_of_a_failure_is_named(tmp_path, monkeypatch):
