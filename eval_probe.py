@@ -43,7 +43,7 @@ from data import (
     resolve_num_workers,
 )
 from encoder import load_encoder
-from images import center_crop, decode_image, image_grid, to_pil, to_tensor, to_uint8
+from images import center_crop, decode_image, image_grid, to_tensor, to_uint8
 from losses import LPIPS
 from openvision3 import OpenVision3, load_run
 from runtime import UserError, arg
@@ -392,7 +392,7 @@ def show_image(model, tokenizer, s, class_names):
         weights = zero_shot_weights(model, tokenizer, class_names, s.templates)  # (K, E)
         order = (weights @ model.encoder.pool(tokens)[0].cpu()).argsort(descending=True)
         print("nearest labels:", ", ".join(class_names[i] for i in order[:5]))
-    columns = [[to_pil(x)] for x in torch.cat([images, vae_recon, recon])]
+    columns = [[x] for x in torch.cat([images, vae_recon, recon])]
     out = Path(s.ckpt, Path(s.image).stem + "_recon.png")
     image_grid(columns, ["input", "VAE recon", caption], cell_size=256).save(out)
     print("wrote", out)

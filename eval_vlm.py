@@ -44,7 +44,7 @@ from data import load_run_data
 from decoders import CaptionDecoder
 from encoder import sincos_positions
 from eval_probe import TokenStats, encode_dataset, image_tokens
-from images import center_crop, decode_image, image_grid, to_pil, to_tensor
+from images import center_crop, decode_image, image_grid, to_tensor
 from openvision3 import load_run
 from runtime import UserError, arg, progress
 from shapes import (
@@ -289,9 +289,9 @@ def save_examples(vlm, load, dataset, questions, path):
     for i, q in questions[:: max(1, len(questions) // 16)][:16]:
         answer = vlm.generate(load([i]), q.text)
         label = "" if answer == q.answer else f" ({q.answer})"
-        images.append([to_pil(dataset[i]["image"])])
+        images.append([dataset[i]["image"]])
         captions.append(f"{q.text} {answer}{label}")
-    grid = image_grid(images, captions, max_lines=4, per_row=8)
+    grid = image_grid(images, captions)
     runtime.atomic_write(path, partial(grid.save, format="png"))
 
 

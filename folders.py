@@ -3,8 +3,8 @@ folders.py: part of stage 6, a folder of images or a table of paths as rows: ima
 
 The names of files and folders decide what is what, by a few rules; a report says what was found.
 
-    folder -> find_files -> splits, labels, captions -> {"train": rows, "test": rows}
-    table (.csv, .tsv, .jsonl, .parquet) -> paths, captions, labels -> the same
+    folder -> find_files -> splits, captions, labels -> {"train": rows, "test": rows}
+    table (.csv, .tsv, .jsonl, .parquet) -> paths, captions, labels -> rows
 
 Splits: folders called train/training and test/testing or val/valid/validation/dev/eval/evaluation
 (any case; also train2017, test_images), where a training split and another are side by side.
@@ -49,17 +49,12 @@ HINTS = {".heic": " (pip install pillow-heif)", ".heif": " (pip install pillow-h
          ".rar": " (unpack it)", ".7z": " (unpack it)", "no ending": " (add one, such as .jpg)"}
 
 
-def image_endings():
-    """The endings of the files whose pixels Pillow can read here, HEIC and JXL with a plugin."""
-    Image.init()
-    for plugin in ("pillow_heif.HeifImagePlugin", "pillow_jxl"):
-        with contextlib.suppress(ImportError):
-            importlib.import_module(plugin)  # registers itself
-    readable = set(Image.OPEN) - {"MPEG", "HDF5", "GRIB", "BUFR", "WMF", "EPS"}  # no pixels
-    return {name for name, kind in Image.registered_extensions().items() if kind in readable}
-
-
-ENDINGS = image_endings()
+for plugin in ("pillow_heif.HeifImagePlugin", "pillow_jxl"):
+    with contextlib.suppress(ImportError):
+        importlib.import_module(plugin)  # Pillow reads HEIC and JPEG XL with these
+ENDINGS = Image.registered_extensions()  # of the files whose pixels Pillow reads here
+NO_PIXELS = {"MPEG", "HDF5", "GRIB", "BUFR", "WMF", "EPS"}
+ENDINGS = {name for name, kind in ENDINGS.items() if kind in set(Image.OPEN) - NO_PIXELS}
 
 
 def ending(path):
@@ -76,53 +71,32 @@ def first_split(words):
     return next(filter(None, map(split_name, words)), "train")
 
 
-def group_by_split(files):
-    """{split: files} by the last word of their paths that names one: data/cc3m-train-0001.tar."""
-    splits = defaultdict(list)
-    for file in files:
-        words = re.split(r"[^a-zA-Z]+", file)
-        splits[first_split(reversed(words))].append(file)
-    return splits
-
-
-def find_columns(names, requested):
-    """{"image", "text", "label": the requested column, else the first usual one, else None}."""
+def find_columns(names, requested, data):
+    """{"image", "text", "label": the requested column, else the first usual one, else None}. A
+    UserError where a requested column, or any image column, is missing."""
     by_lower = {name.lower(): name for name in names}
     columns = {}
     for kind, usual in COLUMNS.items():
-        found = filter(None, map(by_lower.get, usual))
-        columns[kind] = requested[kind] or next(found, None)
-    return columns
-
-
-def resolve_columns(names, requested, need_text, data):
-    """The same, but a UserError for a column that is requested or needed and not there."""
-    columns = find_columns(names, requested)
-    listed = f"the columns are {', '.join(names)}"
-    for kind, name in requested.items():
-        if name and not {name, name.split(".")[0]} & set(names):
-            raise UserError(f"{data} has no {kind} column {name!r}; {listed}")
-    if columns["image"] is None:
-        raise UserError(f"{data} has no column 'file_name' or 'image'; give --image-col; {listed}")
-    if need_text and not (columns["text"] or columns["label"]):
-        raise UserError(f"{data} has neither captions nor labels: add metadata.jsonl or class "
-                        f"folders, or give --text-col or --label-col; {listed}")
+        name = requested[kind] or next(filter(None, map(by_lower.get, usual)), None)
+        is_missing = name and {name, name.split(".")[0]}.isdisjoint(names)
+        if is_missing or (kind == "image" and name is None):
+            raise UserError(f"{data} has no {kind} column {name or 'file_name'!r} among "
+                            f"{', '.join(names)}; give --{kind}-col")
+        columns[kind] = name
     return columns
 
 
 def get_field(row, name):
-    """row[name]; a dotted name reaches into dicts, lists of dicts and JSON text."""
-    if name in row:
-        return row[name]
-    value = row
-    for key in name.split("."):
-        if isinstance(value, (str, bytes)):
-            value = json.loads(value)
-        if isinstance(value, list):
-            value = [item.get(key) for item in value]
-        else:
-            value = value.get(key) if value else None
-    return value
+    """row[name]; a dotted name reaches into dicts, lists of dicts and JSON. None if missing."""
+    if name is None or name in row:
+        return row.get(name)
+    first, _, rest = name.partition(".")
+    value = row.get(first)
+    if isinstance(value, (str, bytes)):
+        value = json.loads(value)
+    if isinstance(value, list):
+        return [get_field(item, rest) for item in value]
+    return get_field(value, rest) if value else None
 
 
 def to_captions(value):
@@ -133,7 +107,7 @@ def to_captions(value):
 
 def root_cause(error):
     """What started a chain of exceptions, in one line; the last one is often general."""
-    before = error.__cause__ or (not error.__suppress_context__ and error.__context__)
+    before = error.__cause__ or error.__context__
     if before and not isinstance(error, UserError):
         return root_cause(before)
     kind = "" if isinstance(error, (UserError, OSError)) else f"{type(error).__name__}: "
@@ -173,90 +147,87 @@ def read_rows(file):
 def refuse_url(path, column, data):
     """A UserError where text in place of a path is a URL or an image in base64."""
     if len(path) > 1000 or re.match(r"\w+://|data:", path):
-        kind = "URLs" if "://" in path[:10] else "base64 text"
-        raise UserError(f"{data}: the column {column!r} holds {kind}; save the images as files")
+        raise UserError(f"{data}: the column {column!r} holds URLs or base64 text, not paths; save "
+                        "the images as files")
 
 
-def read_tables(root, files, requested):
-    """{absolute path: {"text": captions, "label": text or None}} of the images that the tables
-    list, with paths relative to the table."""
-    listed = {}
-    for file in [os.path.join(root, file) for file in files]:
+def new_entry(image, text=None, label=None):
+    """What tables, folders and tars know of an image; a label is text."""
+    labels = to_captions(label) or [None]
+    return {"image": image, "text": to_captions(text), "label": labels[0]}
+
+
+def read_tables(files, requested):
+    """{absolute path: entry} of the images that tables list, with paths relative to the table."""
+    entries = {}
+    for file in files:
         columns = None
         for row in read_rows(file):
-            columns = columns or resolve_columns(list(row), requested, need_text=False, data=file)
-            path = row.get(columns["image"])
-            if not isinstance(path, str) or not path:
-                continue
-            refuse_url(path, columns["image"], file)
-            path = os.path.join(os.path.dirname(file), path.replace("\\", "/"))
-            path = os.path.normpath(path)
-            entry = listed.setdefault(path, {"text": [], "label": None})
-            if columns["text"]:
-                entry["text"] += to_captions(get_field(row, columns["text"]))
-            if columns["label"]:
-                entry["label"] = next(iter(to_captions(get_field(row, columns["label"]))), None)
-    return listed
+            columns = columns or find_columns(list(row), requested, file)
+            path, text, label = [get_field(row, columns[kind]) for kind in COLUMNS]
+            if path and isinstance(path, str):
+                refuse_url(path, columns["image"], file)
+                path = os.path.join(os.path.dirname(file), path.replace("\\", "/"))
+                entry = new_entry(os.path.normpath(path), text, label)
+                if entries.setdefault(entry["image"], entry) is not entry:  # one more caption
+                    entries[entry["image"]]["text"] += entry["text"]
+    return entries
 
 
-def make_dataset(listed, requested):
-    """One row per path of `listed`; no column of captions or labels where there are none."""
-    string = datasets.Value("string")
-    rows = {requested["image"] or "image": list(listed)}
-    features = {requested["image"] or "image": datasets.Image(decode=False)}
-    for kind, feature in (("text", datasets.List(string)), ("label", string)):
-        values = [entry[kind] for entry in listed.values()]
+def make_dataset(entries, requested):
+    """One row per entry; no column of captions or labels where there are none."""
+    columns = {}
+    for kind in COLUMNS:
+        values = [entry[kind] for entry in entries]
         if any(values):
-            rows[requested[kind] or kind] = values
-            features[requested[kind] or kind] = feature
-    return datasets.Dataset.from_dict(rows, datasets.Features(features))
-
-
-def load_tables(root, files, requested):
-    """{split: Dataset} of tables that list the paths of images."""
-    splits = group_by_split(files).items()
-    return {k: make_dataset(read_tables(root, v, requested), requested) for k, v in splits}
+            columns[requested[kind] or kind] = values
+    return datasets.Dataset.from_dict(columns)
 
 
 # ---- A folder of images --------------------------------------------------------------------------
 
 
 def find_files(root):
-    """All files below `root` as sorted relative paths, and how many entries were skipped. A linked
-    folder is read once per split."""
-    files, skipped, unreadable, seen = [], Counter(), [], set()
-    pending = [root]  # linked folders come last
-    while pending:
-        for path, subfolders, names in os.walk(pending.pop(0), onerror=unreadable.append):
-            real = os.path.realpath(path)
-            folder = path[len(root):].lstrip("/")
-            key = (real, frozenset(map(split_name, folder.split("/"))))
-            is_run = "config.json" in names and "log.jsonl" in names
+    """All files below `root` as sorted relative paths, and a count of what was skipped. A folder
+    that links lead to again is read once per split."""
+    files, skipped, seen, unreadable = [], Counter(), set(), []
+    pending = [root]
+    for top in pending:  # links are added at its end, so that a folder keeps its own name
+        for path, subfolders, names in os.walk(top, onerror=unreadable.append):
+            folder, real = path[len(root):].lstrip("/"), os.path.realpath(path)
+            place = (real, first_split(folder.split("/")))
+            is_above = os.path.realpath(root).startswith(os.path.join(real, ""))  # a loop
+            is_run = {"config.json", "log.jsonl"}.issubset(names)
             skipped["run folders"] += is_run
-            if key in seen or is_run:
+            if is_run or is_above or place in seen:
                 subfolders.clear()
                 continue
-            seen.add(key)
+            seen.add(place)
             hidden = set(filter(HIDDEN.fullmatch, subfolders + names))
             skipped["hidden files and folders"] += len(hidden)
+            files += [os.path.join(folder, name) for name in names if name not in hidden]
             subfolders[:] = sorted(set(subfolders) - hidden)
-            files += [os.path.join(folder, name) for name in set(names) - hidden]
-            for link in filter(os.path.islink, [os.path.join(path, name) for name in subfolders]):
-                if not Path(real).is_relative_to(os.path.realpath(link)):  # no loop
-                    pending.append(link)
+            pending += filter(os.path.islink, [os.path.join(path, name) for name in subfolders])
     skipped["folders that cannot be read"] = len(unreadable)
     return sorted(files), skipped
 
 
 def find_splits(images):
-    """({image: its split or None}, the depth of the class folders)."""
+    """Triples (image, split or None, class folder or None); a lone folder is no class."""
     shared = Path(os.path.commonpath([os.path.dirname(file) for file in images])).parts
     depth = len(shared)
-    splits = {file: split_name(file.split("/")[depth]) for file in images}
-    found = set(splits.values()) - {None}
-    if "train" in found and len(found) > 1:
-        return splits, depth + 1
-    return dict.fromkeys(images, first_split(shared)), depth
+    tops = [file.split("/")[depth] for file in images]
+    splits = [split_name(top) for top in tops]
+    if {"train"} < set(splits) - {None}:
+        found = {top: split for top, split in zip(tops, splits, strict=True) if split}
+        say(f"splits of the folders: {found}")
+        depth += 1
+    else:
+        splits = [first_split(shared)] * len(images)
+    classes = [next(iter(file.split("/")[depth:-1]), None) for file in images]
+    if len(set(classes) - {None}) == 1:
+        classes = [None] * len(images)
+    return zip(images, splits, classes, strict=True)
 
 
 def read_text(path):
@@ -266,65 +237,41 @@ def read_text(path):
         raise UserError(f"{path} is not UTF-8 text: {error}") from None
 
 
-def add_texts(root, entries, texts):
-    """NAME.txt is the caption of NAME.png where no table has one."""
-    for file, entry in entries.items():
-        text_file = os.path.splitext(file)[0] + ".txt"
-        if text_file in texts and not entry["text"]:
-            entry["text"] = to_captions(read_text(os.path.join(root, text_file)))
-
-
-def add_labels(entries, depth):
-    """The folder at `depth` is the label, where no table has labels; a lone folder is none."""
-    labels = {file: file.split("/")[depth] for file in entries if file.count("/") > depth}
-    in_tables = any(entry["label"] for entry in entries.values())
-    if len(set(labels.values())) > 1 and not in_tables:
-        for file, label in labels.items():
-            entries[file]["label"] = label
-
-
-def report_split(split, entries, depth):
+def report_split(split, entries):
     """Prints what was found: images, captions, labels."""
-    parts = sorted({os.path.dirname(file).split("/")[depth] for file in entries})
-    labels = Counter(entry["label"] for entry in entries.values())
-    unlabeled = [file for file, entry in entries.items() if entry["label"] is None]
-    num_captioned = sum(bool(entry["text"]) for entry in entries.values())
-    del labels[None]
-    say(f"{split} = {' + '.join(parts[:8])}: {len(entries):,} images, {num_captioned:,} with "
-        f"captions, {labels.total():,} with one of {len(labels):,} labels "
-        f"{', '.join(list(labels)[:8])}")
-    if labels and unlabeled:
-        say(f"{len(unlabeled):,} images have no label, such as {unlabeled[0]}")
+    num_captioned = sum(bool(entry["text"]) for entry in entries)
+    unlabeled = [entry["image"] for entry in entries if entry["label"] is None]
+    labels = sorted({entry["label"] for entry in entries} - {None})
+    say(f"{split}: {len(entries)} images, {num_captioned} with captions, {len(labels)} labels "
+        f"{labels[:8]}, {len(unlabeled)} images without a label {unlabeled[:1]}")
 
 
 def list_counts(skipped):
-    counts = [f"{count:,} {what}{HINTS.get(what, '')}" for what, count in skipped.items() if count]
+    counts = [f"{count} {what}{HINTS.get(what, '')}" for what, count in skipped.items() if count]
     return ", ".join(counts) or "nothing"
 
 
 def load_image_folder(root, files, skipped, requested):
     """{split: Dataset} by the rules at the top of this file; prints what was found."""
     images = [file for file in files if ending(file) in ENDINGS]
-    metadata = [file for file in files if os.path.basename(file).lower() in METADATA]
-    texts = set(files) & {os.path.splitext(file)[0] + ".txt" for file in images}
-    skipped.update(map(ending, set(files).difference(images, metadata, texts)))
+    tables = [file for file in files if os.path.basename(file).lower() in METADATA]
+    texts = {file: os.path.splitext(file)[0] + ".txt" for file in images}
+    others = set(files).difference(images, tables)
+    skipped.update(map(ending, others.difference(texts.values())))
     if not images:
         raise UserError(f"{root}: no images that can be read here; it has {list_counts(skipped)}")
-    listed = read_tables(root, metadata, requested)
-    entries = {}
-    for file in images:
-        entries[file] = listed.pop(os.path.join(root, file), {"text": [], "label": None})
-    split_of, depth = find_splits(images)
-    add_texts(root, entries, texts)
-    add_labels(entries, depth)
-    splits = {}
-    for split in sorted(set(split_of.values()) - {None}):
-        part = {file: entries[file] for file in images if split_of[file] == split}
-        report_split(split, part, max(depth - 1, 0))
-        part = {os.path.join(root, file): entry for file, entry in part.items()}
-        splits[split] = make_dataset(part, requested)
-    skipped["images outside of the split folders"] = list(split_of.values()).count(None)
+    listed = read_tables([f"{root}/{file}" for file in tables], requested)
+    splits = defaultdict(list)
+    for file, split, class_folder in find_splits(images):
+        entry = listed.pop(f"{root}/{file}", None) or new_entry(f"{root}/{file}")
+        if texts[file] in others and not entry["text"]:
+            entry["text"] = to_captions(read_text(f"{root}/{texts[file]}"))
+        entry["label"] = entry["label"] or class_folder
+        splits[split].append(entry)
+    skipped["images outside of the split folders"] = len(splits.pop(None, []))
     skipped[f"metadata rows whose image is not here ({min(listed, default='')})"] = len(listed)
-    say(f"captions from {', '.join(metadata[:5]) or 'no metadata'}, {len(texts):,} NAME.txt files")
-    say(f"left out: {list_counts(skipped)}")
-    return splits
+    for split, entries in splits.items():
+        report_split(split, entries)
+    say(f"captions from {tables[:5]} and {len(others & set(texts.values()))} NAME.txt files; left "
+        f"out: {list_counts(skipped)}")
+    return {split: make_dataset(entries, requested) for split, entries in splits.items()}

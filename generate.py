@@ -46,7 +46,7 @@ from eval_probe import (
     frechet_distance,
     image_tokens,
 )
-from images import image_grid, to_pil, to_uint8
+from images import image_grid, to_uint8
 from openvision3 import DECODE_CHUNK, load_run
 from runtime import UserError, arg, atomic_write, progress
 from vae import scale_images
@@ -268,8 +268,7 @@ def sample_images(model, labels, decode, s, guide=None):
 
 def save_image_grid(path, rows, captions, row_names=()):
     """rows: uint8 images [M,3,R,R] each, shown one below the other, eight columns at a time."""
-    columns = [list(map(to_pil, column)) for column in zip(*rows, strict=True)]
-    grid = image_grid(columns, captions, row_names, cell_size=96, max_lines=3, per_row=8)
+    grid = image_grid(list(zip(*rows, strict=True)), captions, row_names, cell_size=96)
     atomic_write(path, partial(grid.save, format="png"))
 
 

@@ -3,155 +3,126 @@ sources.py: part of stage 6, from a data set's name to rows to train on and rows
 
 A name is a folder of images or a table (folders.py), parquet files, webdataset tars, a save_to_disk
 folder or a hub id. Each becomes `datasets` rows per split; then labels get an index, and a tenth is
-held out where there is no test split.
+held out where there is no test split. With --streaming the rows come shard by shard.
 
     name -> load_source -> {"train": rows, "test": rows, ...} -> choose_splits, split_train_test
          -> columns {"image", "text", "label"}, class names
+    stream of rows -> StreamingDataset -> shuffled examples without end
 
 Run:    python data.py --check FOLDER
 Source: tars as in webdataset: a key up to the first dot of a name, then the field
-Next:   streams.py
+Next:   data.py
 """
+import atexit
 import contextlib
 import glob
 import hashlib
 import itertools
-import json
 import os
 import re
 import tarfile
-from collections import Counter
+import tempfile
+from collections import Counter, defaultdict
+from dataclasses import dataclass
 from pathlib import Path
 
 import datasets
 import huggingface_hub
+import numpy as np
 import pyarrow.parquet as pq
+import torch
+from datasets.distributed import split_dataset_by_node
 
 import folders
-from folders import ending, find_columns, get_field, group_by_split, resolve_columns, say
-from runtime import UserError, progress
+from folders import COLUMNS, ending, find_columns, get_field, root_cause, say, split_name
+from runtime import UserError
 
 TEST_FRACTION = 0.1  # held out where a data set has no test split, at most 2,000 images
+STREAM_PEEK = 2000  # training rows of a stream that are read ahead, for tokenizer and probes
+SHUFFLE_BUFFER = 1000  # rows of a stream that are shuffled among each other
 
-# ---- Tars, parquet files, the hub ----------------------------------------------------------------
+# ---- Tars, parquet files, the hub: each reads the files of one split -----------------------------
 
 
-def verify_tar(path):
-    """A UserError where the tar has no proper end; readers take such a file for a shorter one."""
-    rest = b""
-    with contextlib.suppress(tarfile.TarError), tarfile.open(path, "r:") as tar:
-        tar.getmembers()  # headers only
-        tar.fileobj.seek(tar.offset)
-        rest = tar.fileobj.read()
-    if len(rest) < 512 or rest.strip(b"\0"):
-        raise UserError(f"{path}: truncated or corrupt tar, or several joined into one")
+def sample_key(member):
+    return re.match("(.*/)?[^./]*", member.name)[0]
+
+
+def tar_field(sample, kind, requested):
+    """The captions or the label of a sample, or None; json.NAME reaches into its .json file."""
+    names = [requested[kind]] if requested[kind] else COLUMNS[kind]
+    values = (get_field(sample, name) for name in names)
+    value = next((value for value in values if value is not None), None)
+    return value.decode() if isinstance(value, bytes) else value
 
 
 def read_tar(path):
-    """Yields the samples of a webdataset tar: {"__key__": key, "__url__": path, ending: bytes}. The
-    key of a/0001.seg.png is a/0001, the path up to the name's first dot."""
-    sample = {"__key__": None}
+    """Yields (key, {ending: bytes}) per sample of a webdataset tar. The key of a/0001.seg.png is
+    a/0001, the path up to the name's first dot."""
     with tarfile.open(path, "r:") as tar:
-        for member in filter(tarfile.TarInfo.isfile, tar):
-            folder, name = os.path.split(member.name)
-            stem, _, kind = name.partition(".")
-            key = os.path.join(folder, stem)
-            if key != sample["__key__"]:
-                yield sample  # at first an empty one
-                sample = {"__key__": key, "__url__": path}
-            sample[kind.lower()] = tar.extractfile(member).read()
-    yield sample
+        for key, files in itertools.groupby(filter(tarfile.TarInfo.isfile, tar), sample_key):
+            yield key, {file.name[len(key) + 1:].lower(): tar.extractfile(file).read()
+                        for file in files}
+        tar.fileobj.seek(tar.offset)
+        rest = tar.fileobj.read()
+        if len(rest) < 512 or rest.strip(b"\0"):  # without this a part would be lost silently
+            raise tarfile.ReadError("truncated, or several tars joined into one")
 
 
-def tar_field(sample, name):
-    """A text field of a sample or None; json.NAME reaches into its .json file."""
-    kind = name and name.split(".")[0]
-    try:
-        return get_field({kind: sample[kind].decode()}, name) if kind in sample else None
-    except ValueError as error:
-        raise UserError(f"{sample['__url__']}: {sample['__key__']}.{kind}: {error}") from None
-
-
-def tar_rows(tars, columns):
+def tar_rows(tars, requested):
     """One row per sample with an image. `tars`: (path, time of change), for `datasets`' cache."""
     for path, _ in tars:
-        for sample in read_tar(path):
-            images = [kind for kind in sample if f".{kind}" in folders.ENDINGS]
-            if not images:
-                continue
-            name = f"{sample['__key__']}.{images[0]}"
-            row = {"__key__": sample["__key__"], "__url__": path,
-                   "image": {"bytes": sample[images[0]], "path": name},
-                   columns["text"]: folders.to_captions(tar_field(sample, columns["text"])),
-                   columns["label"]: tar_field(sample, columns["label"])}
-            row.pop(None, None)
-            yield row
+        key = "its start"
+        try:
+            for key, sample in read_tar(path):
+                images = [kind for kind in sample if f".{kind}" in folders.ENDINGS]
+                kind = requested["image"] or next(iter(images), None)
+                if kind in sample:
+                    image = {"bytes": sample[kind], "path": f"{path}/{key}.{kind}"}
+                    entry = folders.new_entry(image, tar_field(sample, "text", requested),
+                                              tar_field(sample, "label", requested))
+                    yield {requested[kind] or kind: value for kind, value in entry.items()}
+        except (ValueError, tarfile.TarError) as error:
+            raise UserError(f"{path} cannot be read from {key} on: {error}") from None
 
 
-def load_tars(root, files, requested, streaming):
-    """{split: rows}. The usual fields are looked for in the first 100 samples."""
-    splits = {}
+def load_tars(paths, requested, streaming):
     string = datasets.Value("string")
+    names = [requested[kind] or kind for kind in COLUMNS]
+    types = [datasets.Image(decode=False), datasets.List(string), string]
+    features = datasets.Features(zip(names, types, strict=True))
     make = datasets.IterableDataset if streaming else datasets.Dataset
-    for split, tars in group_by_split(files).items():
-        tars = [os.path.join(root, tar) for tar in tars]
-        for tar in progress(tars, desc="verifying tars", leave=False):
-            verify_tar(tar)
-        names = set()
-        for sample in itertools.islice(read_tar(tars[0]), 100):
-            content = json.loads(tar_field(sample, "json") or "{}")
-            names.update(sample, [f"json.{key}" for key in content])
-        columns = resolve_columns([*names, "image"], requested, need_text=False, data=tars[0])
-        features = {"__key__": string, "__url__": string, "image": datasets.Image(decode=False),
-                    columns["text"]: datasets.List(string), columns["label"]: string}
-        features.pop(None, None)
-        arguments = {"tars": [(tar, os.path.getmtime(tar)) for tar in tars], "columns": columns}
-        splits[split] = make.from_generator(
-            tar_rows, features=datasets.Features(features), gen_kwargs=arguments)
-    return splits
+    arguments = {"tars": [(path, os.path.getmtime(path)) for path in paths], "requested": requested}
+    return make.from_generator(tar_rows, features=features, gen_kwargs=arguments)
 
 
-def read_schema(path):
-    """{column: Arrow type} of a parquet file, empty for what is no such file."""
-    try:
-        schema = pq.read_schema(path)
-    except (ValueError, OSError):
-        return {}
-    return dict(zip(schema.names, map(str, schema.types), strict=True))
+def load_tables(paths, requested, streaming):
+    return folders.make_dataset(folders.read_tables(paths, requested).values(), requested)
 
 
-def is_table(path, requested):
+def has_images(path, requested):
     """Whether a parquet file that is beside images lists or holds some itself."""
-    schema = read_schema(path)
-    named = os.path.basename(path) in folders.METADATA
-    return not named and find_columns(schema, requested)["image"] in schema
+    with contextlib.suppress(UserError, ValueError, OSError):
+        find_columns(pq.read_schema(path).names, requested, path)
+        return os.path.basename(path) not in folders.METADATA
+    return False
 
 
-def load_parquet(root, files, requested, streaming):
-    """{split: rows}. A column of strings holds paths."""
-    schemas = {file: read_schema(os.path.join(root, file)) for file in files}
-    first = schemas[files[0]]
-    for file, schema in schemas.items():
-        if not schema:
-            raise UserError(f"{root}/{file} is not a parquet file")
-        if schema.keys() != first.keys():
-            raise UserError(f"{file} has the columns {', '.join(schema)}, not {', '.join(first)}")
-    if first.get(find_columns(first, requested)["image"]) in ("string", "large_string"):
-        return folders.load_tables(root, files, requested)
-    shards = {}
-    for split, part in group_by_split(files).items():
-        shards[split] = [glob.escape(os.path.join(root, file)) for file in part]
-    return datasets.load_dataset("parquet", data_files=shards, streaming=streaming)
+def load_parquet(paths, requested, streaming):
+    rows = datasets.load_dataset("parquet", data_files=[glob.escape(path) for path in paths],
+                                 split="train", streaming=streaming)
+    image_col = find_columns(rows.column_names, requested, paths[0])["image"]
+    if "string" in getattr(rows.features[image_col], "dtype", ""):  # it holds paths
+        return load_tables(paths, requested, streaming)
+    return rows
 
 
 def load_hub(name, config, streaming):
     """A data set of the hub, or of its cache here where the hub is out of reach."""
-    parent = Path(name).parent
-    inside = ", ".join(sorted(os.listdir(parent))[:8]) if parent.is_dir() else ""
     hub_id = r"(?!(data|datasets?|images|photos|runs)/)[\w-][\w.-]*/[\w.-]+"
-    if inside or not re.fullmatch(hub_id, name):
-        raise UserError(f"--data {name}: no such file or folder here ({parent}: {inside}); built "
-                        "in is shapes, and hub ids look like owner/name")
+    if os.path.isdir(os.path.dirname(name)) or not re.fullmatch(hub_id, name):
+        raise UserError(f"--data {name}: no such file or folder here ({os.getcwd()}); built in is "
+                        "shapes, and hub ids look like owner/name")
     try:
         huggingface_hub.HfApi().dataset_info(name, timeout=15)
     except huggingface_hub.errors.RepositoryNotFoundError:
@@ -162,53 +133,59 @@ def load_hub(name, config, streaming):
     return datasets.load_dataset(name, config, streaming=streaming)
 
 
-def load_local(path, streaming, requested):
+LOADERS = {".parquet": load_parquet, ".tar": load_tars, ".csv": load_tables, ".tsv": load_tables,
+           ".jsonl": load_tables}
+
+
+def load_local(path, requested, streaming):
     """What a file or folder holds; the formats are told apart by the endings of the files."""
-    path = Path(os.path.abspath(path))  # without "..", as the paths that tables list
-    root, files, skipped = str(path.parent), [path.name], Counter()
-    if path.is_dir():
-        root = str(path)
+    root, name = os.path.split(path)
+    files, skipped = [name], Counter()
+    if os.path.isdir(path):
+        root = path
         files, skipped = folders.find_files(root)
-    num_images = sum(ending(file) in folders.ENDINGS for file in files)
-    tars = [file for file in files if ending(file) == ".tar"]
-    parquets = [file for file in files if ending(file) == ".parquet"]
-    if num_images:
-        parquets = [file for file in parquets if is_table(f"{root}/{file}", requested)]
-    if parquets:
-        return load_parquet(root, parquets, requested, streaming)
-    if tars and len(tars) >= num_images:  # a tar may lie beside its own images
-        return load_tars(root, tars, requested, streaming)
-    if streaming:
-        raise UserError(f"--streaming is for the hub, parquet files and tars; {path} is neither")
     if "dataset_dict.json" in files or "state.json" in files:
         saved = datasets.load_from_disk(root)
         return saved if isinstance(saved, dict) else {"train": saved}
-    if path.is_dir():
+    images = [file for file in files if ending(file) in folders.ENDINGS]
+    tars = [file for file in files if ending(file) == ".tar"]
+    shards = [file for file in files if ending(file) == ".parquet"
+              and (not images or has_images(f"{root}/{file}", requested))]
+    if not shards and len(tars) >= len(images):  # a tar may lie beside its own images
+        shards = tars
+    if not shards and root == path:
         return folders.load_image_folder(root, files, skipped, requested)
-    if ending(path.name) in (".csv", ".tsv", ".jsonl"):
-        return folders.load_tables(root, files, requested)
-    hint = folders.HINTS.get(ending(path.name), "")
-    raise UserError(f"--data {path} is no folder, table (.csv, .jsonl, .parquet) or tar{hint}")
+    splits = defaultdict(list)  # by the last word that names one: data/cc3m-train-0001.tar
+    for file in shards or files:
+        words = re.split(r"[^a-zA-Z]+", file)
+        splits[folders.first_split(reversed(words))].append(f"{root}/{file}")
+    load = LOADERS.get(ending((shards or files)[0]))
+    if load is None:
+        hint = folders.HINTS.get(ending(name), "")
+        raise UserError(f"--data {path} is no folder, table (.csv, .jsonl, .parquet) or tar{hint}")
+    return {split: load(paths, requested, streaming) for split, paths in splits.items()}
 
 
-def load_source(name, *, config=None, streaming=False, columns=None):
+def load_source(name, columns, *, config=None, streaming=False):
     """{split: Dataset, or IterableDataset if streaming} of a folder, file or hub id. `columns` has
     the requested names of "image", "text" and "label". Every failure is a UserError."""
-    path = Path(name).expanduser()
-    columns = columns or dict.fromkeys(folders.COLUMNS)
+    path = os.path.abspath(os.path.expanduser(name))  # without "..", as the paths that tables list
+    is_here = os.path.exists(path)
     try:
-        if not path.exists():
+        if not is_here:
             return load_hub(name, config, streaming)
         if config:
             raise UserError(f"--config is for hub data sets, and {name} is on this machine")
         datasets.disable_progress_bars()
-        return load_local(path, streaming, columns)
+        source = load_local(path, columns, streaming)
+        if streaming and datasets.Dataset in map(type, source.values()):
+            raise UserError(f"--streaming is for the hub, parquet files and tars, not for {name}")
+        return source
     except UserError:
         raise
     except Exception as error:  # `datasets` raises dozens of kinds; the first cause says most
-        hint = "" if path.exists() else "; offline, give the folder of its parquet files"
-        cause = folders.root_cause(error)
-        raise UserError(f"--data {name} cannot be loaded: {cause}{hint}") from None
+        hint = "" if is_here else "; offline, give the folder of its parquet files"
+        raise UserError(f"--data {name} cannot be loaded: {root_cause(error)}{hint}") from None
 
 
 # ---- Two splits, columns, classes ----------------------------------------------------------------
@@ -217,40 +194,35 @@ def load_source(name, *, config=None, streaming=False, columns=None):
 def choose_splits(source, split, evaluate, data):
     """(train rows or None, test rows or None). `split` names the rows to train on, or with
     `evaluate` those to test on; others are found by their usual names."""
-    names = list(source)
-    by_kind = {folders.split_name(name) or name: name for name in reversed(names)}
-    by_kind.update(zip(names, names, strict=True))
-    chosen = by_kind.get(split) or by_kind.get(folders.split_name(split or ""))
-    if split and chosen is None:
-        raise UserError(f"--split {split}: {data} has the splits {', '.join(names)}")
-    train = by_kind.get("train", names[0])
-    tests = [by_kind[kind] for kind in ("test", "validation") if kind in by_kind]
+    if split and split not in source:
+        raise UserError(f"--split {split}: {data} has the splits {', '.join(source)}")
+    by_kind = {split_name(name): name for name in reversed(source)}
+    train = by_kind.get("train", next(iter(source)))
+    test = by_kind.get("test", by_kind.get("validation"))
     if evaluate:
-        test = chosen or next(iter(tests), None)
+        test = split or test
     else:
-        train = chosen or train
-        test = next((name for name in tests if name != train), None)
-    return source.get(train if train != test else None), source.get(test)
+        train = split or train
+    if train == test and evaluate:
+        train = None
+    elif train == test:
+        test = None
+    return source.get(train), source.get(test)
 
 
 def image_names(rows, image_col, data):
     """{position: stable name} of the images: the path in their common folder, or the position. Rows
     without an image are left out; no bytes are read."""
-    content, paths = rows.data.column(image_col).flatten()  # of the Arrow struct
-    has_bytes = content.is_valid().to_pylist()
-    paths = [path or "" for path in paths.to_pylist()]
-    anchors = list(filter(os.path.isabs, paths))
-    here = os.path.abspath(os.path.expanduser(data))
-    if os.path.exists(here):
-        anchors.append(here)
-    root = os.path.commonpath(anchors or ["/"])
+    images = rows.data.column(image_col)  # Arrow structs of bytes and path
+    paths = [path or "" for path in images.flatten()[1].to_pylist()]
+    root = os.path.commonpath(list(filter(os.path.isabs, paths)) or ["/"])
     names = {}
-    for i, path in enumerate(paths):
-        folders.refuse_url(path, image_col, data)
-        if path or has_bytes[i]:
-            names[i] = path.removeprefix(root) or str(i)
+    for i, is_there in enumerate(images.is_valid().to_pylist()):
+        folders.refuse_url(paths[i], image_col, data)
+        if is_there:
+            names[i] = paths[i].removeprefix(root) or str(i)
     if len(names) < len(paths):
-        say(f"{len(paths) - len(names):,} rows without an image are left out")
+        say(f"{len(paths) - len(names)} rows without an image are left out")
     return names
 
 
@@ -263,8 +235,6 @@ def split_train_test(rows, image_col, data, n_test=None):
     """The rows to train on and `n_test` (a tenth) to test on: those whose names hash lowest, so
     that an image stays in its split, but for a few at the border, when others are added."""
     names = image_names(rows, image_col, data)
-    if len(names) < 2:
-        raise UserError(f"{data} has {len(names)} image(s); training and testing need at least 2")
     order = sorted(names, key=lambda i: hashlib.sha1(names[i].encode()).hexdigest())
     n_test = n_test or max(1, min(2000, int(TEST_FRACTION * len(order))))
     return rows.select(sorted(order[n_test:])), rows.select(sorted(order[:n_test]))
@@ -278,9 +248,20 @@ def cast_images(rows, image_col, data):
         raise UserError(f"{data}: {image_col!r} holds no images; give --image-col") from None
 
 
-def label_values(rows, column):
-    """The different labels, sorted; none where the column has neither text nor whole numbers."""
+def read_class_names(path):
+    """{label: class name} of lines such as `n01440764 tench, Tinca tinca`."""
+    lines = folders.read_text(Path(path).expanduser()).splitlines()
+    try:
+        return dict(re.split(r"[\s,:]+", line, maxsplit=1) for line in filter(str.strip, lines))
+    except ValueError:
+        raise UserError(f"--class-names {path}: each line needs a label and its name") from None
+
+
+def find_labels(rows, column):
+    """{label: its name}, sorted; empty where the column has neither text nor whole numbers."""
     feature = rows.features.get(column)
+    if isinstance(feature, datasets.ClassLabel):
+        return dict(enumerate(feature.names))
     values = []
     if feature is None:  # a dotted name
         part = rows.select_columns(column.split(".")[0])
@@ -289,39 +270,74 @@ def label_values(rows, column):
         values = rows.unique(column)
     values = set(values) - {None}
     all_numbers = all(str(value).isdecimal() for value in values)
-    return sorted(values, key=int if all_numbers else None)
-
-
-def read_class_names(path):
-    """{label: class name} of a JSON object, or of lines such as `n01440764 tench, Tinca tinca`."""
-    text = folders.read_text(Path(path).expanduser())
-    try:
-        if text.startswith("{"):
-            return json.loads(text)
-        lines = [re.split(r"[\s,:]+", line.strip(), maxsplit=1) for line in text.splitlines()]
-        return dict(line for line in lines if any(line))
-    except ValueError:
-        raise UserError(f"--class-names {path}: each line needs a label and its name") from None
+    return {value: str(value) for value in sorted(values, key=int if all_numbers else str)}
 
 
 def choose_classes(rows, columns, names_file, required):
     """(class names, {value: index}); a label column without labels is dropped, or an error."""
     column = columns["label"]
-    if column is None and names_file:
-        raise UserError("--class-names: this data set has no labels to name; give --label-col")
-    if column is None:
-        return None, None
-    names = getattr(rows.features.get(column), "names", None)
-    values = range(len(names)) if names else label_values(rows, column)
-    names = names or list(map(str, values))
-    if not names:
-        problem = f"the column {column!r} has no names or whole numbers; give --label-col"
-        if required:
-            raise UserError(problem)
-        say(problem)
+    labels = find_labels(rows, column) if column else {}
+    if not labels:
         columns["label"] = None
+        if names_file or (column and required):
+            raise UserError(f"the label column {column!r} has no names or whole numbers; give "
+                            "--label-col")
+        return None, None
     known = read_class_names(names_file) if names_file else {}
-    if names_file and not known.keys() & set(names):
+    names = [known.get(name, name) for name in labels.values()]
+    if names_file and known.keys().isdisjoint(labels.values()):
         raise UserError(f"{names_file} names none of the classes {', '.join(names[:5])}")
-    names = [known.get(name, name) for name in names]
-    return names or None, {value: i for i, value in enumerate(values)}
+    return names, {value: i for i, value in enumerate(labels)}
+
+
+# ---- Streams -------------------------------------------------------------------------------------
+
+
+def take_head(rows, count, data):
+    """The first rows of a stream, in a temporary file that is memory-mapped."""
+    folder = tempfile.TemporaryDirectory()
+    atexit.register(folder.cleanup)
+    try:
+        return datasets.Dataset.from_generator(rows.take(count).__iter__, features=rows.features,
+                                               cache_dir=folder.name)
+    except Exception as error:  # a damaged shard, or no network
+        raise UserError(f"--streaming: {data} cannot be read: {root_cause(error)}") from None
+
+
+def row_id(row, image_col):
+    """A digest of the image file, which names the rows of a stream."""
+    image = row[image_col] or {}
+    return hashlib.sha1(image.get("bytes") or str(image).encode()).hexdigest()
+
+
+@dataclass(eq=False)
+class StreamingDataset(torch.utils.data.IterableDataset):
+    """Training examples without end: pass after pass over the shards, shuffled anew and divided
+    among ranks and workers by `datasets`. A run resumed at step `start` does not look for its
+    place: it begins a pass in an order keyed by (seed, start). So nothing is skipped and no order
+    is repeated, but images of the interrupted pass may come a second time."""
+    rows: datasets.IterableDataset
+    dataset: torch.utils.data.Dataset  # turns rows into examples
+    held_out: set
+    start: int = 0
+    rank: int = 0
+    world_size: int = 1
+
+    def __iter__(self):
+        for epoch in itertools.count(self.start):
+            generator = np.random.default_rng((self.dataset.seed, epoch))
+            rows = self.rows.shuffle(generator=generator, buffer_size=SHUFFLE_BUFFER)
+            found = False
+            for row in split_dataset_by_node(rows, self.rank, self.world_size, "shards"):
+                name = row_id(row, self.dataset.image_col)
+                example = name not in self.held_out and self.dataset.make_example(row, epoch, name)
+                if not example:  # a corrupt image is None
+                    continue
+                if self.dataset.label_col and not any(example["captions"]):
+                    raise UserError("an image has no caption, and a label that the first rows do "
+                                    "not have: shuffle the data, or add captions")
+                found = True
+                yield example
+            if not found:
+                raise UserError("a worker found no training images: lower --num-workers, or cut "
+                                "the stream into more files")

@@ -32,7 +32,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
@@ -41,7 +40,7 @@ import cost
 import runtime
 from data import DataConfig, eval_loader, load_run_data, resolve_num_workers, train_loader
 from encoder import SIZES, Block
-from images import image_grid, to_pil
+from images import image_grid
 from losses import LPIPS
 from openvision3 import OpenVision3, grad_cache_backward, load_checkpoint, save_checkpoint
 from runtime import UserError, any_rank, arg
@@ -195,10 +194,6 @@ def load_resume_state(c, env):
         return None
     state = load_checkpoint(out)
     runtime.check_resume(state["config"], dataclasses.asdict(c), RESUME_MAY_CHANGE)
-    old = (state["world_size"], state["config"]["num_workers"])
-    if c.streaming and old != (env.world_size, c.num_workers):
-        raise UserError(f"a streaming run must be resumed with {old[0]} process(es) and "
-                        f"--num-workers {old[1]}")
     return state
 
 
@@ -283,9 +278,7 @@ def write_samples(run, step):
     images = run.test_batch["image"][:8].to(run.env.device)
     vae_recon, recon, tokens = run.model.reconstruct(images)
     captions = run.model.generate_captions(tokens, run.tokenizer)
-    columns = []
-    for column in zip(images, vae_recon, recon, strict=True):
-        columns.append([to_pil(image) for image in column])
+    columns = list(zip(images, vae_recon, recon, strict=True))
     grid = image_grid(columns, captions, row_names=("input", "VAE recon", "recon"))
     grid.save(run.out / f"recon_{step:06d}.png")
     return captions
@@ -337,18 +330,10 @@ def next_batch(batches, step):
         raise UserError(f"step {step}: the data could not be loaded ({reason})") from None
 
 
-def remember_shard_rows(run):
-    """Rows per shard of a stream, as far as any rank knows: a resume skips past epochs by them."""
-    shard_rows = run.data.stream.shard_rows.clone()
-    if run.env.world_size > 1:
-        dist.all_reduce(shard_rows, dist.ReduceOp.MAX)
-    run.extra_state["shard_rows"] = shard_rows
-
-
 def train_loop(run, stop):
     """The steps from run.start on; `stop` ends them early, with a checkpoint."""
     c, env, out, model = run.config, run.env, run.out, run.model
-    batches = filter(None, train_loader(  # a resumed stream may yield None first
+    batches = iter(train_loader(
         run.data, run.tokenizer, c.batch_size, seed=c.seed, start=run.start, stop=c.steps,
         rank=env.rank, world_size=env.world_size, num_workers=resolve_num_workers(c.num_workers),
         pin_memory=env.device.type == "cuda"))
@@ -393,8 +378,6 @@ def train_loop(run, stop):
             if env.is_main:
                 runtime.log_record(out / "log.jsonl", record)
                 print_record(record)
-        if save and run.data.stream:
-            remember_shard_rows(run)
         if env.is_main and sample:
             print(f"  captions     {write_samples(run, step)[:2]}")
             runtime.plot_log(out / "log.jsonl", out / "curves.png", LOSSES, chance)
