@@ -277,8 +277,7 @@ def setup(c, env, state):
     num_test = num_test // env.world_size * env.world_size or num_test
     test_batch = next(iter(eval_loader(data.test, tokenizer, num_test, limit=num_test)))
     extra_state = {"config": dataclasses.asdict(c), "tokenizer": tokenizer.state_dict(),
-                   "class_names": data.class_names, "vae_sha256": vae_sha256(c.vae),
-                   "world_size": env.world_size}
+                   "class_names": data.class_names, "vae_sha256": vae_sha256(c.vae)}
     return SimpleNamespace(
         config=c, env=env, out=Path(c.out), start=state["step"] if state else 0, data=data,
         tokenizer=tokenizer, model=model, ddp_model=ddp_model, optimizers=optimizers,
