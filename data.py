@@ -50,14 +50,13 @@ DATA_FLAGS = {"config", "split", "image_col", "text_col", "label_col", "class_na
 @dataclass
 class DataConfig:
     """Which data set, and which of its columns. One field, one flag."""
-    data: str = arg("shapes", "shapes (drawn), a folder, a table, tars, or a hub id", "data",
-                    path=True)
+    data: str = arg("shapes", "shapes (drawn), a folder, a table, tars, or a hub id", "data")
     config: str | None = arg(None, "configuration name of a hub data set", "data")
     split: str | None = arg(None, "split to use (default: by the usual names)", "data")
     image_col: str | None = arg(None, "image column (default: by the usual names)", "data")
     text_col: str | None = arg(None, "caption column; json.caption reaches into json", "data")
     label_col: str | None = arg(None, "label column; labels alone become captions", "data")
-    class_names: str | None = arg(None, "file: folder name -> class name", "data", path=True)
+    class_names: str | None = arg(None, "file: folder name -> class name", "data")
     num_workers: str = arg("0", "DataLoader workers, or auto", "data")
 
 
@@ -336,10 +335,10 @@ def inspect_split(name, dataset, tokenizer):
 @dataclass
 class Settings(DataConfig):
     """Flags of `python data.py`."""
-    check: str | None = arg(None, "like --data, and open every image", "data", path=True)
+    check: str | None = arg(None, "like --data, and open every image", "data")
     resolution: int = arg(64, "image side in pixels", "data", min=1)
     context_length: int = arg(26, "tokens per caption", "data", min=4)
-    out: str = arg(tempfile.gettempdir() + "/samples.png", "output PNG", "run", path=True)
+    out: str = arg(tempfile.gettempdir() + "/samples.png", "output PNG", "run")
 
 
 def main():

@@ -223,17 +223,17 @@ METRICS = """linear_probe_top1 knn_top1 zero_shot_top1 i2t_r1 i2t_r5 t2i_r1 t2i_
 @dataclass
 class Settings(DataConfig):
     """One field, one flag."""
-    ckpt: str = arg("runs/laptop", "run folder, or encoder checkpoint", "model", path=True)
+    ckpt: str = arg("runs/laptop", "run folder, or encoder checkpoint", "model")
     random_init: bool = arg(False, "randomly initialized baseline", "model")
-    vae: str | None = arg(None, "VAE of an encoder-only checkpoint", "model", path=True)
+    vae: str | None = arg(None, "VAE of an encoder-only checkpoint", "model")
     data: str | None = arg(None, "evaluation data set (default: the run's, or shapes)", "data")
     n_train: int = arg(8000, "training images for probes and kNN", "metrics", min=20)
     n_test: int = arg(1000, "test images (at most 512 for captions, PSNR)", "metrics", min=2)
     retrieval_images: int = arg(256, "test images with a caption, for retrieval", "metrics", min=1)
-    templates: str | None = arg(None, "file of prompts, {} in each line", "metrics", path=True)
+    templates: str | None = arg(None, "file of prompts, {} in each line", "metrics")
     lpips: bool = arg(False, "measure LPIPS (fetches 553 MB once)", "metrics")
     fid: bool = arg(False, "measure rFID (pytorch-fid; fetches 95 MB once)", "metrics")
-    image: str | None = arg(None, "caption and reconstruct one image", "instead", path=True)
+    image: str | None = arg(None, "caption and reconstruct one image", "instead")
     compare: tuple[str, ...] = arg((), "run folders: mean and std over seeds", "instead", nargs="+")
     batch_size: int = arg(64, "images per batch; does not change the numbers", min=1)
     device: str = runtime.device_arg()

@@ -351,12 +351,12 @@ def train(vlm, load, turns, stage, steps, lr, c, autocast):
 
 @dataclass
 class Config:
-    ckpt: str = arg("runs/laptop", "run folder of train.py; outputs go into it", "data", path=True)
-    data: str | None = arg(None, "evaluation dataset (default: the run's)", "data", path=True)
+    ckpt: str = arg("runs/laptop", "run folder of train.py; outputs go into it", "data")
+    data: str | None = arg(None, "evaluation dataset (default: the run's)", "data")
     n_train_images: int = arg(12_000, "training images, encoded once", "data", min=2)
     n_test_images: int = arg(500, "test images", "data", min=2)
     lm: str | None = arg(None, "causal language model of transformers (hub id or folder) instead "
-                         "of the one from scratch", "model", path=True)
+                         "of the one from scratch", "model")
     steps: tuple[int, ...] = arg((250, 1000), "optimizer steps of alignment and instruction",
                                  "optimization", min=1, nargs=2)
     batch_size: int = arg(64, "captions or questions per step", "optimization", min=1)
@@ -366,9 +366,9 @@ class Config:
     chat: tuple[str, ...] = arg((), "answer one question about one image and stop", "files",
                                 nargs=2, metavar=("IMAGE", "QUESTION"))
     pope: tuple[str, ...] = arg((), "POPE's files", "files", nargs="+")
-    align: str | None = arg(None, "captions in LLaVA's layout", "files", path=True)
-    instruct: str | None = arg(None, "conversations in LLaVA's layout", "files", path=True)
-    images: str = arg(".", "folder of the images that these files name", "files", path=True)
+    align: str | None = arg(None, "captions in LLaVA's layout", "files")
+    instruct: str | None = arg(None, "conversations in LLaVA's layout", "files")
+    images: str = arg(".", "folder of the images that these files name", "files")
     device: str = runtime.device_arg()
     dtype: str = runtime.dtype_arg()
 

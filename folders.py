@@ -8,9 +8,9 @@ The names of files and folders decide what is what, by a few rules; a report say
 
 Splits: folders called train/training and test/testing or val/valid/validation/dev/eval/evaluation
 (any case; also train2017, test_images), where a training split and another are side by side.
-Label: the first folder below the split, where there are two or more. Captions: metadata.jsonl, .csv
-or .parquet in any folder (file_name and text; several rows are several captions), else NAME.txt
-beside NAME.png. Images that no table lists stay. Hidden, NAS and run folders are skipped.
+Captions and labels: metadata.jsonl, .csv or .parquet in any folder (file_name, text, label; several
+rows are several captions); else NAME.txt beside NAME.png is the caption, and the first folder below
+the split the label, where there are two or more. Hidden, NAS and run folders are skipped.
 
 Run:    python data.py --check FOLDER
 Source: metadata files as in `datasets`' imagefolder

@@ -66,7 +66,7 @@ CLASSIFIER_STEPS = 250  # of 64 images
 @dataclass
 class Settings:
     """The flags of this program."""
-    ckpt: str = arg("runs/laptop", "run folder of train.py, also for outputs", "data", path=True)
+    ckpt: str = arg("runs/laptop", "run folder of train.py, also for outputs", "data")
     data: str | None = arg(None, "data set to generate (default: the run's)", "data")
     n_train_images: int = arg(12_000, "training images, each encoded once", "data", min=2)
     space: str = arg("tokens", "the encoder's tokens, or the VAE's latents in 2x2 patches", "model",
@@ -81,7 +81,7 @@ class Settings:
     guidance: float = arg(3.0, "guidance scale, 1: off; RAE's with --guide-ckpt is 1.42",
                           "sampling", min=0)
     guide_ckpt: str | None = arg(None, "AutoGuidance: renamed generator.pt of a weaker generator",
-                                 "sampling", path=True, metavar="FILE")
+                                 "sampling", metavar="FILE")
     fid: bool = arg(False, "evaluate in FID's Inception features (needs pytorch-fid)", "sampling")
     resume: bool = arg(False, "resume training; if finished, only sample")
     seed: int = arg(0, "seed of weights, batches and samples", min=0)

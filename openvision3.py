@@ -208,7 +208,7 @@ def grad_cache_backward(ddp_model, model, images, ids, accum_steps, autocast):
 
 def save_checkpoint(out, model, optimizers, step, extra):
     """All that a resume needs. The position in the data and the random state follow from the step.
-    extra: tokenizer, class_names, vae_sha256, world_size, config."""
+    extra: tokenizer, class_names, vae_sha256, config."""
     state = {"step": step, "model": model.trained_state_dict(),
              "optimizer": [optimizer.state_dict() for optimizer in optimizers], **extra}
     # Before the checkpoint: after a crash in between, --resume takes the last steps again

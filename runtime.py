@@ -91,7 +91,6 @@ def cli_errors():
 def arg(default, help, group="run", min=-math.inf, max=math.inf, **options):
     """A dataclass field that is also a flag. Numbers are finite, from min to max; the options are
     those of argparse: choices, nargs, metavar."""
-    options.pop("path", None)
     if default not in (None, "", ()):
         help += f" (default: {default})"
     metadata = {"group": group, "bounds": (min, max), "options": {"help": help, **options}}

@@ -35,6 +35,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
 
 import cost
 import runtime
@@ -55,7 +56,7 @@ LOSSES = ("loss", "pixel", "latent", "lpips", "caption", "contrastive")
 @dataclass
 class Config(DataConfig):
     """All settings of a run. The defaults are the laptop preset."""
-    out: str = arg("runs/laptop", "run folder", "data", path=True)
+    out: str = arg("runs/laptop", "run folder", "data")
     resolution: int = arg(64, "image side in pixels, a multiple of 16", "data", min=16)
     streaming: bool = arg(False, "stream a hub data set, parquet files or tars", "data")
     stream_test_images: int = arg(2000, "images a stream holds out for testing", "data", min=1)
@@ -63,11 +64,11 @@ class Config(DataConfig):
     flip: bool = arg(False, "mirror half of the images; wrong for left/right captions", "data")
 
     size: str = arg("Nano", "row of encoder.SIZES", "model", choices=tuple(SIZES))
-    vae: str = arg("tiny", "tiny, flux (335 MB), a path, or pixels: none", "model", path=True)
+    vae: str = arg("tiny", "tiny, flux (335 MB), a path, or pixels: none", "model")
     vae_dtype: str = arg("float32", "of the VAE encoder", "model", choices=("float32", "bfloat16"))
     tokenizer: str = arg("bpe", "bpe (trained on the captions), gpt2, cl100k_base, ...", "model")
     context_length: int = arg(26, "text tokens per caption, bos and eos included", "model", min=4)
-    init_from: str | None = arg(None, "run to take the weights from", "model", path=True)
+    init_from: str | None = arg(None, "run to take the weights from", "model")
     freeze_encoder: bool = arg(False, "train only decoders and text encoder", "model")
 
     w_rec: float = arg(0.5, "weight of reconstruction; 0: on detached tokens", "objective", min=0)
@@ -301,12 +302,12 @@ def print_record(record):
     """The losses and the speed of a record of log.jsonl, on the screen."""
     names = [name for name in LOSSES if record[name]]
     losses = "  ".join(f"{name} {record[name]:.4f}" for name in names)
-    print(f"step {record['step']:6d}  {losses}  grad_norm {record['grad_norm']:.2f}  "
+    tqdm.write(f"step {record['step']:6d}  {losses}  grad_norm {record['grad_norm']:.2f}  "
           f"{record['images_per_s']:.0f} images/s  data {record['data_time_frac']:.0%}  "
           f"eta {record['eta_minutes']:.1f} min")
     if "eval_loss" in record:
         losses = "  ".join(f"{name} {record[f'eval_{name}']:.4f}" for name in names)
-        print(f"  held out     {losses}")
+        tqdm.write(f"  held out     {losses}")
     if record["data_time_frac"] > 0.5:  # Python shows a warning once
         warnings.warn("most of the time is waiting for data: raise --num-workers", stacklevel=1)
 
@@ -339,6 +340,7 @@ def train_loop(run, stop):
         pin_memory=env.device.type == "cuda"))
     chance = {"contrastive": math.log(c.batch_size), "caption": math.log(run.tokenizer.vocab_size)}
     deadline = math.inf if c.minutes is None else time.time() + 60 * c.minutes
+    bar = runtime.progress(total=c.steps, initial=run.start, desc="train")
     pending, train_time, data_time = {}, 0.0, 0.0
     for step in range(run.start + 1, c.steps + 1):
         # 1. Batch
@@ -354,6 +356,7 @@ def train_loop(run, stop):
         # 2. Step
         terms = train_step(run.ddp_model, model, run.optimizers, images, ids, step - 1, env)
         pending[step] = terms
+        bar.update()
 
         # 3. Log, evaluate, sample, save. Reading a number makes the host wait for the device
         should_stop = any_rank(stop.is_set() or time.time() > deadline, env.world_size)
@@ -378,15 +381,17 @@ def train_loop(run, stop):
             if env.is_main:
                 runtime.log_record(out / "log.jsonl", record)
                 print_record(record)
+                bar.set_postfix_str(f"loss {record['loss']:.4f}")
         if env.is_main and sample:
-            print(f"  captions     {write_samples(run, step)[:2]}")
+            tqdm.write(f"  captions     {write_samples(run, step)[:2]}")
             runtime.plot_log(out / "log.jsonl", out / "curves.png", LOSSES, chance)
         if env.is_main and save:
             save_checkpoint(out, model, run.optimizers, step, run.extra_state)
             keep_checkpoint(out, step, c.keep)
         if should_stop and not is_last:
-            print(f"stopped at step {step}; rerun with --resume to continue")
+            tqdm.write(f"stopped at step {step}; rerun with --resume to continue")
             return
+    bar.close()
     if env.is_main:
         print(f"done: {out}/encoder.safetensors, recon_*.png, curves.png; next: python "
               f"eval_probe.py --ckpt {out}")
@@ -403,8 +408,6 @@ def train(c, stop):
         return
     source = load_checkpoint(c.init_from) if c.init_from and not state else state
     data = load_run_data(c)
-    if state and data.stream:
-        data.stream.shard_rows.copy_(state["shard_rows"])
     tokenizer = make_tokenizer(c.tokenizer, data.train.sample_captions(), c.context_length,
                                source and source["tokenizer"])
     torch.manual_seed(c.seed)
@@ -432,8 +435,7 @@ def train(c, stop):
         ddp_model=ddp_model, optimizers=optimizers,
         test_batch=next(iter(eval_loader(data.test, tokenizer, num_test))),
         extra_state={"config": config, "tokenizer": tokenizer.state_dict(),
-                     "class_names": data.class_names, "vae_sha256": vae_sha256(c.vae),
-                     "world_size": env.world_size})
+                     "class_names": data.class_names, "vae_sha256": vae_sha256(c.vae)})
 
     # 2. The run's folder. Log lines past the checkpoint go: their steps are taken again
     out.mkdir(parents=True, exist_ok=True)
