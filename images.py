@@ -114,7 +114,8 @@ def image_grid(columns, captions, row_names=(), cell_size=128):
             grid.paste(to_pil(image).resize((cell_size, cell_size), Image.NEAREST), (left, top))
             top += step
         for row, name in enumerate(row_names if left == 0 else ()):
-            draw.text((3, top - (len(images) - row) * step), name, stroke_width=2, stroke_fill="black")
+            position = (3, i // 8 * height + row * step)
+            draw.text(position, name, stroke_width=2, stroke_fill="black")
         text = textwrap.fill(caption, cell_size // 6, max_lines=5)
         draw.text((left, top), text, fill="black", font_size=12)
     return grid
