@@ -85,19 +85,23 @@ class CaptionDecoder(nn.Module):
         mask[:, :N] = True
         return self.ln_final(self.transformer(x, mask)[:, N:])     # (B, T, W)
 
-    def forward(self, tokens, ids):
-        """tokens [B,N,token_dim], ids [B,T], bos first -> next-token logits [B,T,V] in fp32."""
+    def forward(self, tokens, ids, last_only=False):
+        """tokens [B,N,token_dim], ids [B,T], bos first -> next-token logits [B,T,V] in fp32, or
+        those of the last position, [B,1,V]."""
         hidden = self.forward_features(tokens, ids)                # (B, T, W)
+        if last_only:
+            hidden = hidden[:, -1:]
         with torch.autocast(hidden.device.type, enabled=False):
             return self.head(hidden)
 
     @torch.no_grad()
     def generate(self, tokens, bos, eos, max_length):
         """Greedy captions [B, at most max_length], bos first; shorter ones are padded with eos."""
+        max_length = min(max_length, len(self.positional_embedding))
         ids = torch.full((len(tokens), 1), bos, device=tokens.device)            # (B, 1)
         finished = torch.zeros_like(ids, dtype=torch.bool)         # (B, 1)
         while ids.shape[1] < max_length and not finished.all():
-            next_ids = self(tokens, ids)[:, -1:].argmax(dim=-1)    # (B, 1)
+            next_ids = self(tokens, ids, last_only=True).argmax(dim=-1)          # (B, 1)
             next_ids = next_ids.masked_fill(finished, eos)
             ids = torch.cat([ids, next_ids], dim=1)                # (B, T+1)
             finished |= next_ids == eos

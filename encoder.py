@@ -236,10 +236,12 @@ class TextEncoder(nn.Module):
         nn.init.normal_(self.head.weight, std=width**-0.5)
 
     def forward_features(self, ids):
-        """[B,T] -> [B,W], after the final LayerNorm. T is context_length."""
+        """[B,T] -> [B,W], after the final LayerNorm. T is at most context_length."""
         x = self.token_embedding(ids)                                        # (B, T, W)
         x = torch.cat([x, self.class_embedding.expand(len(x), 1, -1)], dim=1)  # (B, T+1, W)
-        x = self.transformer(x + self.positional_embedding)                  # (B, T+1, W)
+        pos = self.positional_embedding                                      # (context_length+1, W)
+        pos = torch.cat([pos[:-1][: ids.shape[1]], pos[-1:]])                # (T+1, W)
+        x = self.transformer(x + pos)                                        # (B, T+1, W)
         return self.ln_final(x[:, -1])                                       # (B, W)
 
     @torch.no_grad()

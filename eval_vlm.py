@@ -375,10 +375,14 @@ class Config:
 
 def load_vlm(path, checksum):
     """What an earlier run of this program saved."""
-    state = torch.load(path, map_location="cpu", weights_only=True) if path.is_file() else {}
-    if state.get("encoder") != checksum:
-        raise UserError(f"{path} is missing, or it was trained with another encoder than this "
-                        "folder's; run the same command without --chat first")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        same_encoder = state["encoder"] == checksum
+    except Exception:  # missing, cut off, another program's
+        same_encoder = False
+    if not same_encoder:
+        raise UserError(f"{path} is missing, damaged, or was trained with another encoder than "
+                        "this folder's; run the same command without --chat first")
     tokenizer = Tokenizer.from_state_dict(state["tokenizer"], 2 * MAX_TOKENS)
     vlm = build_vlm(state["lm"], tokenizer, *state["model"]["stats.mean"].shape)
     vlm.load_state_dict(state["model"])

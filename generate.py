@@ -438,6 +438,8 @@ def generate(s):
     fid = fid_network(env.device) if s.fid else None
     model, tokenizer, _ = load_run(s.ckpt, env.device)
     s.data = s.data or model.config.data
+    if s.batch_size % env.world_size:
+        raise UserError(f"--batch-size {s.batch_size} is not a multiple of {env.world_size} ranks")
     if s.data == model.config.data and model.config.streaming:
         raise UserError("this run streamed its data; the generator needs a local copy: --data")
     if s.path("generator.pt").exists() and not s.resume:

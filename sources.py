@@ -60,7 +60,9 @@ def read_tar(path):
     """Yields (key, {ending: bytes}) per sample of a webdataset tar. The key of a/0001.seg.png is
     a/0001, the path up to the name's first dot."""
     with tarfile.open(path, "r:") as tar:
-        for key, files in itertools.groupby(filter(tarfile.TarInfo.isfile, tar), sample_key):
+        members = (file for file in tar if file.isfile()
+                   and not os.path.basename(file.name).startswith("."))  # macOS adds ._NAME
+        for key, files in itertools.groupby(members, sample_key):
             yield key, {file.name[len(key) + 1:].lower(): tar.extractfile(file).read()
                         for file in files}
         tar.fileobj.seek(tar.offset)

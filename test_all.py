@@ -887,8 +887,8 @@ def test_generate_is_greedy_and_stops():
     decoder = decoders.CaptionDecoder(12, 10, 64, 64, 1, 1)
     torch.nn.init.normal_(decoder.head.weight)
     tokens = torch.randn(20, 4, 64)
-    ids = decoder.generate(tokens, bos=0, eos=1, max_length=9)
-    assert ids.shape == (20, 9) and (ids[:, 1:-1] == 1).any()  # one ends early
+    ids = decoder.generate(tokens, bos=0, eos=1, max_length=99)
+    assert ids.shape == (20, 10) and (ids[:, 1:-1] == 1).any()  # one ends early
     for row, image in zip(ids, tokens, strict=True):
         text = [0]
         while len(text) < ids.shape[1]:
@@ -1804,8 +1804,8 @@ def test_tars_of_any_endings(tmp_path):
     entries = []
     for i in range(20):
         content = json.dumps({"caption": f"thing {i}", "a": {"b": "x"}}).encode()
-        entries += [(f"{i:05}.jpg", image_bytes(i)), (f"{i:05}.json", content),
-                    (f"{i:05}.cls", str(i % 11).encode())]
+        entries += [(f"{i:05}.jpg", image_bytes(i)), (f"._{i:05}.jpg", b"macOS"),
+                    (f"{i:05}.json", content), (f"{i:05}.cls", str(i % 11).encode())]
     put_tar(tmp_path / "json" / "0.tar", entries)
     for text_col in (None, "json.caption"):
         splits = load_here(tmp_path / "json", text_col=text_col)
