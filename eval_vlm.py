@@ -183,7 +183,10 @@ def build_vlm(lm, tokenizer, N, C):
 # An image is an index into a data set that is encoded once, or the path of a file. Training reads
 # turns: (image, prompt, answer).
 
-SIDES_REPEAT = 4  # turns of each question for a side: the hardest skill needs most examples
+# Turns of one question: sides are the hardest skill. Its two kinds have opposite answers. Asked
+# equally often they cancel: before a model reads the order of the two names, left is as likely as
+# right in every image, and nothing is learned for most of the run
+REPEATS = {"relation": 6, "inverse_relation": 2}
 
 
 def load_tokens(model, device, encoded, images):
@@ -420,7 +423,7 @@ def run(c):
         asked = make_questions(infos[0], class_names, ("random", "adversarial"))
         for i, q in asked["choice"] + asked["pope"]:
             turn = (i, question_prompt(q.text), q.answer)
-            instruct += [turn] * (SIDES_REPEAT if q.kind == "relation" else 1)
+            instruct += [turn] * REPEATS.get(q.kind, 1)
     if not (align and instruct):
         raise UserError("this data set has no captions, or neither drawn scenes nor labels of two "
                         "classes to ask about; use --align, --instruct and --images")

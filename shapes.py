@@ -273,9 +273,10 @@ def scene_questions(scene, rng):
             questions.append(ask("shape", f"What shape is the {color} object?", shape, family))
     for item in companions:  # names with the color: tokens tell two companions apart best by it
         side = item["side"]
-        for one, other, answer in ((item, main, side), (main, item, OPPOSITE[side])):
+        for kind, one, other, answer in (("relation", item, main, side),
+                                         ("inverse_relation", main, item, OPPOSITE[side])):
             text = f"Where is the {object_name(one)}, seen from the {object_name(other)}?"
-            questions.append(ask("relation", text, answer, DIRECTIONS))
+            questions.append(ask(kind, text, answer, DIRECTIONS))
     if companions or rng.random() < 1 / 3:
         count = NUMBERS[len(companions)]
         questions.append(ask("count", "How many objects are there?", count, NUMBERS))

@@ -1279,7 +1279,7 @@ def check_answer(question, objects):
     elif question.kind == "shape":
         fitting = [item["shape"] for item in objects if item["color"] in words]
         assert fitting == [question.answer]
-    elif question.kind == "relation":
+    elif question.kind.endswith("relation"):
         one, other = by_shape[words[4]], by_shape[words[-1]]
         assert (one["color"], other["color"]) == (words[3], words[-2])
         dx, dy = one["x"] - other["x"], one["y"] - other["y"]
@@ -1301,7 +1301,8 @@ def test_questions_about_scenes_are_true():
             check_answer(question, scene["objects"])
             position = question.options.index(question.answer)
             positions.setdefault(question.kind, []).append(position)
-    assert set(positions) == {"color", "shape", "relation", "count", "size"}
+    assert set(positions) == {"color", "shape", "relation", "inverse_relation", "count",
+                              "size"}
     for places in positions.values():  # the answer is anywhere among the options
         assert np.bincount(places, minlength=4).min() > 0.15 * len(places)
 
@@ -1309,9 +1310,10 @@ def test_questions_about_scenes_are_true():
 def test_question_forms():
     scene = next(s for s in map(partial(scene_of, "train"), range(100)) if len(s["objects"]) == 3)
     questions = shapes_module.scene_questions(scene, random.Random(0))
-    answers = [q.answer for q in questions if q.kind == "relation"]
-    assert len(answers) == 4
-    assert [shapes_module.OPPOSITE[answer] for answer in answers[::2]] == answers[1::2]
+    answers = {kind: [q.answer for q in questions if q.kind == kind] for kind in eval_vlm.REPEATS}
+    assert len(answers["relation"]) == 2
+    opposite = [shapes_module.OPPOSITE[answer] for answer in answers["relation"]]
+    assert opposite == answers["inverse_relation"]
     yes, no = shapes_module.presence_questions(
         ["orange bar"], ["hat", "orange bar"], ["random"], random.Random(0))
     assert yes == ("random", "Is there an orange bar in the picture?", "yes", ("yes", "no"))
