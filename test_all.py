@@ -75,7 +75,7 @@ import train
 import train_vae
 import vae
 
-MAX_LINES, MAX_NODES = 6350, 53700
+MAX_LINES, MAX_NODES = 5500, 45300
 HERE = Path(__file__).parent
 
 
