@@ -10,7 +10,7 @@ Order, crops and flips depend on (seed, epoch, sample) alone, never on the rank 
 Shapes: B batch, R resolution, T text length.
 Run:    python data.py --data shapes      # a grid of samples with their captions
         python data.py --check FOLDER     # opens every image, reports
-Source: random resized crop over 40-100 % of the area and no flip, as OpenVision 1 (paper sec 4)
+Source: random resized crop and no flip, as OpenVision 1 (paper sec 4)
 Next:   train.py
 """
 import os

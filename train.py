@@ -60,7 +60,7 @@ class Config(DataConfig):
     resolution: int = arg(64, "image side in pixels, a multiple of 16", "data", min=16)
     streaming: bool = arg(False, "stream a hub data set, parquet files or tars", "data")
     stream_test_images: int = arg(2000, "images a stream holds out for testing", "data", min=1)
-    min_crop_scale: float = arg(0.4, "smallest area of random crops", "data", min=1e-3, max=1)
+    min_crop_scale: float = arg(0.8, "smallest area of random crops", "data", min=1e-3, max=1)
     flip: bool = arg(False, "mirror half of the images; wrong for left/right captions", "data")
 
     size: str = arg("Nano", "row of encoder.SIZES", "model", choices=tuple(SIZES))
@@ -110,9 +110,9 @@ PRESETS = {
     "laptop": {},
     "smoke": dict(steps=4, batch_size=8, pixel_loss_every=4, warmup=1, log_every=1, save_every=2,
                   sample_every=4, eval_every=4),
-    "gpu": dict(size="S", resolution=128, pixel_loss_every=1, steps=20_000, batch_size=512,
-                optimizer="adamw", lr=5e-4, warmup=1000, num_workers="auto", log_every=20,
-                eval_every=500, sample_every=1000, save_every=1000),
+    "gpu": dict(size="S", resolution=128, min_crop_scale=0.4, pixel_loss_every=1, steps=20_000,
+                batch_size=512, optimizer="adamw", lr=5e-4, warmup=1000, num_workers="auto",
+                log_every=20, eval_every=500, sample_every=1000, save_every=1000),
 }
 # Table 1: 4000 + 400 ImageNet epochs (steps = epochs * 1,281,167 // batch), warm-up 40 + 20
 PRESETS["paper-b"] = PRESETS["gpu"] | dict(
@@ -303,8 +303,8 @@ def print_record(record):
     names = [name for name in LOSSES if record[name]]
     losses = "  ".join(f"{name} {record[name]:.4f}" for name in names)
     tqdm.write(f"step {record['step']:6d}  {losses}  grad_norm {record['grad_norm']:.2f}  "
-          f"{record['images_per_s']:.0f} images/s  data {record['data_time_frac']:.0%}  "
-          f"eta {record['eta_minutes']:.1f} min")
+               f"{record['images_per_s']:.0f} images/s  data {record['data_time_frac']:.0%}  "
+               f"eta {record['eta_minutes']:.1f} min")
     if "eval_loss" in record:
         losses = "  ".join(f"{name} {record[f'eval_{name}']:.4f}" for name in names)
         tqdm.write(f"  held out     {losses}")
@@ -387,7 +387,8 @@ def train_loop(run, stop):
             runtime.plot_log(out / "log.jsonl", out / "curves.png", LOSSES, chance)
         if env.is_main and save:
             save_checkpoint(out, model, run.optimizers, step, run.extra_state)
-            keep_checkpoint(out, step, c.keep)
+            if c.keep:
+                keep_checkpoint(out, step, c.keep)
         if should_stop and not is_last:
             tqdm.write(f"stopped at step {step}; rerun with --resume to continue")
             return
