@@ -140,6 +140,8 @@ class ImageTextDataset(Dataset):
         """Captions to train a tokenizer on. No image is decoded; drawn scenes give 2,000."""
         if self.is_synthetic:
             return [shapes_example("train", i, 16)["text"] for i in range(2000)]
+        if not (self.text_col or self.label_col):
+            return [""]
         rows = itertools.islice(self.hf_dataset.remove_columns(self.image_col), limit)
         return [*itertools.chain.from_iterable(map(self.captions, rows))]
 
@@ -225,7 +227,7 @@ def load_data(name, resolution, *, config=None, split=None, image_col=None, text
     verify_images((train, test), num_verify, name)
     if not test:
         raise UserError(f"{name}: none of its test images can be read")
-    if need_text and not any(test.sample_captions(1000)):
+    if need_text and not any((train or test).sample_captions(1000)):
         raise UserError(f"{name} has neither captions nor labels: add metadata.jsonl or class "
                         "folders, or name a column: --text-col, --label-col")
     splits = Splits(train, test, class_names)

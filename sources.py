@@ -18,6 +18,7 @@ import contextlib
 import glob
 import hashlib
 import itertools
+import json
 import os
 import re
 import tarfile
@@ -95,6 +96,8 @@ def load_tars(paths, requested, streaming):
     features = datasets.Features(zip(names, types, strict=True))
     make = datasets.IterableDataset if streaming else datasets.Dataset
     arguments = {"tars": [(path, os.path.getmtime(path)) for path in paths], "requested": requested}
+    if next(tar_rows(**arguments), None) is None:
+        raise UserError(f"{', '.join(paths[:5])}: no sample has an image")
     return make.from_generator(tar_rows, features=features, gen_kwargs=arguments)
 
 
@@ -111,6 +114,11 @@ def has_images(path, requested):
 
 
 def load_parquet(paths, requested, streaming):
+    for path in paths:
+        try:
+            pq.read_schema(path)
+        except (ValueError, OSError) as error:
+            raise UserError(f"{path} is no readable parquet file: {error}") from None
     rows = datasets.load_dataset("parquet", data_files=[glob.escape(path) for path in paths],
                                  split="train", streaming=streaming)
     image_col = find_columns(rows.column_names, requested, paths[0])["image"]
@@ -196,9 +204,11 @@ def load_source(name, columns, *, config=None, streaming=False):
 def choose_splits(source, split, evaluate, data):
     """(train rows or None, test rows or None). `split` names the rows to train on, or with
     `evaluate` those to test on; others are found by their usual names."""
-    if split and split not in source:
-        raise UserError(f"--split {split}: {data} has the splits {', '.join(source)}")
     by_kind = {split_name(name): name for name in reversed(source)}
+    if split and split not in source:
+        if split_name(split) not in by_kind.keys() - {None}:
+            raise UserError(f"--split {split}: {data} has the splits {', '.join(source)}")
+        split = by_kind[split_name(split)]
     train = by_kind.get("train", next(iter(source)))
     test = by_kind.get("test", by_kind.get("validation"))
     if evaluate:
@@ -237,6 +247,8 @@ def split_train_test(rows, image_col, data, n_test=None):
     """The rows to train on and `n_test` (a tenth) to test on: those whose names hash lowest, so
     that an image stays in its split, but for a few at the border, when others are added."""
     names = image_names(rows, image_col, data)
+    if len(names) < 2:
+        raise UserError(f"{data} has {len(names)} image; training and testing need at least 2")
     order = sorted(names, key=lambda i: hashlib.sha1(names[i].encode()).hexdigest())
     n_test = n_test or max(1, min(2000, int(TEST_FRACTION * len(order))))
     return rows.select(sorted(order[n_test:])), rows.select(sorted(order[:n_test]))
@@ -251,9 +263,12 @@ def cast_images(rows, image_col, data):
 
 
 def read_class_names(path):
-    """{label: class name} of lines such as `n01440764 tench, Tinca tinca`."""
-    lines = folders.read_text(Path(path).expanduser()).splitlines()
+    """{label: class name} of a JSON object, or of lines such as `n01440764 tench, Tinca tinca`."""
+    text = folders.read_text(Path(path).expanduser())
+    lines = text.splitlines()
     try:
+        if text.startswith("{"):
+            return json.loads(text)
         return dict(re.split(r"[\s,:]+", line, maxsplit=1) for line in filter(str.strip, lines))
     except ValueError:
         raise UserError(f"--class-names {path}: each line needs a label and its name") from None

@@ -1816,6 +1816,22 @@ def test_tars_of_any_endings(tmp_path):
     assert load_here(tmp_path / "json", text_col="json.a.b").train[0]["caption"] == "x"
 
 
+def test_small_and_damaged_sets(tmp_path):
+    for i in range(8):
+        put_image(tmp_path / "few" / f"{i}.jpg", i)
+    (tmp_path / "few" / "metadata.csv").write_text("file_name,text\n0.jpg,a\n1.jpg,b\n2.jpg,c\n")
+    assert all_captions_of(load_here(tmp_path / "few")) >= {"a", "b", "c"}  # others have none
+    (tmp_path / "few" / "metadata.csv").unlink()
+    assert "neither captions nor labels" in load_error(tmp_path / "few")
+    put_image(tmp_path / "one" / "a.jpg", 0)
+    assert "1 image" in load_error(tmp_path / "one", need_text=False)
+    damaged = tmp_path / "parquet" / "part.parquet"
+    damaged.parent.mkdir()
+    damaged.write_bytes(b"PAR1 and no more")
+    assert str(damaged) in load_error(damaged.parent)
+    assert "no sample has an image" in load_error(put_tar(tmp_path / "tar" / "0.tar", []).parent)
+
+
 def test_tars_that_are_broken(tmp_path):
     entries = tar_pairs("jpg")
     path = put_tar(tmp_path / "a" / "0.tar", entries)
