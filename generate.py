@@ -14,7 +14,8 @@ sees the noisy tokens again and predicts the velocity (DiT^DH): it must be as wi
 Shapes: B batch, N tokens, C token width, W width of the base, V width of the head, H heads,
         K classes (label K: no class), D features, M images, R resolution
 Run:    python generate.py --ckpt runs/laptop      # after train.py; also under torchrun
-Source: RAE (arXiv 2510.11690); precision and recall (arXiv 1904.06991).   Next: eval_vlm.py
+Source: RAE (arXiv 2510.11690); JiT (2511.13720); precision and recall (1904.06991)
+Next:   eval_vlm.py
 """
 import os
 
@@ -51,11 +52,11 @@ from openvision3 import DECODE_CHUNK, load_run
 from runtime import UserError, arg, atomic_write, progress
 from vae import scale_images
 
-# (width, depth, heads) of the base and of the head, and the time shift. S and XL are RAE's, whose
-# shift follows from the number of dimensions. DIFFERS: laptop is ours, and its shift is 3, where
-# RAE's formula gives 1: 192 channels encode only 64 latents, so noise hides less than it assumes
+# (width, depth, heads) of the base and of the head, time shift, prediction. S and XL are RAE's.
+# DIFFERS: laptop is ours. 192 channels encode only 64 latents, so noise hides less than RAE's shift
+# assumes (it would be 1), and tokens are easier to predict than noise, which fills all channels
 DIT_SIZES = {
-    "laptop": dict(base=(192, 4, 3), head=(256, 1, 4), shift=3.0),
+    "laptop": dict(base=(192, 4, 3), head=(256, 1, 4), shift=3.0, predict_x=True),
     "S": dict(base=(384, 12, 6), head=(2048, 2, 16)),
     "XL": dict(base=(1152, 28, 16), head=(2048, 2, 16)),
 }
@@ -72,7 +73,7 @@ class Settings:
     space: str = arg("tokens", "the encoder's tokens, or the VAE's latents in 2x2 patches", "model",
                      choices=("tokens", "latents"))
     size: str = arg("laptop", "row of DIT_SIZES", "model", choices=tuple(DIT_SIZES))
-    steps: int = arg(1300, "optimizer steps", "optimization", min=1)
+    steps: int = arg(1800, "optimizer steps", "optimization", min=1)
     batch_size: int = arg(64, "split among the processes (RAE: 1024)", "optimization", min=1)
     lr: float = arg(2e-3, "peak learning rate (RAE: 2e-4)", "optimization", min=0)
     n_samples: int = arg(512, "images to sample and evaluate", "sampling", min=4)
@@ -88,7 +89,7 @@ class Settings:
     device: str = runtime.device_arg()
     dtype: str = runtime.dtype_arg()
     compile: bool | None = arg(None, "torch.compile (default: on GPUs that Triton supports)")
-    save_every: int = arg(325, "steps between checkpoints", min=1)
+    save_every: int = arg(450, "steps between checkpoints", min=1)
 
     def path(self, name):
         """DIR/samples.png; with --space latents DIR/samples_latents.png."""
@@ -160,18 +161,18 @@ class DiTBlock(nn.Module):
 
 
 class DiTDH(nn.Module):
-    """x_t [B,N,C], t [B], labels [B] (K: no class) -> velocity [B,N,C], 0 at initialization.
-    base, head: (width, depth, heads). shift: see shift_time; by default RAE's: the more dimensions
-    a sample has, the more noise it takes to hide it."""
+    """x_t [B,N,C], t [B], labels [B] (K: no class) -> velocity [B,N,C]. predict_x: the network
+    predicts x, which gives the velocity, as in JiT. base, head: (width, depth, heads). shift: see
+    shift_time; by default RAE's: the more dimensions, the more noise it takes to hide a sample."""
 
-    def __init__(self, token_dim, side, num_classes, base, head, shift=None):
+    def __init__(self, token_dim, side, num_classes, base, head, shift=None, predict_x=False):
         super().__init__()
         W, base_depth, base_heads = base
         V, head_depth, head_heads = head
         if V < token_dim:
             raise ValueError(f"a head of {V} channels cannot fit tokens of {token_dim}; "
                              "take --size S")
-        self.num_classes = num_classes
+        self.num_classes, self.predict_x = num_classes, predict_x
         self.stats = TokenStats(side**2, token_dim)  # of the tokens that it generates
         self.shift = shift or max(1.0, math.sqrt(side**2 * token_dim / 4096))
         self.register_buffer("frequencies", torch.randn(256))  # of t; not trained, but saved
@@ -203,7 +204,10 @@ class DiTDH(nn.Module):
         for block in self.head:
             y = block(y, c)
         shift, scale = self.final_modulation(F.silu(c)).chunk(2, dim=-1)
-        return self.final_linear(self.final_norm(y) * (1 + scale) + shift)  # (B, N, C)
+        output = self.final_linear(self.final_norm(y) * (1 + scale) + shift)  # (B, N, C)
+        if self.predict_x:  # x_t = x + t * velocity
+            output = (x - output) / t.clamp(min=0.05)[:, None, None]
+        return output
 
 
 # ---- Flow matching: straight paths between noise and tokens --------------------------------------
@@ -215,7 +219,7 @@ def shift_time(t, shift):
 
 
 def flow_matching_loss(model, x, labels, null_label, shift, label_dropout=0.1):
-    """MSE of the velocity on normalized tokens x [B,N,C]; 2 where the model predicts 0. Labels
+    """MSE of the velocity on normalized tokens x [B,N,C]; 2 where that is 0. Labels
     below 0 and, for classifier-free guidance, a tenth of the others become `null_label`."""
     t = shift_time(torch.randn(len(x), device=x.device).sigmoid() * 0.999, shift)  # (B,)
     noise = torch.randn_like(x)
@@ -369,14 +373,27 @@ def learning_rate(step, s):
     return s.lr * min(1, 50 * (step + 1) / s.steps, 1.9 - 1.8 * step / s.steps)
 
 
+def make_optimizers(model, s):
+    """RAE's AdamW. DIFFERS: for the laptop size Muon trains the matrices of the blocks."""
+    matrices, others = [], []
+    for name, p in model.named_parameters():
+        in_block = s.size == "laptop" and (".attn." in name or ".mlp." in name)
+        (matrices if in_block and p.ndim == 2 else others).append(p)
+    optimizers = [torch.optim.AdamW(others, betas=(0.9, 0.95), weight_decay=0.0, fused=True)]
+    if matrices:
+        optimizers.append(runtime.Muon(matrices, lr=s.lr))
+    return optimizers
+
+
 def train_generator(s, env, model, shape, train):
     """Flow matching on the encoded images `train`, from the checkpoint where there is one. Returns
     the averaged model, or None where a signal stopped it, with a checkpoint."""
     start, losses, path = 0, [], s.path("generator.pt")
     ema_model = copy.deepcopy(model).eval()
     params, ema_params = list(model.parameters()), list(ema_model.parameters())
-    optimizer = torch.optim.AdamW(params, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-    parts = {"model": model, "ema_model": ema_model, "optimizer": optimizer}
+    optimizers = make_optimizers(model, s)
+    parts = {"model": model, "ema_model": ema_model}
+    parts.update((f"optimizer_{i}", optimizer) for i, optimizer in enumerate(optimizers))
     if path.exists():
         state, _ = load_generator(path, model.stats)
         runtime.check_resume(state["settings"], vars(s), may_change=())
@@ -390,7 +407,6 @@ def train_generator(s, env, model, shape, train):
         bar = progress(range(start + 1, s.steps + 1), desc="generator")
         for step in bar:
             # 1. Step. Nothing here waits for the device. DIFFERS: RAE flips half of the images
-            optimizer.param_groups[0]["lr"] = learning_rate(step - 1, s)
             torch.manual_seed((s.seed * s.steps + step) * env.world_size + env.rank)
             local_batch = (s.batch_size // env.world_size,)
             batch_idx = torch.randint(len(train["labels"]), local_batch, device=env.device)
@@ -398,10 +414,12 @@ def train_generator(s, env, model, shape, train):
             labels = train["labels"][batch_idx]                              # (B,)
             with env.autocast():
                 loss = flow_matching_loss(ddp_model, x, labels, model.num_classes, model.shift)
-            optimizer.zero_grad()
+            model.zero_grad()
             loss.backward()
             grad_norm = nn.utils.clip_grad_norm_(params, 1.0)
-            optimizer.step()
+            for optimizer in optimizers:
+                optimizer.param_groups[0]["lr"] = learning_rate(step - 1, s)
+                optimizer.step()
             # RAE's decay, but growing, so that a short run does not average its initial weights
             decay = min(0.9995, (1 + step) / (10 + step))
             get_ema_multi_avg_fn(decay)(ema_params, params, step)

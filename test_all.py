@@ -3416,6 +3416,15 @@ def test_generator_starts_at_its_expected_loss():
     )
 
 
+def test_predicting_tokens_gives_their_velocity():
+    model = generate.DiTDH(24, 2, 3, base=(32, 2, 2), head=(48, 1, 2), predict_x=True)
+    x, noise, t = torch.randn(8, 4, 24), torch.randn(8, 4, 24), torch.full((8,), 0.25)
+    torch.nn.init.constant_(model.final_linear.bias, 2.0)  # predicts x = 2 everywhere
+    velocity = model(x.lerp(noise, 0.25), t, torch.zeros(8, dtype=torch.int64))
+    torch.testing.assert_close(0.25 * velocity, x.lerp(noise, 0.25) - 2)
+    assert generate.DIT_SIZES["laptop"]["predict_x"]
+
+
 def test_dropped_and_missing_labels_become_the_null_label():
     seen = []
 
