@@ -75,7 +75,7 @@ import train
 import train_vae
 import vae
 
-MAX_LINES, MAX_NODES = 5500, 45300
+MAX_LINES, MAX_NODES = 5530, 45600
 HERE = Path(__file__).parent
 
 
