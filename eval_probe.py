@@ -445,7 +445,7 @@ def main():
         s, _ = runtime.parse_args(Settings, "Evaluates a frozen encoder.")
         if s.compare:
             return compare_runs(s.compare)
-        env = runtime.init_distributed(s.device, s.dtype)
+        env = runtime.init_single(s.device, s.dtype)
         model, tokenizer, state = load_model(s, env.device)
         if s.image:
             return show_image(model, tokenizer, s, state["class_names"])

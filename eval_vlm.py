@@ -394,7 +394,7 @@ def load_vlm(path, checksum):
 
 def run(c):
     # 1. The frozen encoder
-    start, env = time.time(), runtime.init_distributed(c.device, c.dtype)
+    start, env = time.time(), runtime.init_single(c.device, c.dtype)
     model, tokenizer, _ = load_run(c.ckpt, env.device)
     path = Path(c.ckpt) / "vlm.pt"
     checksum = sum(p.cpu().double().sum().item() for p in model.encoder.parameters())

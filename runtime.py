@@ -233,6 +233,13 @@ def init_distributed(device="auto", dtype="auto"):
     return DistEnv(rank, world_size, device, choose_dtype(dtype, device))
 
 
+def init_single(device, dtype):
+    """The same for a program, or a part of one, that is one process."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UserError("this is one process: start it with python, not torchrun")
+    return init_distributed(device, dtype)
+
+
 def mean_over_ranks(terms, world_size):
     """{name: scalar tensor} -> {name: number}, the mean over all ranks."""
     values = torch.stack([term.float() for term in terms.values()])

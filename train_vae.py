@@ -215,7 +215,7 @@ def train_step(vae, optimizers, images, step, c, env):
 
 def train(c, stop):
     # 1. The VAE and its optimizers
-    env, out = runtime.init_distributed(c.device, c.dtype), Path(c.out)
+    env, out = runtime.init_single(c.device, c.dtype), Path(c.out)
     torch.manual_seed(c.seed)
     vae = load_vae(c.init_from) if c.init_from else AutoencoderKL(**TINY)
     vae.to(env.device, memory_format=runtime.memory_format(env.device)).requires_grad_().train()
