@@ -73,7 +73,7 @@ class Settings:
     space: str = arg("tokens", "the encoder's tokens, or the VAE's latents in 2x2 patches", "model",
                      choices=("tokens", "latents"))
     size: str = arg("laptop", "row of DIT_SIZES", "model", choices=tuple(DIT_SIZES))
-    steps: int = arg(1800, "optimizer steps", "optimization", min=1)
+    steps: int = arg(1300, "optimizer steps", "optimization", min=1)
     batch_size: int = arg(64, "split among the processes (RAE: 1024)", "optimization", min=1)
     lr: float = arg(2e-3, "peak learning rate (RAE: 2e-4)", "optimization", min=0)
     n_samples: int = arg(512, "images to sample and evaluate", "sampling", min=4)
@@ -89,7 +89,7 @@ class Settings:
     device: str = runtime.device_arg()
     dtype: str = runtime.dtype_arg()
     compile: bool | None = arg(None, "torch.compile (default: on GPUs that Triton supports)")
-    save_every: int = arg(450, "steps between checkpoints", min=1)
+    save_every: int = arg(325, "steps between checkpoints", min=1)
 
     def path(self, name):
         """DIR/samples.png; with --space latents DIR/samples_latents.png."""
