@@ -203,10 +203,10 @@ def retrieval(images, texts, image_of_text):
     """Recall at 1 and 5 by cosine; text c of [C,E] belongs to image image_of_text[c] of [M,E].
     i2t: one of the image's captions is among the nearest texts. t2i: the caption's image is."""
     similarity = F.normalize(images, dim=1) @ F.normalize(texts, dim=1).T  # (M, C)
-    ranked_texts = similarity.argsort(dim=1, descending=True)          # (M, C)
-    ranked_images = similarity.T.argsort(dim=1, descending=True)       # (C, M)
-    hits = {"i2t": image_of_text[ranked_texts] == torch.arange(len(images))[:, None],
-            "t2i": ranked_images == image_of_text[:, None]}
+    nearest_texts = similarity.topk(min(5, len(texts))).indices        # (M, 5)
+    nearest_images = similarity.T.topk(min(5, len(images))).indices    # (C, 5)
+    hits = {"i2t": image_of_text[nearest_texts] == torch.arange(len(images))[:, None],
+            "t2i": nearest_images == image_of_text[:, None]}
     result = {}
     for name, hit in hits.items():
         for k in (1, 5):
@@ -360,9 +360,10 @@ def evaluate(model, tokenizer, data, s, env):
     torch.set_float32_matmul_precision("highest")  # from here on TF32 could decide single images
     extract = partial(extract_features, model, env)
     test = encode(extract, data.test, limit=max(s.n_test, s.retrieval_images), desc="test images")
-    labeled, metrics["n_test"] = (test["labels"] >= 0).any(), len(test["labels"])
     if has_text:
         metrics.update(eval_retrieval(model, tokenizer, test, s.retrieval_images))
+    test = {name: values[: s.n_test] for name, values in test.items()}
+    labeled, metrics["n_test"] = (test["labels"] >= 0).any(), len(test["labels"])
     if has_text and labeled:
         weights = zero_shot_weights(model, tokenizer, data.class_names, s.templates)  # (K, E)
         metrics["zero_shot_top1"] = accuracy(test["pooled"] @ weights.T, test["labels"])
@@ -400,7 +401,12 @@ def show_image(model, tokenizer, s, class_names):
 
 def compare_runs(folders):
     """A Markdown table of mean ± std over runs."""
-    runs, table = [json.loads(Path(folder, "metrics.json").read_text()) for folder in folders], {}
+    runs, table = [], {}
+    for path in (Path(folder, "metrics.json") for folder in folders):
+        try:
+            runs.append(json.loads(path.read_text()))
+        except ValueError:
+            raise UserError(f"{path} is damaged; run eval_probe.py on it again") from None
     for name in METRICS:
         values = [run[name] for run in runs if run.get(name) is not None]
         if values:
@@ -420,9 +426,9 @@ def load_model(s, device):
     if is_run and not s.vae:
         return load_run(s.ckpt, device, s.random_init)
     if is_run or not s.vae or s.image or s.random_init:
-        raise UserError(f"--ckpt {s.ckpt}: a run folder of train.py (with last.pt) has its own "
-                        "VAE; any other encoder needs --vae, a published one --vae flux, and "
-                        "cannot be used with --image and --random-init")
+        raise UserError(f"--ckpt {s.ckpt}: a run of train.py has a last.pt, and its own VAE (leave "
+                        "out --vae); any other encoder needs --vae, a published one --vae flux, "
+                        "and cannot be used with --image or --random-init")
     encoder, vae = load_encoder(s.ckpt), load_vae(s.vae)
     if encoder.conv1.in_channels != vae.config["z_channels"]:
         raise UserError(f"--vae {s.vae} has other channels than {s.ckpt} reads; take --vae flux")
@@ -445,7 +451,7 @@ def main():
         s, _ = runtime.parse_args(Settings, "Evaluates a frozen encoder.")
         if s.compare:
             return compare_runs(s.compare)
-        env = runtime.init_distributed(s.device, s.dtype)
+        env = runtime.init_distributed(s.device, s.dtype, one_process=True)
         model, tokenizer, state = load_model(s, env.device)
         if s.image:
             return show_image(model, tokenizer, s, state["class_names"])
