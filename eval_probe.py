@@ -20,6 +20,7 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: threads that wait do not spin
 
 import json
+import re
 import statistics
 import time
 from collections import defaultdict
@@ -52,6 +53,14 @@ from tokenizer import Tokenizer
 from vae import load_vae, psnr, scale_images
 
 # ---- For all evaluators: encode a data set, normalize its tokens, compare distributions ----------
+
+
+def read_image(path, resolution):
+    """One file, center-cropped: uint8 [3,R,R]."""
+    try:
+        return to_tensor(center_crop(decode_image({"path": path}), resolution))
+    except Exception as error:  # whatever a decoder raises
+        raise UserError(f"{path} is not a readable image ({error}); give another file") from None
 
 
 @torch.no_grad()
@@ -271,7 +280,8 @@ def zero_shot_weights(model, tokenizer, class_names, templates_file):
     templates, prompts = TEMPLATES, []
     if templates_file:
         templates = Path(templates_file).read_text(encoding="utf-8").strip().splitlines()
-    if not templates or not all("{}" in template for template in templates):
+    usable = ["{}" in x and re.fullmatch(r"([^{}]|\{a?\})*", x) for x in templates]
+    if not templates or not all(usable):
         raise UserError(f"--templates {templates_file} needs a {{}} in each line: a big {{}}")
     for name in class_names:
         prompts += class_prompts(name, templates)
@@ -383,9 +393,8 @@ def evaluate(model, tokenizer, data, s, env):
 @torch.no_grad()
 def show_image(model, tokenizer, s, class_names):
     """Prints the image's caption and nearest labels; writes DIR/FILE_recon.png."""
-    image = decode_image({"bytes": None, "path": s.image})
-    image = to_tensor(center_crop(image, model.config.resolution)).to(model.log_scale.device)
-    images = scale_images(image[None])                                 # (1, 3, R, R)
+    image = read_image(s.image, model.config.resolution)
+    images = scale_images(image[None].to(model.log_scale.device))      # (1, 3, R, R)
     vae_recon, recon, tokens = model.reconstruct(images)
     caption = model.generate_captions(tokens, tokenizer)[0]
     print("caption:", caption)

@@ -43,8 +43,8 @@ import runtime
 from data import load_run_data
 from decoders import CaptionDecoder
 from encoder import sincos_positions
-from eval_probe import TokenStats, encode_dataset, image_tokens
-from images import center_crop, decode_image, image_grid, to_tensor
+from eval_probe import TokenStats, encode_dataset, image_tokens, read_image
+from images import image_grid
 from openvision3 import load_run
 from runtime import UserError, arg, progress
 from shapes import (
@@ -196,8 +196,7 @@ def load_tokens(model, device, encoded, images):
     """B indices into encoded [M,N,C], or B paths -> tokens [B,N,C]."""
     if isinstance(images[0], int):
         return encoded[list(images)].to(device).float()
-    pixels = [decode_image({"path": path}) for path in images]
-    pixels = [to_tensor(center_crop(image, model.config.resolution)) for image in pixels]
+    pixels = [read_image(path, model.config.resolution) for path in images]
     return image_tokens(model, torch.stack(pixels).to(device)).float()             # (B, N, C)
 
 

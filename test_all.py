@@ -3294,9 +3294,10 @@ def test_templates_are_read_and_used(monkeypatch, tmp_path):
     weights = eval_probe.zero_shot_weights(None, None, ["red cup", "cat"], str(file))
     assert prompts == ["a drawing of red cup.", "red cup!", "a drawing of cat.", "cat!"]
     assert torch.allclose(weights.norm(dim=1), torch.ones(2))
-    file.write_text("no place for it\n")
-    with pytest.raises(runtime.UserError, match="templates.txt"):
-        eval_probe.zero_shot_weights(None, None, ["cat"], str(file))
+    for line in ("no place for it", "a {big} {}", "{} {"):
+        file.write_text(line + "\n")
+        with pytest.raises(runtime.UserError, match="templates.txt"):
+            eval_probe.zero_shot_weights(None, None, ["cat"], str(file))
 
 
 def test_captions_are_compared_as_far_as_they_can_be_written():
@@ -3976,6 +3977,10 @@ def test_vlm_program_from_training_to_chat(copied_run, vlm_flags, tmp_path, monk
     run_main(monkeypatch, eval_vlm, *vlm_flags, *chat)
     message = error_message(monkeypatch, eval_vlm, *vlm_flags, "--chat", HERE / "train.py", "Is?")
     assert "cannot identify image file" in message
+    (tmp_path / "cut.png").write_bytes((tmp_path / "a.png").read_bytes()[:60])
+    chat_cut = ["--chat", tmp_path / "cut.png", "Is?"]
+    assert "cut.png is not a readable" in error_message(
+        monkeypatch, eval_vlm, *vlm_flags, *chat_cut)
     state = torch.load(copied_run / "vlm.pt", weights_only=True)
     torch.save({**state, "encoder": state["encoder"] + 1}, copied_run / "vlm.pt")
     assert "another encoder" in error_message(monkeypatch, eval_vlm, *vlm_flags, *chat)
