@@ -382,8 +382,8 @@ def evaluate(model, tokenizer, data, s, env):
         metrics.update(eval_probes(train, test, len(data.class_names), env.device))
         metrics["n_train"] = len(train["labels"])
     print("null:", *(name for name in METRICS if metrics[name] is None), "(probes and kNN need "
-          "labels and training images; all others a run of train.py; *_vae a VAE; lpips and rfid "
-          "--lpips and --fid)")
+          "labels and training images; all others a run of train.py, *_vae one with a VAE; "
+          "lpips and rfid --lpips and --fid)")
     return {**metrics, "seconds": round(time.time() - start_time, 1)}
 
 
