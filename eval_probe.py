@@ -20,6 +20,7 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: threads that wait do not spin
 
 import json
+import re
 import statistics
 import time
 from collections import defaultdict
@@ -52,6 +53,14 @@ from tokenizer import Tokenizer
 from vae import load_vae, psnr, scale_images
 
 # ---- For all evaluators: encode a data set, normalize its tokens, compare distributions ----------
+
+
+def read_image(path, resolution):
+    """One file, center-cropped: uint8 [3,R,R]."""
+    try:
+        return to_tensor(center_crop(decode_image({"path": path}), resolution))
+    except Exception as error:  # whatever a decoder raises
+        raise UserError(f"{path} is not a readable image ({error}); give another file") from None
 
 
 @torch.no_grad()
@@ -203,10 +212,10 @@ def retrieval(images, texts, image_of_text):
     """Recall at 1 and 5 by cosine; text c of [C,E] belongs to image image_of_text[c] of [M,E].
     i2t: one of the image's captions is among the nearest texts. t2i: the caption's image is."""
     similarity = F.normalize(images, dim=1) @ F.normalize(texts, dim=1).T  # (M, C)
-    ranked_texts = similarity.argsort(dim=1, descending=True)          # (M, C)
-    ranked_images = similarity.T.argsort(dim=1, descending=True)       # (C, M)
-    hits = {"i2t": image_of_text[ranked_texts] == torch.arange(len(images))[:, None],
-            "t2i": ranked_images == image_of_text[:, None]}
+    nearest_texts = similarity.topk(min(5, len(texts))).indices        # (M, 5)
+    nearest_images = similarity.T.topk(min(5, len(images))).indices    # (C, 5)
+    hits = {"i2t": image_of_text[nearest_texts] == torch.arange(len(images))[:, None],
+            "t2i": nearest_images == image_of_text[:, None]}
     result = {}
     for name, hit in hits.items():
         for k in (1, 5):
@@ -271,7 +280,8 @@ def zero_shot_weights(model, tokenizer, class_names, templates_file):
     templates, prompts = TEMPLATES, []
     if templates_file:
         templates = Path(templates_file).read_text(encoding="utf-8").strip().splitlines()
-    if not templates or not all("{}" in template for template in templates):
+    usable = ["{}" in x and re.fullmatch(r"([^{}]|\{a?\})*", x) for x in templates]
+    if not templates or not all(usable):
         raise UserError(f"--templates {templates_file} needs a {{}} in each line: a big {{}}")
     for name in class_names:
         prompts += class_prompts(name, templates)
@@ -360,9 +370,10 @@ def evaluate(model, tokenizer, data, s, env):
     torch.set_float32_matmul_precision("highest")  # from here on TF32 could decide single images
     extract = partial(extract_features, model, env)
     test = encode(extract, data.test, limit=max(s.n_test, s.retrieval_images), desc="test images")
-    labeled, metrics["n_test"] = (test["labels"] >= 0).any(), len(test["labels"])
     if has_text:
         metrics.update(eval_retrieval(model, tokenizer, test, s.retrieval_images))
+    test = {name: values[: s.n_test] for name, values in test.items()}
+    labeled, metrics["n_test"] = (test["labels"] >= 0).any(), len(test["labels"])
     if has_text and labeled:
         weights = zero_shot_weights(model, tokenizer, data.class_names, s.templates)  # (K, E)
         metrics["zero_shot_top1"] = accuracy(test["pooled"] @ weights.T, test["labels"])
@@ -371,8 +382,8 @@ def evaluate(model, tokenizer, data, s, env):
         metrics.update(eval_probes(train, test, len(data.class_names), env.device))
         metrics["n_train"] = len(train["labels"])
     print("null:", *(name for name in METRICS if metrics[name] is None), "(probes and kNN need "
-          "labels and training images; all others a run of train.py; *_vae a VAE; lpips and rfid "
-          "--lpips and --fid)")
+          "labels and training images; all others a run of train.py, *_vae one with a VAE; "
+          "lpips and rfid --lpips and --fid)")
     return {**metrics, "seconds": round(time.time() - start_time, 1)}
 
 
@@ -382,9 +393,8 @@ def evaluate(model, tokenizer, data, s, env):
 @torch.no_grad()
 def show_image(model, tokenizer, s, class_names):
     """Prints the image's caption and nearest labels; writes DIR/FILE_recon.png."""
-    image = decode_image({"bytes": None, "path": s.image})
-    image = to_tensor(center_crop(image, model.config.resolution)).to(model.log_scale.device)
-    images = scale_images(image[None])                                 # (1, 3, R, R)
+    image = read_image(s.image, model.config.resolution)
+    images = scale_images(image[None].to(model.log_scale.device))      # (1, 3, R, R)
     vae_recon, recon, tokens = model.reconstruct(images)
     caption = model.generate_captions(tokens, tokenizer)[0]
     print("caption:", caption)
@@ -400,7 +410,12 @@ def show_image(model, tokenizer, s, class_names):
 
 def compare_runs(folders):
     """A Markdown table of mean ± std over runs."""
-    runs, table = [json.loads(Path(folder, "metrics.json").read_text()) for folder in folders], {}
+    runs, table = [], {}
+    for path in (Path(folder, "metrics.json") for folder in folders):
+        try:
+            runs.append(json.loads(path.read_text()))
+        except ValueError:
+            raise UserError(f"{path} is damaged; run eval_probe.py on it again") from None
     for name in METRICS:
         values = [run[name] for run in runs if run.get(name) is not None]
         if values:
@@ -420,9 +435,9 @@ def load_model(s, device):
     if is_run and not s.vae:
         return load_run(s.ckpt, device, s.random_init)
     if is_run or not s.vae or s.image or s.random_init:
-        raise UserError(f"--ckpt {s.ckpt}: a run folder of train.py (with last.pt) has its own "
-                        "VAE; any other encoder needs --vae, a published one --vae flux, and "
-                        "cannot be used with --image and --random-init")
+        raise UserError(f"--ckpt {s.ckpt}: a run of train.py has a last.pt, and its own VAE (leave "
+                        "out --vae); any other encoder needs --vae, a published one --vae flux, "
+                        "and cannot be used with --image or --random-init")
     encoder, vae = load_encoder(s.ckpt), load_vae(s.vae)
     if encoder.conv1.in_channels != vae.config["z_channels"]:
         raise UserError(f"--vae {s.vae} has other channels than {s.ckpt} reads; take --vae flux")
@@ -445,7 +460,7 @@ def main():
         s, _ = runtime.parse_args(Settings, "Evaluates a frozen encoder.")
         if s.compare:
             return compare_runs(s.compare)
-        env = runtime.init_single(s.device, s.dtype)
+        env = runtime.init_distributed(s.device, s.dtype, one_process=True)
         model, tokenizer, state = load_model(s, env.device)
         if s.image:
             return show_image(model, tokenizer, s, state["class_names"])

@@ -43,8 +43,8 @@ import runtime
 from data import load_run_data
 from decoders import CaptionDecoder
 from encoder import sincos_positions
-from eval_probe import TokenStats, encode_dataset, image_tokens
-from images import center_crop, decode_image, image_grid, to_tensor
+from eval_probe import TokenStats, encode_dataset, image_tokens, read_image
+from images import image_grid
 from openvision3 import load_run
 from runtime import UserError, arg, progress
 from shapes import (
@@ -172,6 +172,9 @@ def build_vlm(lm, tokenizer, N, C):
         raise UserError(f"--lm {lm} could not be loaded ({type(error).__name__}: {error}); pip "
                         "install transformers, and offline give a folder") from None
     eos, bos = theirs.eos_token_id, theirs.bos_token_id
+    if eos is None or getattr(model.config, "max_position_embeddings", 1e9) < N + 2 * MAX_TOKENS:
+        raise UserError(f"--lm {lm}: choose one with an end-of-text token and a context length of "
+                        f"{N + 2 * MAX_TOKENS} or more")
     tokenizer = SimpleNamespace(  # what is used of tokenizer.Tokenizer
         bos=eos if bos is None else bos, eos=eos, decode=theirs.decode,
         encode_ordinary=partial(theirs.encode, add_special_tokens=False))
@@ -193,8 +196,7 @@ def load_tokens(model, device, encoded, images):
     """B indices into encoded [M,N,C], or B paths -> tokens [B,N,C]."""
     if isinstance(images[0], int):
         return encoded[list(images)].to(device).float()
-    pixels = [decode_image({"path": path}) for path in images]
-    pixels = [to_tensor(center_crop(image, model.config.resolution)) for image in pixels]
+    pixels = [read_image(path, model.config.resolution) for path in images]
     return image_tokens(model, torch.stack(pixels).to(device)).float()             # (B, N, C)
 
 
@@ -282,7 +284,7 @@ def evaluate(vlm, load, questions, blind):
     metrics = {name: fmean(row) for name, row in values.items()}
     if "yes_rate" in metrics:
         is_yes = fmean(q.answer == "yes" for _, q in questions)
-        metrics["f1"] = 2 * metrics.pop("true_yes") / (metrics["yes_rate"] + is_yes)
+        metrics["f1"] = 2 * metrics.pop("true_yes") / (metrics["yes_rate"] + is_yes or 1)
     return metrics
 
 
@@ -394,7 +396,7 @@ def load_vlm(path, checksum):
 
 def run(c):
     # 1. The frozen encoder
-    start, env = time.time(), runtime.init_single(c.device, c.dtype)
+    start, env = time.time(), runtime.init_distributed(c.device, c.dtype, one_process=True)
     model, tokenizer, _ = load_run(c.ckpt, env.device)
     path = Path(c.ckpt) / "vlm.pt"
     checksum = sum(p.cpu().double().sum().item() for p in model.encoder.parameters())
@@ -407,8 +409,10 @@ def run(c):
     # 2. Images, captions and questions
     align = [(image, "", text) for image, _, text in read_file(parse_llava, c.align, c.images)]
     instruct = read_file(parse_llava, c.instruct, c.images)
-    pope = {Path(file).stem: read_file(parse_pope, file, c.images) for file in c.pope}
+    pope = {f"file_{Path(file).stem}": read_file(parse_pope, file, c.images) for file in c.pope}
     data = load_run_data(model.config, c.data, need_text=False)
+    if not len(data.train):
+        raise UserError(f"--data {c.data} has no training images: add a training split")
     infos = []
     for split, limit in ((data.train, c.n_train_images), (data.test, c.n_test_images)):
         infos.append(encode_dataset(

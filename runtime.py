@@ -215,10 +215,12 @@ class DistEnv(NamedTuple):
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
 
-def init_distributed(device="auto", dtype="auto"):
+def init_distributed(device="auto", dtype="auto", one_process=False):
     """Reads torchrun's variables and joins the process group; without torchrun there is one
     process. float32 matrix products on a GPU use TF32: 10 bits of mantissa, much faster."""
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if one_process and world_size > 1:
+        raise UserError("this program is one process: start it with python, not torchrun")
     device = choose_device(device)
     torch.set_float32_matmul_precision("high")
     if device.type == "cpu" and sys.platform == "linux":
@@ -231,13 +233,6 @@ def init_distributed(device="auto", dtype="auto"):
     if world_size > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     return DistEnv(rank, world_size, device, choose_dtype(dtype, device))
-
-
-def init_single(device, dtype):
-    """The same for a program, or a part of one, that is one process."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise UserError("this is one process: start it with python, not torchrun")
-    return init_distributed(device, dtype)
 
 
 def mean_over_ranks(terms, world_size):

@@ -410,7 +410,9 @@ def test_vae_training_stops_at_a_signal_and_resumes_bitwise(tmp_path, monkeypatc
     changed = (*flags, "--lr", 1e-3, "--resume", "--out", out)
     assert "--lr 0.001 (was 0.0006)" in error_message(monkeypatch, train_vae, *changed)
     (out / "last.pt").write_bytes(b"cut off")
-    for folder in (out, tmp_path / "nowhere"):
+    (tmp_path / "train").mkdir()
+    torch.save({"step": 1, "config": {}}, tmp_path / "train" / "last.pt")  # of another program
+    for folder in (out, tmp_path / "nowhere", tmp_path / "train"):
         message = error_message(monkeypatch, train_vae, *flags, "--resume", "--out", folder)
         assert f"{folder}/last.pt is no checkpoint" in message
 
@@ -3290,6 +3292,10 @@ def test_a_test_only_data_set_is_used_whole(monkeypatch, copied_run, tmp_path, c
     assert (found["n_test"], found["n_train"], found["n_retrieval_images"]) == (20, 0, 16)
     assert found["linear_probe_top1"] is None and found["zero_shot_top1"] is not None
     assert "probes and kNN need labels and training images" in capsys.readouterr().out
+    table = datasets.Dataset.from_dict({"image": table["picture"], "label": table["kind"]})
+    table.to_parquet(str(folder / "test-00000-of-00001.parquet"))
+    flags = ("--ckpt", copied_run, "--data", folder)
+    assert "has no training images" in error_message(monkeypatch, eval_vlm, *flags)
 
 
 def test_templates_are_read_and_used(monkeypatch, tmp_path):
@@ -3304,9 +3310,10 @@ def test_templates_are_read_and_used(monkeypatch, tmp_path):
     weights = eval_probe.zero_shot_weights(None, None, ["red cup", "cat"], str(file))
     assert prompts == ["a drawing of red cup.", "red cup!", "a drawing of cat.", "cat!"]
     assert torch.allclose(weights.norm(dim=1), torch.ones(2))
-    file.write_text("no place for it\n")
-    with pytest.raises(runtime.UserError, match="templates.txt"):
-        eval_probe.zero_shot_weights(None, None, ["cat"], str(file))
+    for line in ("no place for it", "a {big} {}", "{} {"):
+        file.write_text(line + "\n")
+        with pytest.raises(runtime.UserError, match="templates.txt"):
+            eval_probe.zero_shot_weights(None, None, ["cat"], str(file))
 
 
 def test_captions_are_compared_as_far_as_they_can_be_written():
@@ -3352,6 +3359,7 @@ def test_pixel_runs_have_no_vae_row(monkeypatch, tmp_path, capsys):
     settings = eval_probe.Settings(n_train=64, n_test=24)
     splits = data.load_data("shapes", 32)
     found = eval_probe.evaluate(model, tokenizer, splits, settings, cpu_env())
+    assert found["n_test"] == 24 < found["n_retrieval_images"]
     assert found["psnr_vae"] is found["ssim_vae"] is None and found["psnr"] > 0
     assert "psnr_vae" in capsys.readouterr().out
 
@@ -3379,6 +3387,9 @@ def test_compare_prints_mean_and_std_over_runs(monkeypatch, tmp_path, capsys):
         assert row in table
     assert "ssim" not in table
     assert "/none/" in error_message(monkeypatch, eval_probe, "--compare", tmp_path / "none")
+    (tmp_path / "joint-0" / "metrics.json").write_text('{"psnr": 30')
+    assert "joint-0/metrics.json is damaged" in error_message(
+        monkeypatch, eval_probe, "--compare", tmp_path / "joint-0")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -3571,6 +3582,14 @@ def test_classifier_learns_from_labeled_images_only(monkeypatch):
     logits = generate.apply_chunked(classifier, images[labeled], cpu)
     assert eval_probe.accuracy(logits, labels[labeled]) == 1
     assert generate.apply_chunked(classifier[:-1], images, cpu).shape == (96, 128)
+
+
+def test_no_test_image_with_a_label_is_null(monkeypatch):
+    monkeypatch.setattr(generate, "CLASSIFIER_STEPS", 2)
+    images, labels = torch.randint(256, (8, 3, 32, 32), dtype=torch.uint8), torch.arange(8) % 2
+    train, test = ({"image": images, "labels": x} for x in (labels, torch.full((8,), -1)))
+    found = generate.evaluate_samples(images, labels, train, test, 2, None)
+    assert found["classifier_accuracy"] is None and 0 <= found["class_accuracy"] <= 1
 
 
 @pytest.fixture
@@ -3931,6 +3950,8 @@ def test_yes_no_metrics():
     expected = dict(accuracy=4 / 6, kind=4 / 6, exact_match=4 / 6, f1=2 / 3, yes_rate=0.5)
     assert metrics(said) == pytest.approx(expected)
     assert metrics(0 * said)["f1"] == 0
+    questions = [(i, q._replace(answer="no")) for i, q in questions]  # and no yes is said
+    assert (metrics(0 * said)["f1"], metrics(0 * said)["accuracy"]) == (0, 1)
 
 
 @pytest.fixture
@@ -3981,6 +4002,10 @@ def test_vlm_program_from_training_to_chat(copied_run, vlm_flags, tmp_path, monk
     run_main(monkeypatch, eval_vlm, *vlm_flags, *chat)
     message = error_message(monkeypatch, eval_vlm, *vlm_flags, "--chat", HERE / "train.py", "Is?")
     assert "cannot identify image file" in message
+    (tmp_path / "cut.png").write_bytes((tmp_path / "a.png").read_bytes()[:60])
+    chat_cut = ["--chat", tmp_path / "cut.png", "Is?"]
+    assert "cut.png is not a readable" in error_message(
+        monkeypatch, eval_vlm, *vlm_flags, *chat_cut)
     state = torch.load(copied_run / "vlm.pt", weights_only=True)
     torch.save({**state, "encoder": state["encoder"] + 1}, copied_run / "vlm.pt")
     assert "another encoder" in error_message(monkeypatch, eval_vlm, *vlm_flags, *chat)
@@ -3997,6 +4022,13 @@ def test_bad_vlm_flags(vlm_flags, monkeypatch, capsys, flags, message):
     with pytest.raises(SystemExit) as stop:
         run_main(monkeypatch, eval_vlm, *vlm_flags, *flags)
     assert message in f"{stop.value.code} {capsys.readouterr().err}"
+
+
+@pytest.mark.parametrize("program", [eval_vlm, eval_probe, train_vae])
+def test_programs_of_one_process_refuse_torchrun(program, copied_run, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    flags = ("--out", tmp_path) if program is train_vae else ("--ckpt", copied_run)
+    assert "not torchrun" in error_message(monkeypatch, program, *flags)
 
 
 def test_files_of_pope_and_llava(vlm_flags, copied_run, tmp_path, monkeypatch, capsys):
@@ -4020,7 +4052,7 @@ def test_files_of_pope_and_llava(vlm_flags, copied_run, tmp_path, monkeypatch, c
     files = ("--pope", pope, "--align", llava, "--instruct", llava)
     run_main(monkeypatch, eval_vlm, *vlm_flags, *files, "--images", tmp_path)
     metrics = json.loads((copied_run / "vlm.json").read_text())
-    assert metrics["coco_pope_random_accuracy"] in (0, 1 / 3, 2 / 3, 1)
+    assert metrics["file_coco_pope_random_accuracy"] in (0, 1 / 3, 2 / 3, 1)
 
     def message(*flags) -> str:
         return error_message(monkeypatch, eval_vlm, *vlm_flags, *flags)
@@ -4059,6 +4091,8 @@ def test_a_language_model_of_transformers(tmp_path):
     vlm, tokens = eval_vlm.build_vlm(str(tmp_path), None, 4, 12).eval(), torch.randn(2, 4, 12)
     assert (vlm.tokenizer.bos, vlm.tokenizer.eos) == (30, 31)
     assert vlm.tokenizer.encode_ordinary("ab c") == [0, 1, 26, 2]
+    with pytest.raises(runtime.UserError, match="a context length of 2512"):
+        eval_vlm.build_vlm(str(tmp_path), None, 2000, 12)  # this one's is 2048
     questions = [
         eval_vlm.Question("", "abcd", "g", ("g", "hi")),
         eval_vlm.Question("", "f", "j", ("j", "kl")),

@@ -459,7 +459,7 @@ def train(c, stop):
 
 def bench(c):
     """Times the real training step on random images; the last line printed is JSON."""
-    env = runtime.init_single(c.device, c.dtype)
+    env = runtime.init_distributed(c.device, c.dtype, one_process=True)
     torch.manual_seed(c.seed)
     model = cost.random_model(c).to(env.device)
     prepare_model(model, c, env.device)

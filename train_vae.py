@@ -186,12 +186,13 @@ def load_resume_state(c, parts):
         return 0
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
+        config, step, saved_parts = state["config"], state["step"], state["parts"]
     except Exception as error:  # missing, cut off, another program's: many kinds
         raise UserError(f"--resume: {path} is no checkpoint ({type(error).__name__})") from None
-    runtime.check_resume(state["config"], dataclasses.asdict(c), RESUME_MAY_CHANGE)
-    for part, saved in zip(parts, state["parts"], strict=True):
+    runtime.check_resume(config, dataclasses.asdict(c), RESUME_MAY_CHANGE)
+    for part, saved in zip(parts, saved_parts, strict=True):
         part.load_state_dict(saved)
-    return state["step"]
+    return step
 
 
 def train_step(vae, optimizers, images, step, c, env):
@@ -215,7 +216,7 @@ def train_step(vae, optimizers, images, step, c, env):
 
 def train(c, stop):
     # 1. The VAE and its optimizers
-    env, out = runtime.init_single(c.device, c.dtype), Path(c.out)
+    env, out = runtime.init_distributed(c.device, c.dtype, one_process=True), Path(c.out)
     torch.manual_seed(c.seed)
     vae = load_vae(c.init_from) if c.init_from else AutoencoderKL(**TINY)
     vae.to(env.device, memory_format=runtime.memory_format(env.device)).requires_grad_().train()
