@@ -231,6 +231,19 @@ def parse_pope(text):
         yield row["image"], Question("file", row["text"], answer, options)
 
 
+def parse_seed_bench(text):
+    """{questions: [{question, choice_a ... choice_d, answer: "A", data_id, data_type,
+    question_type_id}], question_type: {name: id}} -> (image, question), videos left out."""
+    content = json.loads(text)
+    kinds = {number: name for name, number in content["question_type"].items()}
+    for row in content["questions"]:
+        if row["data_type"] == "image":
+            options = tuple(str(row[f"choice_{letter}"]) for letter in "abcd")
+            answer = options["ABCD".index(row["answer"])]
+            kind = kinds[row["question_type_id"]].lower().replace(" ", "_")
+            yield row["data_id"], Question(kind, row["question"], answer, options)
+
+
 def parse_llava(text):
     """[{image, conversations: [{from: "human", value}, {from: "gpt", value}, ...]}] -> turns."""
     rows = json.loads(text)
@@ -242,12 +255,18 @@ def parse_llava(text):
             yield row["image"], question_prompt(question.strip()), answer
 
 
+def find_image(folder, name):
+    """The path of an image; SEED-Bench leaves out the endings."""
+    paths = [Path(folder) / f"{name}{suffix}" for suffix in ("", ".jpg", ".png")]
+    return next((path for path in paths if path.is_file()), paths[0])
+
+
 def read_file(parse, file, folder):
     """What `parse` finds in a file, if one is given, with the paths of its images in the folder."""
     if not file:
         return []
     try:
-        rows = [(Path(folder) / image, *rest) for image, *rest in parse(Path(file).read_text())]
+        rows = [(find_image(folder, name), *rest) for name, *rest in parse(Path(file).read_text())]
     except (LookupError, TypeError, AttributeError, ValueError) as error:
         raise UserError(f"{file} does not have the layout that {parse.__name__} reads "
                         f"({type(error).__name__}: {error})") from None
@@ -371,6 +390,7 @@ class Config:
     chat: tuple[str, ...] = arg((), "answer one question about one image and stop", "files",
                                 nargs=2, metavar=("IMAGE", "QUESTION"))
     pope: tuple[str, ...] = arg((), "POPE's files", "files", nargs="+")
+    seed_bench: str | None = arg(None, "SEED-Bench's file", "files")
     align: str | None = arg(None, "captions in LLaVA's layout", "files")
     instruct: str | None = arg(None, "conversations in LLaVA's layout", "files")
     images: str = arg(".", "folder of the images that these files name", "files")
@@ -409,7 +429,9 @@ def run(c):
     # 2. Images, captions and questions
     align = [(image, "", text) for image, _, text in read_file(parse_llava, c.align, c.images)]
     instruct = read_file(parse_llava, c.instruct, c.images)
-    pope = {f"file_{Path(file).stem}": read_file(parse_pope, file, c.images) for file in c.pope}
+    files = {f"file_{Path(file).stem}": read_file(parse_pope, file, c.images) for file in c.pope}
+    if c.seed_bench:
+        files["file_seed_bench"] = read_file(parse_seed_bench, c.seed_bench, c.images)
     data = load_run_data(model.config, c.data, need_text=False)
     if not len(data.train):
         raise UserError(f"--data {c.data} has no training images: add a training split")
@@ -453,7 +475,7 @@ def run(c):
     metrics = dict.fromkeys(("choice_accuracy", "choice_blind", "pope_accuracy", "pope_f1",
                              "pope_yes_rate", "pope_blind_f1", "exact_match"))
     questions = make_questions(infos[1], class_names, NEGATIVES)
-    for name, asked in (questions | pope).items():
+    for name, asked in (questions | files).items():
         for prefix in (name, f"{name}_blind"):
             found = evaluate(vlm, load_test, asked, blind=prefix != name)
             metrics.update({f"{prefix}_{key}": value for key, value in found.items()})

@@ -4031,9 +4031,15 @@ def test_programs_of_one_process_refuse_torchrun(program, copied_run, tmp_path, 
     assert "not torchrun" in error_message(monkeypatch, program, *flags)
 
 
-def test_files_of_pope_and_llava(vlm_flags, copied_run, tmp_path, monkeypatch, capsys):
+def test_files_of_pope_seed_bench_and_llava(vlm_flags, copied_run, tmp_path, monkeypatch, capsys):
     Image.new("RGB", (50, 40), "red").save(tmp_path / "a.png")
     pope, llava = tmp_path / "coco_pope_random.json", tmp_path / "llava.json"
+    seed, towels = tmp_path / "seed.json", "How many towels are in the image?"
+    choices = {"choice_a": "One", "choice_b": "Two", "choice_c": "Three", "choice_d": "Four"}
+    seed.write_text(json.dumps({"question_type": {"Instances Counting": 5}, "questions": [
+        {"answer": "B", **choices, "data_id": "a", "data_type": "image", "question": towels,
+         "question_type_id": 5},
+        {"answer": "A", "data_type": "video", "data_id": "none", "question": "?"}]}))
     row = {"question_id": 1, "image": "a.png", "text": "Is there a dog in the image?"}
     pope.write_text("\n".join(json.dumps({**row, "label": label}) for label in ("yes", "no", "no")))
     conversations = [{"from": "human", "value": "<image>\nWhat is it?"},
@@ -4049,10 +4055,14 @@ def test_files_of_pope_and_llava(vlm_flags, copied_run, tmp_path, monkeypatch, c
         (tmp_path / "a.png", eval_vlm.question_prompt("Sure?"), "Yes."),
     ]
     assert "1 of 2 rows have no image" in capsys.readouterr().out
-    files = ("--pope", pope, "--align", llava, "--instruct", llava)
+    question = eval_vlm.Question("instances_counting", towels, "Two", tuple(choices.values()))
+    found = eval_vlm.read_file(eval_vlm.parse_seed_bench, seed, tmp_path)
+    assert found == [(tmp_path / "a.png", question)]
+    files = ("--pope", pope, "--seed-bench", seed, "--align", llava, "--instruct", llava)
     run_main(monkeypatch, eval_vlm, *vlm_flags, *files, "--images", tmp_path)
     metrics = json.loads((copied_run / "vlm.json").read_text())
     assert metrics["file_coco_pope_random_accuracy"] in (0, 1 / 3, 2 / 3, 1)
+    assert metrics["file_seed_bench_instances_counting"] in (0, 1)
 
     def message(*flags) -> str:
         return error_message(monkeypatch, eval_vlm, *vlm_flags, *flags)
@@ -4060,6 +4070,7 @@ def test_files_of_pope_and_llava(vlm_flags, copied_run, tmp_path, monkeypatch, c
     assert "parse_pope" in message("--pope", llava, "--images", tmp_path)
     assert "give --images" in message("--pope", pope, "--images", HERE)
     assert "parse_llava" in message("--instruct", pope, "--images", tmp_path)
+    assert "parse_seed_bench" in message("--seed-bench", llava, "--images", tmp_path)
     pope.write_text(json.dumps({**row, "label": "perhaps"}))
     assert "parse_pope" in message("--pope", pope, "--images", tmp_path)
     pope.write_text("")
