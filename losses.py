@@ -108,12 +108,13 @@ class PerceptualDistance(nn.Module):
             layers.append(nn.MaxPool2d(2))
             self.lin.append(torch.rand(1, channels, 1, 1) / channels)
         self.features = nn.Sequential(*layers[:-1])
+        mean_std = torch.tensor([[-0.030, -0.088, -0.188], [0.458, 0.448, 0.450]])  # ImageNet's
+        self.register_buffer("mean_std", mean_std.view(2, 3, 1, 1), persistent=False)
         self.requires_grad_(False).eval()
 
     def unit_features(self, x):
         """[B,3,H,W] in [-1,1] -> five maps [B,C,H',W'] in fp32, of norm 1 at each position."""
-        mean_std = [[-0.030, -0.088, -0.188], [0.458, 0.448, 0.450]]  # ImageNet's, of RGB
-        mean, std = torch.tensor(mean_std, device=x.device).view(2, 3, 1, 1)  # (3, 1, 1) each
+        mean, std = self.mean_std                                           # (3, 1, 1) each
         x, maps = (x.float() - mean) / std, []
         for i, layer in enumerate(self.features):
             x = layer(x)
@@ -133,8 +134,8 @@ class PerceptualDistance(nn.Module):
 
 
 def download_lpips(name):
-    """The tensors of the published file "vgg" or "lin", from torch.hub's cache or its URL, checked
-    by its sha256. FileNotFoundError where that fails."""
+    """The tensors of the published file "vgg" or "lin", from torch.hub's cache, or from its URL
+    and checked by its sha256. FileNotFoundError where that fails."""
     url, sha256 = LPIPS_FILES[name]
     file_name = f"lpips_{name}-{sha256}.pth"
     try:
