@@ -281,7 +281,7 @@ def write_samples(run, step):
     captions = run.model.generate_captions(tokens, run.tokenizer)
     columns = list(zip(images, vae_recon, recon, strict=True))
     grid = image_grid(columns, captions, row_names=("input", "VAE recon", "recon"))
-    grid.save(run.out / f"recon_{step:06d}.png")
+    runtime.atomic_write(run.out / f"recon_{step:06d}.png", partial(grid.save, format="png"))
     return captions
 
 
@@ -387,7 +387,8 @@ def train_loop(run, stop):
             runtime.plot_log(out / "log.jsonl", out / "curves.png", LOSSES, chance)
         if env.is_main and save:
             save_checkpoint(out, model, run.optimizers, step, run.extra_state)
-            keep_checkpoint(out, step, c.keep)
+            if c.keep:
+                keep_checkpoint(out, step, c.keep)
         if should_stop and not is_last:
             tqdm.write(f"stopped at step {step}; rerun with --resume to continue")
             return
