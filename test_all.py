@@ -644,6 +644,7 @@ def test_text_encoder_reads_its_last_position_and_attends_to_all():
     assert output.shape == (2, 32) and not torch.allclose(output, changed)
     assert not torch.allclose(seen[0][:, 0], seen[2][:, 0])  # the first position sees the last
     torch.testing.assert_close(output, model.head(model.ln_final(seen[1][:, -1])))
+    assert model(ids[:, :4]).shape == (2, 32)
     with pytest.raises(RuntimeError, match="size of tensor"):
         model(torch.zeros(1, 10, dtype=torch.long))
 
@@ -1025,7 +1026,7 @@ def test_lpips_files_and_gradients(tmp_path):
     assert not any(p.requires_grad for p in net.parameters())
 
 
-def test_lpips_convolutions_follow_autocast():
+def test_lpips_convolutions_follow_autocast(monkeypatch):
     net, dtypes = losses.PerceptualDistance(), []
     for layer in net.features:
         if isinstance(layer, torch.nn.Conv2d):
@@ -1034,6 +1035,7 @@ def test_lpips_convolutions_follow_autocast():
     exact = net(x, y)
     assert set(dtypes) == {torch.float32}
     dtypes.clear()
+    monkeypatch.setattr(torch, "tensor", None)  # a constant made here would be uploaded each time
     with torch.autocast("cpu", torch.bfloat16):
         distance = net(x, y)
     assert set(dtypes) == {torch.bfloat16} and distance.dtype == torch.float32
@@ -2567,6 +2569,21 @@ def test_more_processes_than_gpus(monkeypatch):
         runtime.choose_device("auto")
 
 
+def test_systems_without_some_features(monkeypatch):
+    monkeypatch.setattr(runtime.ctypes, "CDLL", lambda name: object())  # no mallopt: musl
+    assert runtime.init_distributed("cpu").device == CPU
+    monkeypatch.delattr(signal, "SIGCHLD")  # Windows
+    monkeypatch.setattr(runtime.multiprocessing, "active_children",
+                        lambda: [SimpleNamespace(kill=lambda: None)])
+    with runtime.cli_errors():
+        pass
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert runtime.choose_device("auto").type == "mps"
+    monkeypatch.setenv("WORLD_SIZE", "2")  # gloo has no collectives there
+    assert runtime.choose_device("auto") == CPU
+
+
 def test_unknown_flags_and_presets_fail(capsys):
     for argv in (["--stepz", "3"], ["--preset", "huge"], ["--step", "3"], ["--size", "XXL"]):
         with pytest.raises(SystemExit) as stop:
@@ -2593,6 +2610,9 @@ def test_damaged_checkpoints(monkeypatch, tmp_path):
     assert "last.pt" in error_message(monkeypatch, eval_probe, "--ckpt", tmp_path)
     assert "last.pt" in error_message(monkeypatch, train, "--resume", "--out", tmp_path)
     assert (tmp_path / "last.pt").read_bytes() == b"half a file"
+    torch.save({"config": {"vae": "tiny"}, "vae_sha256": vae.vae_sha256("tiny"), "step": 1},
+               tmp_path / "last.pt")  # of another program
+    assert "last.pt" in error_message(monkeypatch, eval_probe, "--ckpt", tmp_path)
     assert "train.py" in error_message(monkeypatch, eval_probe, "--ckpt", tmp_path / "nowhere")
 
 
@@ -2762,9 +2782,22 @@ def test_sigterm_to_the_group_saves_and_a_full_disk_harms_nothing(tmp_path):
 
 def test_minutes_end_a_run_with_a_checkpoint(tmp_path, monkeypatch, capsys):
     flags = (*TINY_RUN, "--steps", 50, "--save-every", 50, "--eval-every", 50, "--out", tmp_path)
+    kept = tmp_path / "checkpoint_0000007.pt"  # of --keep; without it nothing is linked or deleted
+    kept.touch()
+    monkeypatch.delattr(os, "link")  # some file systems have no hard links
     run_main(monkeypatch, train, *flags, "--minutes", 0)
+    assert kept.exists()
     assert "stopped at step 1; rerun with --resume" in capsys.readouterr().out
     assert openvision3.load_checkpoint(tmp_path)["step"] == 1
+
+
+def test_a_grid_that_cannot_be_written_is_named(tmp_path, monkeypatch):
+    def full_disk(self, path, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", full_disk)
+    message = error_message(monkeypatch, train, *TINY_RUN, "--out", tmp_path)
+    assert "recon_000000.png could not be written" in message
 
 
 def test_the_first_ctrl_c_stops_and_the_second_interrupts():
