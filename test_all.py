@@ -354,7 +354,9 @@ def test_vae_files(tmp_path):
     assert not codec.training and not any(p.requires_grad for p in codec.parameters())
     path = tmp_path / "a.safetensors"
     train_vae.save_vae(codec, path)
+    (tmp_path / "config.json").write_text('{"scaling_factor": 9}')  # not this file's
     again = vae.load_vae(path)
+    assert again.scale_factor == 0.3611
     tensors = codec.state_dict()
     assert all(torch.equal(tensors[name], t) for name, t in again.state_dict().items())
     assert vae.vae_sha256(path) == hashlib.sha256(path.read_bytes()).hexdigest()
