@@ -469,7 +469,6 @@ def test_vae_learning_rate_warms_up_stays_and_cools_down():
     assert rates == pytest.approx([0.01, 0.5, 1, 1, 1, 0.5, 0.004])
 
 
-
 def test_every_drawing_fills_an_image():
     for draw in train_vae.DRAWINGS:
         image = draw(np.random.default_rng(1), 64)
@@ -538,8 +537,6 @@ def test_vae_equals_diffusers(layout, tmp_path):
         z = 0.3611 * theirs.encode(x).latent_dist.mean
         assert_same(ours.encode(x), z, 1e-5)
         assert_same(ours.decode(z), theirs.decode(z / 0.3611).sample, 1e-5)
-
-
 
 
 # ---- encoder.py ---------------------------------------------------------------------------------
@@ -1475,10 +1472,6 @@ def test_tiktoken_encodings_that_cannot_be_loaded(monkeypatch):
     monkeypatch.setattr(tiktoken, "get_encoding", no_network)
     with pytest.raises(runtime.UserError, match="TIKTOKEN_CACHE_DIR"):
         tokenizer_module.Tokenizer.from_tiktoken("cl100k_base", 20)
-
-
-
-
 
 
 # ---- sources.py ----------------------------------------------------------------------------------
@@ -2857,8 +2850,6 @@ def test_captions_that_are_cut_are_counted_and_output_survives_any_encoding(
     assert done.returncode == 0, done.stderr
 
 
-
-
 # ---- cost.py -------------------------------------------------------------------------------------
 
 
@@ -3743,8 +3734,6 @@ def test_compiled_training_has_one_graph_and_samples_eagerly(copied_run, monkeyp
         1,
     )
     assert len(graphs) == 1
-
-
 
 
 # --------------------------------------------------------------------------------------------------

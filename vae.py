@@ -280,7 +280,7 @@ def vae_sha256(source):
 
 def read_vae_checkpoint(path):
     """(constructor arguments, tensors under FLUX's names). The arguments are those in the file
-    (train_vae.py); or FLUX's, with the scale of a config.json beside it (diffusers)."""
+    (train_vae.py) or FLUX's, with the scale of a config.json beside it (diffusers)."""
     tensors = {}
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata() or {}
