@@ -134,8 +134,8 @@ class PerceptualDistance(nn.Module):
 
 
 def download_lpips(name):
-    """The tensors of the published file "vgg" or "lin", from torch.hub's cache or its URL, checked
-    by its sha256. FileNotFoundError where that fails."""
+    """The tensors of the published file "vgg" or "lin", from torch.hub's cache, or from its URL
+    and checked by its sha256. FileNotFoundError where that fails."""
     url, sha256 = LPIPS_FILES[name]
     file_name = f"lpips_{name}-{sha256}.pth"
     try:

@@ -224,6 +224,8 @@ def load_checkpoint(folder):
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         vae, sha256 = state["config"]["vae"], state["vae_sha256"]
+        if not {"step", "model", "optimizer", "tokenizer", "class_names"} <= set(state):
+            raise KeyError
     except Exception as error:  # truncated, refused by weights_only, or from another program
         raise UserError(f"{path} is not a readable checkpoint ({type(error).__name__})") from None
     if sha256 != vae_sha256(vae):

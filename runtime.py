@@ -81,7 +81,8 @@ def cli_errors():
         raise SystemExit("error: " + re.sub(r"\s*\n\s*", " ", message)) from None
     finally:
         for worker in multiprocessing.active_children():
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler would add a traceback
+            if hasattr(signal, "SIGCHLD"):  # PyTorch's handler would add a traceback
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             worker.kill()  # they ignore SIGTERM, see ignore_signals
 
 
@@ -163,8 +164,9 @@ def progress(iterable=None, **options):
 
 def choose_device(name):
     """auto: cuda, else mps, else cpu. Each of torchrun's local ranks has a GPU of its own."""
-    counts = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available()),
-              "cpu": math.inf}
+    single_process = int(os.environ.get("WORLD_SIZE", 1)) == 1  # gloo has no collectives on mps
+    counts = {"cuda": torch.cuda.device_count(),
+              "mps": int(torch.backends.mps.is_available() and single_process), "cpu": math.inf}
     available = [device for device, count in counts.items() if count]
     if name == "auto":
         name = available[0]
@@ -226,8 +228,9 @@ def init_distributed(device="auto", dtype="auto", one_process=False):
     if device.type == "cpu" and sys.platform == "linux":
         # Freed memory stays in the process; as new pages it would cost 9 % of the laptop's step
         libc = ctypes.CDLL(None)
-        libc.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD of malloc.h
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+        with suppress(AttributeError):  # only glibc has mallopt
+            libc.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD of malloc.h
+            libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
     if device.type == "cuda":
         torch.cuda.set_device(device)  # before the process group, or all ranks use GPU 0
     if world_size > 1:

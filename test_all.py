@@ -354,7 +354,9 @@ def test_vae_files(tmp_path):
     assert not codec.training and not any(p.requires_grad for p in codec.parameters())
     path = tmp_path / "a.safetensors"
     train_vae.save_vae(codec, path)
+    (tmp_path / "config.json").write_text('{"scaling_factor": 9}')  # not this file's
     again = vae.load_vae(path)
+    assert again.scale_factor == 0.3611
     tensors = codec.state_dict()
     assert all(torch.equal(tensors[name], t) for name, t in again.state_dict().items())
     assert vae.vae_sha256(path) == hashlib.sha256(path.read_bytes()).hexdigest()
@@ -469,7 +471,6 @@ def test_vae_learning_rate_warms_up_stays_and_cools_down():
     assert rates == pytest.approx([0.01, 0.5, 1, 1, 1, 0.5, 0.004])
 
 
-
 def test_every_drawing_fills_an_image():
     for draw in train_vae.DRAWINGS:
         image = draw(np.random.default_rng(1), 64)
@@ -538,8 +539,6 @@ def test_vae_equals_diffusers(layout, tmp_path):
         z = 0.3611 * theirs.encode(x).latent_dist.mean
         assert_same(ours.encode(x), z, 1e-5)
         assert_same(ours.decode(z), theirs.decode(z / 0.3611).sample, 1e-5)
-
-
 
 
 # ---- encoder.py ---------------------------------------------------------------------------------
@@ -646,6 +645,7 @@ def test_text_encoder_reads_its_last_position_and_attends_to_all():
     assert output.shape == (2, 32) and not torch.allclose(output, changed)
     assert not torch.allclose(seen[0][:, 0], seen[2][:, 0])  # the first position sees the last
     torch.testing.assert_close(output, model.head(model.ln_final(seen[1][:, -1])))
+    assert model(ids[:, :4]).shape == (2, 32)
     with pytest.raises(RuntimeError, match="size of tensor"):
         model(torch.zeros(1, 10, dtype=torch.long))
 
@@ -1027,7 +1027,7 @@ def test_lpips_files_and_gradients(tmp_path):
     assert not any(p.requires_grad for p in net.parameters())
 
 
-def test_lpips_convolutions_follow_autocast():
+def test_lpips_convolutions_follow_autocast(monkeypatch):
     net, dtypes = losses.PerceptualDistance(), []
     for layer in net.features:
         if isinstance(layer, torch.nn.Conv2d):
@@ -1036,6 +1036,7 @@ def test_lpips_convolutions_follow_autocast():
     exact = net(x, y)
     assert set(dtypes) == {torch.float32}
     dtypes.clear()
+    monkeypatch.setattr(torch, "tensor", None)  # a constant made here would be uploaded each time
     with torch.autocast("cpu", torch.bfloat16):
         distance = net(x, y)
     assert set(dtypes) == {torch.bfloat16} and distance.dtype == torch.float32
@@ -1473,10 +1474,6 @@ def test_tiktoken_encodings_that_cannot_be_loaded(monkeypatch):
     monkeypatch.setattr(tiktoken, "get_encoding", no_network)
     with pytest.raises(runtime.UserError, match="TIKTOKEN_CACHE_DIR"):
         tokenizer_module.Tokenizer.from_tiktoken("cl100k_base", 20)
-
-
-
-
 
 
 # ---- sources.py ----------------------------------------------------------------------------------
@@ -2585,6 +2582,21 @@ def test_more_processes_than_gpus(monkeypatch):
         runtime.choose_device("auto")
 
 
+def test_systems_without_some_features(monkeypatch):
+    monkeypatch.setattr(runtime.ctypes, "CDLL", lambda name: object())  # no mallopt: musl
+    assert runtime.init_distributed("cpu").device == CPU
+    monkeypatch.delattr(signal, "SIGCHLD")  # Windows
+    monkeypatch.setattr(runtime.multiprocessing, "active_children",
+                        lambda: [SimpleNamespace(kill=lambda: None)])
+    with runtime.cli_errors():
+        pass
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert runtime.choose_device("auto").type == "mps"
+    monkeypatch.setenv("WORLD_SIZE", "2")  # gloo has no collectives there
+    assert runtime.choose_device("auto") == CPU
+
+
 def test_unknown_flags_and_presets_fail(capsys):
     for argv in (["--stepz", "3"], ["--preset", "huge"], ["--step", "3"], ["--size", "XXL"]):
         with pytest.raises(SystemExit) as stop:
@@ -2611,6 +2623,9 @@ def test_damaged_checkpoints(monkeypatch, tmp_path):
     assert "last.pt" in error_message(monkeypatch, eval_probe, "--ckpt", tmp_path)
     assert "last.pt" in error_message(monkeypatch, train, "--resume", "--out", tmp_path)
     assert (tmp_path / "last.pt").read_bytes() == b"half a file"
+    torch.save({"config": {"vae": "tiny"}, "vae_sha256": vae.vae_sha256("tiny"), "step": 1},
+               tmp_path / "last.pt")  # of another program
+    assert "last.pt" in error_message(monkeypatch, eval_probe, "--ckpt", tmp_path)
     assert "train.py" in error_message(monkeypatch, eval_probe, "--ckpt", tmp_path / "nowhere")
 
 
@@ -2780,9 +2795,22 @@ def test_sigterm_to_the_group_saves_and_a_full_disk_harms_nothing(tmp_path):
 
 def test_minutes_end_a_run_with_a_checkpoint(tmp_path, monkeypatch, capsys):
     flags = (*TINY_RUN, "--steps", 50, "--save-every", 50, "--eval-every", 50, "--out", tmp_path)
+    kept = tmp_path / "checkpoint_0000007.pt"  # of --keep; without it nothing is linked or deleted
+    kept.touch()
+    monkeypatch.delattr(os, "link")  # some file systems have no hard links
     run_main(monkeypatch, train, *flags, "--minutes", 0)
+    assert kept.exists()
     assert "stopped at step 1; rerun with --resume" in capsys.readouterr().out
     assert openvision3.load_checkpoint(tmp_path)["step"] == 1
+
+
+def test_a_grid_that_cannot_be_written_is_named(tmp_path, monkeypatch):
+    def full_disk(self, path, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", full_disk)
+    message = error_message(monkeypatch, train, *TINY_RUN, "--out", tmp_path)
+    assert "recon_000000.png could not be written" in message
 
 
 def test_the_first_ctrl_c_stops_and_the_second_interrupts():
@@ -2838,8 +2866,6 @@ def test_captions_that_are_cut_are_counted_and_output_survives_any_encoding(
     )
     done = command("train.py", *flags, "--out", tmp_path / "two", PYTHONIOENCODING="cp1252")
     assert done.returncode == 0, done.stderr
-
-
 
 
 # ---- cost.py -------------------------------------------------------------------------------------
@@ -3752,8 +3778,6 @@ def test_compiled_training_has_one_graph_and_samples_eagerly(copied_run, monkeyp
         1,
     )
     assert len(graphs) == 1
-
-
 
 
 # --------------------------------------------------------------------------------------------------

@@ -281,7 +281,7 @@ def write_samples(run, step):
     captions = run.model.generate_captions(tokens, run.tokenizer)
     columns = list(zip(images, vae_recon, recon, strict=True))
     grid = image_grid(columns, captions, row_names=("input", "VAE recon", "recon"))
-    grid.save(run.out / f"recon_{step:06d}.png")
+    runtime.atomic_write(run.out / f"recon_{step:06d}.png", partial(grid.save, format="png"))
     return captions
 
 
