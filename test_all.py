@@ -75,7 +75,7 @@ import train
 import train_vae
 import vae
 
-MAX_LINES, MAX_NODES = 5530, 45600
+MAX_LINES, MAX_NODES = 5600, 46200
 HERE = Path(__file__).parent
 
 
