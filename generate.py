@@ -291,11 +291,12 @@ def train_classifier(images, labels, num_classes):
     classifier.to(labels.device)
     optimizer = torch.optim.AdamW(classifier.parameters(), lr=4e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, CLASSIFIER_STEPS)
+    known = (labels >= 0).nonzero()[:, 0].cpu()
     for _ in progress(range(CLASSIFIER_STEPS), desc="classifier", leave=False):
-        batch_idx = torch.randint(len(labels), (64,))
+        batch_idx = known[torch.randint(len(known), (64,))]
         logits = classifier(scale_images(images[batch_idx].to(labels.device)))
         optimizer.zero_grad()
-        F.cross_entropy(logits, labels[batch_idx], ignore_index=-1).backward()
+        F.cross_entropy(logits, labels[batch_idx]).backward()
         optimizer.step()
         schedule.step()
     return classifier.eval()
@@ -317,9 +318,8 @@ def coverage(points, manifold, k=3):
 
 def nearest_train_images(tokens, train):
     """For each image, given by its tokens [M,N,C], the training image with the nearest tokens."""
-    tokens, distances = tokens.flatten(1).float(), []                  # (M, N*C)
-    for chunk in train["tokens"].split(500):
-        distances.append(torch.cdist(tokens, chunk.flatten(1).float()))
+    tokens, chunks = tokens.flatten(1).float(), train["tokens"].flatten(1).split(500)  # (M, N*C)
+    distances = [torch.cdist(tokens, chunk.float()) for chunk in chunks]
     return train["image"][torch.cat(distances, dim=1).argmin(dim=1).cpu()]
 
 
@@ -330,7 +330,7 @@ def evaluate_samples(images, labels, train, test, num_classes, network):
     result = dict.fromkeys(("fd", "class_accuracy", "classifier_accuracy", "precision", "recall"))
     result["fd_features"] = "inception" if network else "classifier"
     apply = partial(apply_chunked, device=train["labels"].device)
-    if num_classes > 1:
+    if num_classes > 1 and (train["labels"] >= 0).any():
         classifier = train_classifier(train["image"], train["labels"], num_classes)
         result["class_accuracy"] = accuracy(apply(classifier, images), labels)
         if (test["labels"] >= 0).any():
