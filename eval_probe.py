@@ -450,7 +450,7 @@ def metrics_path(s, default_data):
     another data set or split, and for random weights."""
     folder = Path(s.ckpt) if Path(s.ckpt).is_dir() else Path("runs", Path(s.ckpt).stem)
     folder.mkdir(parents=True, exist_ok=True)
-    data_name = None if s.data == default_data else Path(s.data).name
+    data_name = None if s.data == default_data else Path(s.data).resolve().name
     parts = ["metrics", "random" if s.random_init else None, data_name, s.config, s.split]
     return folder / ("_".join(filter(None, parts)) + ".json")
 

@@ -443,8 +443,8 @@ def run(c):
     load_train, load_test = (partial(load, info["tokens"]) for info in infos)
     class_names = [name.replace("_", " ") for name in data.class_names or ()]
     if not align:
-        captions = enumerate(infos[0]["captions"])
-        align = [(i, "", texts[0]) for i, texts in captions if texts[0].strip()]
+        align = [(i, "", text) for i, texts in enumerate(infos[0]["captions"])
+                 for text in texts if text.strip()]
     if not instruct:  # no popular objects: trained on, they would teach "no" to all frequent ones
         asked = make_questions(infos[0], class_names, ("random", "adversarial"))
         for i, q in asked["choice"] + asked["pope"]:

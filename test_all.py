@@ -1851,7 +1851,7 @@ def test_the_cause_of_a_failure_is_named(tmp_path, monkeypatch):
     assert re.search("score: double.* column names don't match", load_error(tmp_path / "two"))
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "x.parquet").write_bytes(b"PAR1")
-    assert re.search("bad cannot be loaded: .*Parquet file size", load_error(tmp_path / "bad"))
+    assert re.search("x.parquet is no readable .*Parquet file size", load_error(tmp_path / "bad"))
 
     def full_disk(*args, **options):
         try:
