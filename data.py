@@ -119,7 +119,9 @@ class ImageTextDataset(Dataset):
         try:
             image = decode_image(row[self.image_col], min_side, self.white)
         except Exception as error:  # whatever a decoder raises means: no image
-            name = (row[self.image_col] or {}).get("path") or f"row {i}"
+            order = self.hf_dataset._indices  # the rows are shuffled; a stream's i is a digest
+            number = order.column(0)[i] if order and isinstance(i, int) else i
+            name = (row[self.image_col] or {}).get("path") or f"row {number}"
             if name not in self.corrupt:
                 say(f"skipped corrupt image {name} ({root_cause(error)})")
             self.corrupt.add(name)
@@ -136,14 +138,17 @@ class ImageTextDataset(Dataset):
                 "label": self.label(row), "scene": row["scene"] if self.is_synthetic else "",
                 "id": i, "epoch": epoch}
 
+    def rows(self, limit):
+        """The first rows without their images."""
+        columns = set(self.hf_dataset.column_names) - {self.image_col}
+        rows = self.hf_dataset.select_columns(list(columns)) if columns else []
+        return itertools.islice(rows, limit)
+
     def sample_captions(self, limit=20_000):
         """Captions to train a tokenizer on. No image is decoded; drawn scenes give 2,000."""
         if self.is_synthetic:
             return [shapes_example("train", i, 16)["text"] for i in range(2000)]
-        if not (self.text_col or self.label_col):
-            return [""]
-        rows = itertools.islice(self.hf_dataset.remove_columns(self.image_col), limit)
-        return [*itertools.chain.from_iterable(map(self.captions, rows))]
+        return [*itertools.chain.from_iterable(map(self.captions, self.rows(limit)))]
 
 
 # ---- From a name to both splits ------------------------------------------------------------------
@@ -209,6 +214,7 @@ def load_data(name, resolution, *, config=None, split=None, image_col=None, text
     parts = [sources.cast_images(rows, image_col, name) for rows in parts]
     stream = parts[0]
     if streaming:
+        parts[1:] = [rows.take(stream_test_images) for rows in parts[1:]]
         parts = [take_head(rows, STREAM_PEEK + stream_test_images, name) for rows in parts]
     # 2. Classes, and two splits
     class_names, index = sources.choose_classes(parts[0], columns, class_names, label_col)
@@ -227,7 +233,10 @@ def load_data(name, resolution, *, config=None, split=None, image_col=None, text
     verify_images((train, test), num_verify, name)
     if not test:
         raise UserError(f"{name}: none of its test images can be read")
-    if need_text and not any((train or test).sample_captions(1000)):
+    part = train or test
+    if text_col and not any(to_captions(get_field(row, text_col)) for row in part.rows(1000)):
+        raise UserError(f"{name}: --text-col {text_col} is empty")
+    if need_text and not any(part.sample_captions(1000)):
         raise UserError(f"{name} has neither captions nor labels: add metadata.jsonl or class "
                         "folders, or name a column: --text-col, --label-col")
     splits = Splits(train, test, class_names)

@@ -7,7 +7,8 @@ The names of files and folders decide what is what, by a few rules; a report say
     table (.csv, .tsv, .jsonl, .parquet) -> paths, captions, labels -> rows
 
 Splits: folders called train/training and test/testing or val/valid/validation/dev/eval/evaluation
-(any case; also train2017, test_images), where a training split and another are side by side.
+(any case; also train2017, test_images), where a training split and another, or splits alone, are
+side by side.
 Captions and labels: metadata.jsonl, .csv or .parquet in any folder (file_name, text, label; several
 rows are several captions); else NAME.txt beside NAME.png is the caption, and the first folder below
 the split the label, where there are two or more. Hidden, NAS and run folders are skipped.
@@ -46,6 +47,7 @@ HIDDEN = re.compile(
     r"|system volume information", re.IGNORECASE)
 HINTS = {".heic": " (pip install pillow-heif)", ".heif": " (pip install pillow-heif)",
          ".jxl": " (pip install pillow-jxl-plugin)", ".zip": " (unpack it)", ".gz": " (unpack it)",
+         ".tgz": " (unpack it)", ".arrow": " (give the folder of its state.json)",
          ".rar": " (unpack it)", ".7z": " (unpack it)", "no ending": " (add one, such as .jpg)"}
 
 
@@ -93,10 +95,13 @@ def get_field(row, name):
     first, _, rest = name.partition(".")
     value = row.get(first)
     if isinstance(value, (str, bytes)):
-        value = json.loads(value)
+        try:
+            value = json.loads(value)
+        except ValueError as error:
+            raise UserError(f"{name}: {first!r} is not JSON ({error}): {value[:40]!r}") from None
     if isinstance(value, list):
-        return [get_field(item, rest) for item in value]
-    return get_field(value, rest) if value else None
+        return [get_field(item, rest) for item in value if isinstance(item, dict)]
+    return get_field(value, rest) if isinstance(value, dict) else None
 
 
 def to_captions(value):
@@ -107,9 +112,11 @@ def to_captions(value):
 
 def root_cause(error):
     """What started a chain of exceptions, in one line; the last one is often general."""
-    before = error.__cause__ or error.__context__
+    before = error.__cause__ or (not error.__suppress_context__ and error.__context__)
     if before and not isinstance(error, UserError):
         return root_cause(before)
+    if "corresponds to no data" in str(error):  # of `datasets`
+        return "it has no images; if they have an unusual ending, give --image-col"
     kind = "" if isinstance(error, (UserError, OSError)) else f"{type(error).__name__}: "
     return kind + " ".join(str(error).split())[:500]
 
@@ -145,10 +152,10 @@ def read_rows(file):
 
 
 def refuse_url(path, column, data):
-    """A UserError where text in place of a path is a URL or an image in base64."""
-    if len(path) > 1000 or re.match(r"\w+://|data:", path):
-        raise UserError(f"{data}: the column {column!r} holds URLs or base64 text, not paths; save "
-                        "the images as files")
+    """A UserError where something else is in place of a path, as a URL or an image in base64."""
+    if not isinstance(path, str) or len(path) > 1000 or re.match(r"\w+://|data:", path):
+        raise UserError(f"{data}: the column {column!r} holds numbers, bytes, URLs or base64 text, "
+                        "not paths; save the images as files or give --image-col")
 
 
 def new_entry(image, text=None, label=None):
@@ -159,18 +166,21 @@ def new_entry(image, text=None, label=None):
 
 def read_tables(files, requested):
     """{absolute path: entry} of the images that tables list, with paths relative to the table."""
-    entries = {}
+    entries, num_empty = {}, 0
     for file in files:
         columns = None
         for row in read_rows(file):
             columns = columns or find_columns(list(row), requested, file)
             path, text, label = [get_field(row, columns[kind]) for kind in COLUMNS]
-            if path and isinstance(path, str):
+            num_empty += not path
+            if path:
                 refuse_url(path, columns["image"], file)
                 path = os.path.join(os.path.dirname(file), path.replace("\\", "/"))
                 entry = new_entry(os.path.normpath(path), text, label)
                 if entries.setdefault(entry["image"], entry) is not entry:  # one more caption
                     entries[entry["image"]]["text"] += entry["text"]
+    if num_empty:
+        say(f"{num_empty} rows without an image are left out")
     return entries
 
 
@@ -196,15 +206,18 @@ def find_files(root):
         for path, subfolders, names in os.walk(top, onerror=unreadable.append):
             folder, real = path[len(root):].lstrip("/"), os.path.realpath(path)
             place = (real, first_split(folder.split("/")))
-            is_above = os.path.realpath(root).startswith(os.path.join(real, ""))  # a loop
+            above = os.path.realpath(os.path.dirname(path))  # of a link: where it is
+            is_loop = path != root and os.path.join(above, "").startswith(os.path.join(real, ""))
             is_run = {"config.json", "log.jsonl"}.issubset(names)
             skipped["run folders"] += is_run
-            if is_run or is_above or place in seen:
+            if is_run or is_loop or place in seen:
                 subfolders.clear()
                 continue
             seen.add(place)
-            hidden = set(filter(HIDDEN.fullmatch, subfolders + names))
-            skipped["hidden files and folders"] += len(hidden)
+            odd = set(filter(re.compile(".*[\udc80-\udcff]").match, subfolders + names))
+            hidden = set(filter(HIDDEN.fullmatch, subfolders + names)) | odd
+            skipped["hidden files and folders"] += len(hidden - odd)
+            skipped["names that are not UTF-8 (rename them)"] += len(odd)
             files += [os.path.join(folder, name) for name in names if name not in hidden]
             subfolders[:] = sorted(set(subfolders) - hidden)
             pending += filter(os.path.islink, [os.path.join(path, name) for name in subfolders])
@@ -214,17 +227,20 @@ def find_files(root):
 
 def find_splits(images):
     """Triples (image, split or None, class folder or None); a lone folder is no class."""
-    shared = Path(os.path.commonpath([os.path.dirname(file) for file in images])).parts
-    depth = len(shared)
-    tops = [file.split("/")[depth] for file in images]
+    folders = [file.split("/")[:-1] for file in images]
+    depth = 0  # of the first level with several folders; some images may be above it
+    while len({tuple(path[:depth + 1]) for path in folders if len(path) > depth}) == 1:
+        depth += 1
+    tops = ["/".join(path[depth:depth + 1]) for path in folders]
     splits = [split_name(top) for top in tops]
-    if {"train"} < set(splits) - {None}:
+    kinds = set(splits) - {None}
+    if {"train"} < kinds or (len(kinds) > 1 and None not in splits):
         found = {top: split for top, split in zip(tops, splits, strict=True) if split}
         say(f"splits of the folders: {found}")
         depth += 1
     else:
-        splits = [first_split(shared)] * len(images)
-    classes = [next(iter(file.split("/")[depth:-1]), None) for file in images]
+        splits = [first_split(os.path.commonpath(images).split("/")[:depth])] * len(images)
+    classes = [next(iter(path[depth:]), None) for path in folders]
     if len(set(classes) - {None}) == 1:
         classes = [None] * len(images)
     return zip(images, splits, classes, strict=True)
@@ -255,18 +271,20 @@ def load_image_folder(root, files, skipped, requested):
     """{split: Dataset} by the rules at the top of this file; prints what was found."""
     images = [file for file in files if ending(file) in ENDINGS]
     tables = [file for file in files if os.path.basename(file).lower() in METADATA]
-    texts = {file: os.path.splitext(file)[0] + ".txt" for file in images}
     others = set(files).difference(images, tables)
+    by_base = {os.path.splitext(file)[0]: file for file in others if ending(file) == ".txt"}
+    texts = {file: by_base.get(os.path.splitext(file)[0]) for file in images}
     skipped.update(map(ending, others.difference(texts.values())))
     if not images:
         raise UserError(f"{root}: no images that can be read here; it has {list_counts(skipped)}")
     listed = read_tables([f"{root}/{file}" for file in tables], requested)
-    splits = defaultdict(list)
+    splits, in_tables = defaultdict(list), any(entry["label"] for entry in listed.values())
     for file, split, class_folder in find_splits(images):
         entry = listed.pop(f"{root}/{file}", None) or new_entry(f"{root}/{file}")
         if texts[file] in others and not entry["text"]:
             entry["text"] = to_captions(read_text(f"{root}/{texts[file]}"))
-        entry["label"] = entry["label"] or class_folder
+        if not in_tables:
+            entry["label"] = class_folder
         splits[split].append(entry)
     skipped["images outside of the split folders"] = len(splits.pop(None, []))
     skipped[f"metadata rows whose image is not here ({min(listed, default='')})"] = len(listed)

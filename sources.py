@@ -75,9 +75,12 @@ def read_tar(path):
 def tar_rows(tars, requested):
     """One row per sample with an image. `tars`: (path, time of change), for `datasets`' cache."""
     for path, _ in tars:
-        key = "its start"
+        key, seen = "its start", set()
         try:
             for key, sample in read_tar(path):
+                if key in seen:
+                    raise ValueError("its files are not together: tar --sort=name sorts them")
+                seen.add(key)
                 images = [kind for kind in sample if f".{kind}" in folders.ENDINGS]
                 kind = requested["image"] or next(iter(images), None)
                 if kind in sample:
@@ -85,7 +88,7 @@ def tar_rows(tars, requested):
                     entry = folders.new_entry(image, tar_field(sample, "text", requested),
                                               tar_field(sample, "label", requested))
                     yield {requested[kind] or kind: value for kind, value in entry.items()}
-        except (ValueError, tarfile.TarError) as error:
+        except (ValueError, UserError, tarfile.TarError) as error:
             raise UserError(f"{path} cannot be read from {key} on: {error}") from None
 
 
@@ -114,16 +117,22 @@ def has_images(path, requested):
 
 
 def load_parquet(paths, requested, streaming):
+    full = []
     for path in paths:
         try:
-            pq.read_schema(path)
+            num_rows = pq.read_metadata(path).num_rows
         except (ValueError, OSError) as error:
             raise UserError(f"{path} is no readable parquet file: {error}") from None
-    rows = datasets.load_dataset("parquet", data_files=[glob.escape(path) for path in paths],
+        if num_rows:
+            full.append(path)
+    if not full:
+        raise UserError(f"{', '.join(paths[:5])}: no rows")
+    rows = datasets.load_dataset("parquet", data_files=[glob.escape(path) for path in full],
                                  split="train", streaming=streaming)
     image_col = find_columns(rows.column_names, requested, paths[0])["image"]
-    if "string" in getattr(rows.features[image_col], "dtype", ""):  # it holds paths
-        return load_tables(paths, requested, streaming)
+    feature = (rows.features or {}).get(image_col)  # None for a dotted name
+    if feature is None or "string" in getattr(feature, "dtype", ""):  # it holds paths
+        return load_tables(full, requested, streaming)
     return rows
 
 
@@ -209,8 +218,8 @@ def choose_splits(source, split, evaluate, data):
         if split_name(split) not in by_kind.keys() - {None}:
             raise UserError(f"--split {split}: {data} has the splits {', '.join(source)}")
         split = by_kind[split_name(split)]
-    train = by_kind.get("train", next(iter(source)))
     test = by_kind.get("test", by_kind.get("validation"))
+    train = by_kind.get("train", next((name for name in source if name != test), test))
     if evaluate:
         test = split or test
     else:
@@ -285,6 +294,8 @@ def find_labels(rows, column):
         values = [get_field(row, column) for row in part]
     elif re.search("string|int", getattr(feature, "dtype", "")):  # lists and structs have none
         values = rows.unique(column)
+    else:
+        say(f"the label column {column!r} has no names or whole numbers and is left out")
     values = set(values) - {None}
     all_numbers = all(str(value).isdecimal() for value in values)
     return {value: str(value) for value in sorted(values, key=int if all_numbers else str)}

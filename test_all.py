@@ -75,7 +75,7 @@ import train
 import train_vae
 import vae
 
-MAX_LINES, MAX_NODES = 5600, 46200
+MAX_LINES, MAX_NODES = 5620, 46600
 HERE = Path(__file__).parent
 
 
@@ -1764,7 +1764,7 @@ def test_tables_of_paths(tmp_path, monkeypatch):
     for value in ("https://example.com/1.jpg", "x" * 2000):
         table = datasets.Dataset.from_dict({"image": [value], "text": ["a"]})
         table.to_parquet(tmp_path / "u.parquet")
-        with pytest.raises(runtime.UserError, match="holds URLs or base64") as error:
+        with pytest.raises(runtime.UserError, match="URLs or base64") as error:
             load_here(tmp_path / "u.parquet")
         assert len(str(error.value)) < 300
     put_metadata(tmp_path / "bad.jsonl", [{"file_name": "images/1.jpg"}, 7])
@@ -1813,6 +1813,27 @@ def test_tars_of_any_endings(tmp_path):
         assert all_captions_of(splits) == {f"thing {i}" for i in range(20)}
         assert splits.class_names == [str(i) for i in range(11)]  # by number, not by letter
     assert load_here(tmp_path / "json", text_col="json.a.b").train[0]["caption"] == "x"
+
+
+def test_folders_that_are_not_tidy(tmp_path):
+    put_classes(tmp_path / "set" / "train", ("red", "blue"), 4)
+    put_classes(tmp_path / "set" / "test", ("red", "blue"), 2)
+    put_image(tmp_path / "set" / "cover.jpg", 0)  # an image above the splits
+    splits = load_here(tmp_path / "set")
+    assert (len(splits.train), len(splits.test)) == (8, 4)
+    assert splits.class_names == ["blue", "red"]
+    for i in range(4):
+        put_image(tmp_path / "text" / f"{i}.jpg", i)
+        (tmp_path / "text" / f"{i}.TXT").write_text(f"caption {i}")
+    assert all_captions_of(load_here(tmp_path / "text")) == {f"caption {i}" for i in range(4)}
+    apart = [(f"{i}.jpg", image_bytes(i)) for i in range(3)] + [("0.txt", b"a"), ("1.txt", b"b")]
+    assert "not together" in load_error(put_tar(tmp_path / "tar" / "0.tar", apart).parent)
+    rows = [{"image": {"bytes": image_bytes(i), "path": None}, "text": "a"} for i in range(4)]
+    table = datasets.Dataset.from_list(rows)
+    table.to_parquet(tmp_path / "pq" / "0.parquet")
+    table.select([]).to_parquet(tmp_path / "pq" / "1.parquet")  # an empty shard
+    splits = load_here(tmp_path / "pq")
+    assert len(splits.train) + len(splits.test) == 4
 
 
 def test_small_and_damaged_sets(tmp_path):
