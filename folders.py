@@ -206,8 +206,7 @@ def find_files(root):
         for path, subfolders, names in os.walk(top, onerror=unreadable.append):
             folder, real = path[len(root):].lstrip("/"), os.path.realpath(path)
             place = (real, first_split(folder.split("/")))
-            above = os.path.realpath(os.path.dirname(path))  # of a link: where it is
-            is_loop = path != root and os.path.join(above, "").startswith(os.path.join(real, ""))
+            is_loop = path != root and Path(path).parent.resolve().is_relative_to(real)
             is_run = {"config.json", "log.jsonl"}.issubset(names)
             skipped["run folders"] += is_run
             if is_run or is_loop or place in seen:

@@ -126,7 +126,7 @@ def load_parquet(paths, requested, streaming):
         if num_rows:
             full.append(path)
     if not full:
-        raise UserError(f"{', '.join(paths[:5])}: no rows")
+        raise UserError(f"{paths[0]} has no rows")
     rows = datasets.load_dataset("parquet", data_files=[glob.escape(path) for path in full],
                                  split="train", streaming=streaming)
     image_col = find_columns(rows.column_names, requested, paths[0])["image"]

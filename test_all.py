@@ -1815,6 +1815,66 @@ def test_tars_of_any_endings(tmp_path):
     assert load_here(tmp_path / "json", text_col="json.a.b").train[0]["caption"] == "x"
 
 
+def test_unusual_folders(tmp_path, capsys):
+    for split in ("train", "test"):  # an image above the splits; a link back; upper-case texts
+        for i in range(6):
+            put_image(tmp_path / "a" / "data" / split / "cat" / f"{i}.JPG", i)
+            (tmp_path / "a" / "data" / split / "cat" / f"{i}.TXT").write_text(f"{split} {i}")
+    put_image(tmp_path / "a" / "logo.png")
+    (tmp_path / "a" / "data" / "test" / "loop").symlink_to(tmp_path / "a")
+    splits = load_here(tmp_path / "a")
+    assert len(splits.train) == len(splits.test) == 6
+    assert all("/data/train/" in path for path in paths_of(splits.train))
+    assert splits.test[0]["caption"].startswith("test ")
+    put_classes(tmp_path / "b" / "val", count=4)
+    put_classes(tmp_path / "b" / "test", count=3)
+    splits = load_here(tmp_path / "b")
+    assert splits.class_names == ["cat", "dog"] and (len(splits.train), len(splits.test)) == (8, 6)
+    put_classes(tmp_path / "c" / "train")  # images to test on without labels
+    put_image(tmp_path / "c" / "test" / "1.jpg")
+    assert load_here(tmp_path / "c").test[0]["label"] == -1
+    put_classes(tmp_path / "d")  # labels of a table are not mixed with folders
+    rows = [{"file_name": f"cat/cat{i}.jpg", "label": f"kind {i % 2}"} for i in range(10)]
+    put_metadata(tmp_path / "d" / "metadata.jsonl", rows)
+    assert load_here(tmp_path / "d").class_names == ["kind 0", "kind 1"]
+    put_classes(tmp_path / "e")
+    (tmp_path / "e" / os.fsdecode(b"\xff.jpg")).write_bytes(image_bytes())
+    assert len(load_here(tmp_path / "e").train) == 18
+    assert "1 names that are not UTF-8" in capsys.readouterr().out
+    put_image(tmp_path / "f" / "cat" / "1.jpg")
+    assert "1 image; training and testing need" in load_error(tmp_path / "f")
+    put_metadata(tmp_path / "f" / "metadata.jsonl", [{"file_name": 7, "text": "a"}])
+    assert "'file_name' holds" in load_error(tmp_path / "f")
+
+
+def test_few_captions_are_captions(tmp_path):
+    for i in range(20):
+        put_image(tmp_path / f"{i}.jpg", i)
+    put_metadata(tmp_path / "metadata.jsonl", [{"file_name": "0.jpg", "text": "a thing"}])
+    splits = load_here(tmp_path)
+    assert "a thing" in all_captions_of(splits)
+
+
+def test_unusual_parquet_files_and_tars(tmp_path, capsys):
+    cut = image_bytes()[:60]
+    table = {"image": [image_bytes(i) for i in range(6)] + [cut] + [image_bytes()] * 193,
+             "meta": ["no json"] * 200, "deep": [{"image": b"x"}] * 200}
+    datasets.Dataset.from_dict(table).to_parquet(tmp_path / "a" / "a.parquet")
+    datasets.Dataset.from_dict({"image": []}).to_parquet(tmp_path / "empty.parquet")
+    load_here(tmp_path / "a", need_text=False)
+    assert "skipped corrupt image row 6 " in capsys.readouterr().out
+    assert "'meta' is not JSON" in load_error(tmp_path / "a", text_col="meta.caption")
+    assert "'deep.image' holds" in load_error(tmp_path / "a", image_col="deep.image")
+    assert "--text-col deep.x is empty" in load_error(tmp_path / "a", text_col="deep.x")
+    assert "empty.parquet has no rows" in load_error(tmp_path / "empty.parquet")
+    put_tar(tmp_path / "b" / "0.tar", [("1.txt", b"a")])
+    assert "no sample has an image" in load_error(tmp_path / "b")
+    entries = [(f"{i}.{kind}", image_bytes(i) if kind == "jpg" else b"a")
+               for kind in ("jpg", "txt") for i in range(4)]
+    put_tar(tmp_path / "c" / "0.tar", entries)
+    assert "0.tar cannot be read from 0 on: its files are not" in load_error(tmp_path / "c")
+
+
 def test_folders_that_are_not_tidy(tmp_path):
     put_classes(tmp_path / "set" / "train", ("red", "blue"), 4)
     put_classes(tmp_path / "set" / "test", ("red", "blue"), 2)

@@ -184,7 +184,7 @@ def make_optimizers(model, c):
     return optimizers
 
 
-def load_resume_state(c, env):
+def load_resume_state(c):
     """The checkpoint to resume from, or None for a run from step 0."""
     out = Path(c.out)
     has_checkpoint = (out / "last.pt").exists()
@@ -402,7 +402,7 @@ def train(c, stop):
     """A run from its flags to its last step; `stop` ends it early, with a checkpoint."""
     # 1. Data, model, optimizers: new, resumed, or with the weights of another run
     env, out = runtime.init_distributed(c.device, c.dtype), Path(c.out)
-    state = load_resume_state(c, env)
+    state = load_resume_state(c)
     start = state["step"] if state else 0
     if start >= c.steps:
         print(f"{out} is finished: {start} steps")
