@@ -1,10 +1,11 @@
 """
-train_vae.py: how assets/tiny_vae.safetensors was made, FLUX's architecture on drawn images.
+train_vae.py: trains a tiny VAE of FLUX's architecture on drawn images.
 
 A codec for photographs needs the statistics of photographs, not photographs. Some drawn images
 imitate them (dead leaves, 1/f noise, gradients), others hold strokes, lines and text, and a third
-are scenes of the default data set. The paper takes FLUX's trained VAE instead (sec 3.2); this file
-is beside the pipeline and can be skipped.
+are scenes of the default data set. assets/tiny_vae.safetensors comes from a longer form of this
+recipe (RESULTS.md). The paper takes FLUX's trained VAE instead (sec 3.2); this file is beside the
+pipeline and can be skipped.
 
     drawn image [B,3,128,128] -> VAE encoder -> posterior sample -> VAE decoder -> image^
     L1 + 5 * squared error + 0.5 * L1 of gradients + 3e-5 * KL to N(0, 1)
