@@ -412,7 +412,8 @@ def show_image(model, tokenizer, s, class_names):
         print("nearest labels:", ", ".join(class_names[i] for i in order[:5]))
     columns = [[x] for x in torch.cat([images, vae_recon, recon])]
     out = Path(s.ckpt, Path(s.image).stem + "_recon.png")
-    image_grid(columns, ["input", "VAE recon", caption], cell_size=256).save(out)
+    grid = image_grid(columns, ["input", "VAE recon", caption], cell_size=256)
+    runtime.atomic_write(out, partial(grid.save, format="png"))
     print("wrote", out)
 
 
@@ -442,10 +443,10 @@ def load_model(s, device):
     is_run = (Path(s.ckpt) / "last.pt").is_file()
     if is_run and not s.vae:
         return load_run(s.ckpt, device, s.random_init)
-    if is_run or not s.vae or s.image or s.random_init:
+    if is_run or not s.vae or s.image or s.random_init or s.lpips or s.fid:
         raise UserError(f"--ckpt {s.ckpt}: a run of train.py has a last.pt, and its own VAE (leave "
                         "out --vae); any other encoder needs --vae, a published one --vae flux, "
-                        "and cannot be used with --image or --random-init")
+                        "and has no --image, --random-init, --lpips and --fid")
     encoder, vae = load_encoder(s.ckpt), load_vae(s.vae)
     if encoder.conv1.in_channels != vae.config["z_channels"]:
         raise UserError(f"--vae {s.vae} has other channels than {s.ckpt} reads; take --vae flux")

@@ -11,7 +11,7 @@ language model is a small CaptionDecoder trained from scratch, or a causal one o
         -> cross entropy on the answer and eos
 
 Shapes: B sequences, N image tokens, C token width, W language model width, T text length, V vocab
-        size, K options, M images of a data set, R resolution.
+        size, K options, M images of a data set.
 Run:    python eval_vlm.py --ckpt runs/laptop          # after train.py; writes vlm.json, vlm.png
         python eval_vlm.py --ckpt runs/laptop --chat photo.png "What color is the circle?"
 Source: paper sec 4.4; LLaVA-1.5 (arXiv 2310.03744); POPE (arXiv 2305.10355); as in SEED-Bench
@@ -167,17 +167,17 @@ def build_vlm(lm, tokenizer, N, C):
 
         model = transformers.AutoModelForCausalLM.from_pretrained(
             lm, trust_remote_code=False, use_safetensors=True, dtype=torch.float32)
-        theirs = transformers.AutoTokenizer.from_pretrained(lm)
+        hf_tokenizer = transformers.AutoTokenizer.from_pretrained(lm)
     except Exception as error:  # dozens of types for a missing or unsupported model
         raise UserError(f"--lm {lm} could not be loaded ({type(error).__name__}: {error}); pip "
                         "install transformers, and offline give a folder") from None
-    eos, bos = theirs.eos_token_id, theirs.bos_token_id
+    eos, bos = hf_tokenizer.eos_token_id, hf_tokenizer.bos_token_id
     if eos is None or getattr(model.config, "max_position_embeddings", 1e9) < N + 2 * MAX_TOKENS:
         raise UserError(f"--lm {lm}: choose one with an end-of-text token and a context length of "
                         f"{N + 2 * MAX_TOKENS} or more")
     tokenizer = SimpleNamespace(  # what is used of tokenizer.Tokenizer
-        bos=eos if bos is None else bos, eos=eos, decode=theirs.decode,
-        encode_ordinary=partial(theirs.encode, add_special_tokens=False))
+        bos=eos if bos is None else bos, eos=eos, decode=hf_tokenizer.decode,
+        encode_ordinary=partial(hf_tokenizer.encode, add_special_tokens=False))
     width = model.get_input_embeddings().embedding_dim
     return VisionLanguageModel(HuggingFaceLM(model), tokenizer, N, C, width)
 
@@ -278,6 +278,19 @@ def read_file(parse, file, folder):
     return rows
 
 
+def read_files(c):
+    """What the flags --align, --instruct, --pope and --seed-bench name: two lists of turns, and
+    {name: questions} to evaluate on."""
+    align = [(image, "", text) for image, _, text in read_file(parse_llava, c.align, c.images)]
+    instruct = read_file(parse_llava, c.instruct, c.images)
+    files = {f"file_{Path(file).stem}": read_file(parse_pope, file, c.images) for file in c.pope}
+    if len(files) < len(c.pope):
+        raise UserError("--pope: give each file a name of its own")
+    if c.seed_bench:
+        files["file_seed_bench"] = read_file(parse_seed_bench, c.seed_bench, c.images)
+    return align, instruct, files
+
+
 # ---- Evaluation ----------------------------------------------------------------------------------
 
 EVAL_BATCH = 64  # questions
@@ -293,13 +306,13 @@ def evaluate(vlm, load, questions, blind):
         if blind:
             tokens = vlm.stats.denormalize(torch.randn_like(tokens))
         for q, scores, is_greedy in zip(batch, *vlm.score(tokens, batch), strict=True):
-            said = q.options[scores.argmax()]
-            values["accuracy"].append(said == q.answer)
-            values[q.kind].append(said == q.answer)
+            predicted = q.options[scores.argmax()]
+            values["accuracy"].append(predicted == q.answer)
+            values[q.kind].append(predicted == q.answer)
             values["exact_match"].append(is_greedy[q.options.index(q.answer)].item())
             if "yes" in q.options:
-                values["yes_rate"].append(said == "yes")
-                values["true_yes"].append(said == q.answer == "yes")
+                values["yes_rate"].append(predicted == "yes")
+                values["true_yes"].append(predicted == q.answer == "yes")
     metrics = {name: fmean(row) for name, row in values.items()}
     if "yes_rate" in metrics:
         is_yes = fmean(q.answer == "yes" for _, q in questions)
@@ -325,24 +338,15 @@ PROMPT_LOSS_WEIGHT = 0.5
 LOG_EVERY = 50  # steps
 
 
-def make_optimizers(vlm):
-    """AdamW without weight decay, as LLaVA-1.5. DIFFERS: Muon for the matrices of the projector and
-    of a CaptionDecoder, which learn in half as many steps."""
-    matrices, others = [], []
-    for name, p in vlm.named_parameters():
-        is_matrix = name.startswith(("projector", "lm.transformer")) and p.ndim == 2
-        (matrices if is_matrix else others).append(p)
-    return [torch.optim.AdamW(others, weight_decay=0.0), runtime.Muon(matrices, lr=0.0)]
-
-
 def train(vlm, load, turns, stage, steps, lr, c, autocast):
     """Trains what requires a gradient on turns; the loss is on answers. 3 % linear warmup, cosine.
 
-    DIFFERS: a language model from scratch also learns the prompts, at PROMPT_LOSS_WEIGHT. It names
-    the objects of the question before it compares them; without it the sides of objects were
-    guessed (0.33 of four choices after 1,000 steps, with it 0.77). And a tenth of the images are
-    noise, so that a blind model is not out of distribution."""
-    optimizers, losses = make_optimizers(vlm), []
+    DIFFERS: LLaVA-1.5's AdamW, but Muon for the matrices of the projector and of a CaptionDecoder,
+    which learn in half as many steps. A language model from scratch also learns the prompts, at
+    PROMPT_LOSS_WEIGHT: it finds the objects of a question before it compares them (RESULTS.md). And
+    a tenth of the images are noise, so that a blind model is not out of distribution."""
+    optimizers, losses = runtime.muon_and_adamw(
+        vlm, use_muon=lambda name: name.startswith(("projector", "lm.transformer"))), []
     rng, warmup = random.Random(f"{c.seed} {stage}"), math.ceil(0.03 * steps)
     for step in progress(range(1, steps + 1), desc=stage):
         images, prompts, answers = zip(*rng.choices(turns, k=c.batch_size), strict=True)
@@ -427,11 +431,7 @@ def run(c):
         return
 
     # 2. Images, captions and questions
-    align = [(image, "", text) for image, _, text in read_file(parse_llava, c.align, c.images)]
-    instruct = read_file(parse_llava, c.instruct, c.images)
-    files = {f"file_{Path(file).stem}": read_file(parse_pope, file, c.images) for file in c.pope}
-    if c.seed_bench:
-        files["file_seed_bench"] = read_file(parse_seed_bench, c.seed_bench, c.images)
+    align, instruct, files = read_files(c)
     data = load_run_data(model.config, c.data, need_text=False)
     if not len(data.train):
         raise UserError(f"--data {c.data} has no training images: add a training split")
@@ -475,6 +475,8 @@ def run(c):
     metrics = dict.fromkeys(("choice_accuracy", "choice_blind", "pope_accuracy", "pope_f1",
                              "pope_yes_rate", "pope_blind_f1", "exact_match"))
     questions = make_questions(infos[1], class_names, NEGATIVES)
+    if not questions["choice"]:
+        print("choice_* and pope_* are null: no scenes, nor labels of two classes, to ask about")
     for name, asked in (questions | files).items():
         for prefix in (name, f"{name}_blind"):
             found = evaluate(vlm, load_test, asked, blind=prefix != name)

@@ -213,10 +213,10 @@ def find_files(root):
                 subfolders.clear()
                 continue
             seen.add(place)
-            odd = set(filter(re.compile(".*[\udc80-\udcff]").match, subfolders + names))
-            hidden = set(filter(HIDDEN.fullmatch, subfolders + names)) | odd
-            skipped["hidden files and folders"] += len(hidden - odd)
-            skipped["names that are not UTF-8 (rename them)"] += len(odd)
+            not_utf8 = {name for name in subfolders + names if re.search("[\udc80-\udcff]", name)}
+            hidden = set(filter(HIDDEN.fullmatch, subfolders + names)) | not_utf8
+            skipped["hidden files and folders"] += len(hidden - not_utf8)
+            skipped["names that are not UTF-8 (rename them)"] += len(not_utf8)
             files += [os.path.join(folder, name) for name in names if name not in hidden]
             subfolders[:] = sorted(set(subfolders) - hidden)
             pending += filter(os.path.islink, [os.path.join(path, name) for name in subfolders])
@@ -230,15 +230,15 @@ def find_splits(images):
     depth = 0  # of the first level with several folders; some images may be above it
     while len({tuple(path[:depth + 1]) for path in folders if len(path) > depth}) == 1:
         depth += 1
-    tops = ["/".join(path[depth:depth + 1]) for path in folders]
-    splits = [split_name(top) for top in tops]
-    kinds = set(splits) - {None}
-    if {"train"} < kinds or (len(kinds) > 1 and None not in splits):
-        found = {top: split for top, split in zip(tops, splits, strict=True) if split}
-        say(f"splits of the folders: {found}")
-        depth += 1
-    else:
-        splits = [first_split(os.path.commonpath(images).split("/")[:depth])] * len(images)
+    splits = [first_split(os.path.commonpath(images).split("/")[:depth])] * len(images)
+    for level in (depth, depth + 1):  # splits are above the classes, or in each class
+        found = [split_name("/".join(path[level : level + 1])) for path in folders]
+        kinds = set(found) - {None}
+        if {"train"} < kinds or (len(kinds) > 1 and None not in found):
+            pairs = zip(folders, found, strict=True)
+            say(f"splits of the folders: { {path[level]: kind for path, kind in pairs if kind} }")
+            splits, folders = found, [path[:level] + path[level + 1 :] for path in folders]
+            break
     classes = [next(iter(path[depth:]), None) for path in folders]
     if len(set(classes) - {None}) == 1:
         classes = [None] * len(images)

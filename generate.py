@@ -276,6 +276,15 @@ def save_image_grid(path, rows, captions, row_names=()):
     atomic_write(path, partial(grid.save, format="png"))
 
 
+def save_samples(path, *arrays):
+    """images [M,R,R,3] and labels [M] in ADM's layout."""
+    def write(tmp_path):
+        with open(tmp_path, "wb") as file:
+            np.savez_compressed(file, *arrays)
+
+    atomic_write(path, write)
+
+
 # ---- Evaluation: a classifier trained on real images, and metrics in its features ----------------
 
 
@@ -375,25 +384,17 @@ def learning_rate(step, s):
     return s.lr * min(1, 50 * (step + 1) / s.steps, 1.9 - 1.8 * step / s.steps)
 
 
-def make_optimizers(model, s):
-    """RAE's AdamW. DIFFERS: for the laptop size Muon trains the matrices of the blocks."""
-    matrices, others = [], []
-    for name, p in model.named_parameters():
-        in_block = s.size == "laptop" and (".attn." in name or ".mlp." in name)
-        (matrices if in_block and p.ndim == 2 else others).append(p)
-    optimizers = [torch.optim.AdamW(others, betas=(0.9, 0.95), weight_decay=0.0, fused=True)]
-    if matrices:
-        optimizers.append(runtime.Muon(matrices, lr=s.lr))
-    return optimizers
-
-
 def train_generator(s, env, model, shape, train):
     """Flow matching on the encoded images `train`, from the checkpoint where there is one. Returns
     the averaged model, or None where a signal stopped it, with a checkpoint."""
     start, losses, path = 0, [], s.path("generator.pt")
     ema_model = copy.deepcopy(model).eval()
     params, ema_params = list(model.parameters()), list(ema_model.parameters())
-    optimizers = make_optimizers(model, s)
+    # RAE's AdamW. DIFFERS: for the laptop size Muon trains the matrices of the blocks
+    parts_for_muon = (".attn.", ".mlp.") if s.size == "laptop" else ()
+    optimizers = runtime.muon_and_adamw(
+        model, lambda name: any(part in name for part in parts_for_muon), betas=(0.9, 0.95),
+        fused=True)
     parts = {"model": model, "ema_model": ema_model}
     parts.update((f"optimizer_{i}", optimizer) for i, optimizer in enumerate(optimizers))
     if path.exists():
@@ -505,7 +506,7 @@ def generate(s):
     save_image_grid(s.path("samples.png"), [shown], captions)
     rows = [shown, nearest_train_images(encode(shown), train)]
     save_image_grid(s.path("nearest_train.png"), rows, captions, ("sample", "nearest"))
-    np.savez_compressed(s.path("samples.npz"), images.permute(0, 2, 3, 1), labels)  # ADM's layout
+    save_samples(s.path("samples.npz"), images.permute(0, 2, 3, 1), labels)
 
     # 4. Evaluate
     test = encode_dataset(lambda images: {"image": images}, data.test, tokenizer,

@@ -188,8 +188,8 @@ def choose_dtype(name, device):
 
 
 def memory_format(device):
-    """channels_last makes convolutions up to twice as fast on CPU and GPU. Not on mps, where its
-    backward pass is wrong or fails (pytorch issue 142344)."""
+    """channels_last makes convolutions up to twice as fast on a CPU. Not on mps, where its backward
+    pass is wrong or fails (pytorch issue 142344)."""
     return torch.contiguous_format if device.type == "mps" else torch.channels_last
 
 
@@ -219,7 +219,7 @@ class DistEnv(NamedTuple):
 
 def init_distributed(device="auto", dtype="auto", one_process=False):
     """Reads torchrun's variables and joins the process group; without torchrun there is one
-    process. float32 matrix products on a GPU use TF32: 10 bits of mantissa, much faster."""
+    process. float32 matrix products on a GPU use TF32, with 10 bits of mantissa."""
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if one_process and world_size > 1:
         raise UserError("this program is one process: start it with python, not torchrun")
@@ -409,3 +409,15 @@ class Muon(torch.optim.Optimizer):
                 p.mul_(1 - group["lr"] * group["weight_decay"])
                 step_size = 0.2 * group["lr"] * max(update.shape) ** 0.5  # about AdamW's step
                 p.sub_(step_size * update.reshape(p.shape))
+
+
+def muon_and_adamw(model, use_muon, **options):
+    """Optimizers without weight decay: Muon for the matrices and convolutions whose name
+    `use_muon` accepts, AdamW (with the options) for the other parameters."""
+    matrices, others = [], []
+    for name, p in model.named_parameters():
+        (matrices if p.ndim > 1 and use_muon(name) else others).append(p)
+    optimizers = [torch.optim.AdamW(others, weight_decay=0.0, **options)]
+    if matrices:
+        optimizers.append(Muon(matrices, lr=0.0))
+    return optimizers

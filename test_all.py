@@ -75,7 +75,7 @@ import train
 import train_vae
 import vae
 
-MAX_LINES, MAX_NODES = 5620, 46600
+MAX_LINES, MAX_NODES = 5630, 46620
 HERE = Path(__file__).parent
 
 
@@ -1845,6 +1845,16 @@ def test_unusual_folders(tmp_path, capsys):
     assert "1 image; training and testing need" in load_error(tmp_path / "f")
     put_metadata(tmp_path / "f" / "metadata.jsonl", [{"file_name": 7, "text": "a"}])
     assert "'file_name' holds" in load_error(tmp_path / "f")
+
+
+def test_splits_within_classes(tmp_path):
+    for label in ("cat", "dog"):
+        for split, count in (("train", 4), ("test", 2)):
+            for i in range(count):
+                put_image(tmp_path / label / split / f"{i}.jpg", i)
+    splits = load_here(tmp_path)
+    assert (len(splits.train), len(splits.test)) == (8, 4)
+    assert splits.class_names == ["cat", "dog"]
 
 
 def test_few_captions_are_captions(tmp_path):

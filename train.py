@@ -389,13 +389,12 @@ def train_loop(run, stop):
             save_checkpoint(out, model, run.optimizers, step, run.extra_state)
             if c.keep:
                 keep_checkpoint(out, step, c.keep)
-        if should_stop and not is_last:
-            tqdm.write(f"stopped at step {step}; rerun with --resume to continue")
-            return
+        if should_stop:
+            break
     bar.close()
+    done = f"done: {out}; next: python eval_probe.py --ckpt {out}"
     if env.is_main:
-        print(f"done: {out}/encoder.safetensors, recon_*.png, curves.png; next: python "
-              f"eval_probe.py --ckpt {out}")
+        print(done if is_last else f"stopped at step {step}; rerun with --resume to continue")
 
 
 def train(c, stop):

@@ -34,7 +34,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import runtime
 from data import load_data, to_tensor
-from runtime import Muon, UserError, arg
+from runtime import UserError, arg
 from shapes import shapes_example
 from vae import TINY, AutoencoderKL, load_vae, psnr, scale_images
 
@@ -221,9 +221,7 @@ def train(c, stop):
     torch.manual_seed(c.seed)
     vae = load_vae(c.init_from) if c.init_from else AutoencoderKL(**TINY)
     vae.to(env.device, memory_format=runtime.memory_format(env.device)).requires_grad_().train()
-    convs = [p for p in vae.parameters() if p.ndim == 4]
-    others = [p for p in vae.parameters() if p.ndim < 4]
-    optimizers = [Muon(convs, lr=c.lr), torch.optim.AdamW(others, weight_decay=0)]
+    optimizers = runtime.muon_and_adamw(vae, use_muon=lambda name: True)
     parts = [vae, *optimizers]
     start = load_resume_state(c, parts)
     out.mkdir(parents=True, exist_ok=True)

@@ -187,7 +187,7 @@ class AutoencoderKL(nn.Module):
         self.encoder, self.decoder = Encoder(**sizes), Decoder(**sizes)
         self.downsample_factor = 2 ** (len(ch_mult) - 1)
         self.scale_factor, self.shift_factor = scale_factor, shift_factor  # the shift is 0 here
-        self.encode_dtype = torch.float32  # bfloat16 (train.py --vae-dtype) is faster on a GPU
+        self.encode_dtype = torch.float32  # or bfloat16: train.py --vae-dtype
 
     def moments(self, images):
         """Posterior mean and log-variance, unscaled, [B,Z,H/8,W/8] each, in fp32."""
