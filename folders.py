@@ -8,7 +8,7 @@ The names of files and folders decide what is what, by a few rules; a report say
 
 Splits: folders called train/training and test/testing or val/valid/validation/dev/eval/evaluation
 (any case; also train2017, test_images), where a training split and another, or splits alone, are
-side by side.
+side by side, above the class folders or in each.
 Captions and labels: metadata.jsonl, .csv or .parquet in any folder (file_name, text, label; several
 rows are several captions); else NAME.txt beside NAME.png is the caption, and the first folder below
 the split the label, where there are two or more. Hidden, NAS and run folders are skipped.
