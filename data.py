@@ -217,7 +217,7 @@ def load_data(name, resolution, *, config=None, split=None, image_col=None, text
         parts[1:] = [rows.take(stream_test_images) for rows in parts[1:]]
         parts = [take_head(rows, STREAM_PEEK + stream_test_images, name) for rows in parts]
     # 2. Classes, and two splits
-    class_names, index = sources.choose_classes(parts[0], columns, class_names, label_col)
+    class_names, index = sources.choose_classes(parts, columns, class_names, label_col)
     if test is None:
         n_test = max(len(parts[0]) - STREAM_PEEK, 0) if streaming else None
         parts = sources.split_train_test(parts[0], image_col, name, n_test)

@@ -413,7 +413,7 @@ def show_image(model, tokenizer, s, class_names):
     columns = [[x] for x in torch.cat([images, vae_recon, recon])]
     out = Path(s.ckpt, Path(s.image).stem + "_recon.png")
     grid = image_grid(columns, ["input", "VAE recon", caption], cell_size=256)
-    runtime.atomic_write(out, partial(grid.save, format="png"))
+    runtime.atomic_write(out, grid.save, format="png")
     print("wrote", out)
 
 

@@ -328,8 +328,7 @@ def save_examples(vlm, load, dataset, questions, path):
         label = "" if answer == q.answer else f" ({q.answer})"
         images.append([dataset[i]["image"]])
         captions.append(f"{q.text} {answer}{label}")
-    grid = image_grid(images, captions)
-    runtime.atomic_write(path, partial(grid.save, format="png"))
+    runtime.atomic_write(path, image_grid(images, captions).save, format="png")
 
 
 # ---- Training ------------------------------------------------------------------------------------
@@ -469,7 +468,7 @@ def run(c):
     vlm.eval()
     state = {"model": vlm.state_dict(), "lm": c.lm, "encoder": checksum,
              "tokenizer": tokenizer.state_dict()}
-    runtime.atomic_write(path, partial(torch.save, state))
+    runtime.atomic_write(path, torch.save, state)
 
     # 4. Evaluation
     metrics = dict.fromkeys(("choice_accuracy", "choice_blind", "pope_accuracy", "pope_f1",

@@ -273,7 +273,7 @@ def sample_images(model, labels, decode, s, guide=None):
 def save_image_grid(path, rows, captions, row_names=()):
     """rows: uint8 images [M,3,R,R] each, shown one below the other, eight columns at a time."""
     grid = image_grid(list(zip(*rows, strict=True)), captions, row_names, cell_size=96)
-    atomic_write(path, partial(grid.save, format="png"))
+    atomic_write(path, grid.save, format="png")
 
 
 def save_samples(path, *arrays):
@@ -395,8 +395,7 @@ def train_generator(s, env, model, shape, train):
     optimizers = runtime.muon_and_adamw(
         model, lambda name: any(part in name for part in parts_for_muon), betas=(0.9, 0.95),
         fused=True)
-    parts = {"model": model, "ema_model": ema_model}
-    parts.update((f"optimizer_{i}", optimizer) for i, optimizer in enumerate(optimizers))
+    parts = {"model": model, "ema_model": ema_model} | dict(enumerate(optimizers))
     if path.exists():
         state, _ = load_generator(path, model.stats)
         runtime.check_resume(state["settings"], vars(s), may_change=())
@@ -442,7 +441,7 @@ def train_generator(s, env, model, shape, train):
                 state = {name: part.state_dict() for name, part in parts.items()}
                 settings = {key: getattr(s, key) for key in RESUME_KEYS}
                 state.update(step=step, shape=shape, settings=settings)
-                atomic_write(path, partial(torch.save, state))
+                atomic_write(path, torch.save, state)
             if stopped and env.is_main:
                 bar.write(f"stopped at step {step}; rerun with --resume to continue")
             if stopped:

@@ -212,8 +212,8 @@ def save_checkpoint(out, model, optimizers, step, extra):
     state = {"step": step, "model": model.trained_state_dict(),
              "optimizer": [optimizer.state_dict() for optimizer in optimizers], **extra}
     # Before the checkpoint: after a crash in between, --resume takes the last steps again
-    atomic_write(out / "encoder.safetensors", lambda path: save_encoder(model.encoder, path))
-    atomic_write(out / "last.pt", lambda tmp_path: torch.save(state, tmp_path))
+    atomic_write(out / "encoder.safetensors", save_encoder, model.encoder)
+    atomic_write(out / "last.pt", torch.save, state)
 
 
 def load_checkpoint(folder):

@@ -283,28 +283,29 @@ def read_class_names(path):
         raise UserError(f"--class-names {path}: each line needs a label and its name") from None
 
 
-def find_labels(rows, column):
-    """{label: its name}, sorted; empty where the column has neither text nor whole numbers."""
-    feature = rows.features.get(column)
-    if isinstance(feature, datasets.ClassLabel):
-        return dict(enumerate(feature.names))
-    values = []
-    if feature is None:  # a dotted name
-        part = rows.select_columns(column.split(".")[0])
-        values = [get_field(row, column) for row in part]
-    elif re.search("string|int", getattr(feature, "dtype", "")):  # lists and structs have none
-        values = rows.unique(column)
-    else:
-        say(f"the label column {column!r} has no names or whole numbers and is left out")
-    values = set(values) - {None}
+def find_labels(parts, column):
+    """{label: its name} of both splits, sorted; empty without text and whole numbers."""
+    values = set()
+    for rows in parts:
+        feature = rows.features.get(column)
+        if isinstance(feature, datasets.ClassLabel):
+            return dict(enumerate(feature.names))
+        if re.search("string|int", getattr(feature, "dtype", "")):  # lists and structs have none
+            values.update(rows.unique(column))
+        elif feature:
+            say(f"the label column {column!r} has no names or whole numbers and is left out")
+        elif column.split(".")[0] in rows.features:  # a dotted name
+            column_rows = rows.select_columns(column.split(".")[0])
+            values.update(get_field(row, column) for row in column_rows)
+    values.discard(None)
     all_numbers = all(str(value).isdecimal() for value in values)
     return {value: str(value) for value in sorted(values, key=int if all_numbers else str)}
 
 
-def choose_classes(rows, columns, names_file, required):
+def choose_classes(parts, columns, names_file, required):
     """(class names, {value: index}); a label column without labels is dropped, or an error."""
     column = columns["label"]
-    labels = find_labels(rows, column) if column else {}
+    labels = find_labels(parts, column) if column else {}
     if not labels:
         columns["label"] = None
         if names_file or (column and required):

@@ -23,7 +23,6 @@ import copy
 import dataclasses
 import json
 import math
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -142,7 +141,7 @@ def save_vae(vae, path):
     """fp16 safetensors, with the constructor's arguments as metadata."""
     tensors = {name: t.half().contiguous() for name, t in vae.state_dict().items()}
     metadata = {"config": json.dumps(vae.config)}
-    runtime.atomic_write(path, lambda tmp_path: save_file(tensors, tmp_path, metadata=metadata))
+    runtime.atomic_write(path, save_file, tensors, metadata=metadata)
 
 
 # ---- Training ------------------------------------------------------------------------------------
@@ -243,7 +242,7 @@ def train(c, stop):
         if step % c.save_every == 0 or step == c.steps or stopped:
             state = {"step": step, "config": dataclasses.asdict(c),
                      "parts": [part.state_dict() for part in parts]}
-            runtime.atomic_write(out / "last.pt", partial(torch.save, state))
+            runtime.atomic_write(out / "last.pt", torch.save, state)
             save_vae(rescale_to_unit_std(vae, held_out), out / "vae.safetensors")
             record = {"step": step, **{name: term.item() for name, term in losses.items()},
                       "psnr": mean_psnr(vae, held_out)}
