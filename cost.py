@@ -29,8 +29,8 @@ from openvision3 import OpenVision3
 from tokenizer import Tokenizer
 from vae import FLUX, AutoencoderKL, IdentityVAE, load_vae
 
-# FLOPs of forward and backward, in forward passes: one, one for the gradient of the inputs where
-# something before is trained, one for that of the weights. LPIPS: none for the target image
+# FLOPs of forward and backward, relative to forward: 1, + 1 for the gradient of the inputs where
+# something before is trained, + 1 for that of the weights. LPIPS: none for the target image
 PASSES = {"encoder": 3, "latent_decoder": 3, "caption_decoder": 3, "text_encoder": 3,
           "vae.encoder": 1, "vae.decoder": 2, "perceptual": 1.5}
 BPE_VOCAB_SIZE = 2051  # the most that --tokenizer bpe can have; on shapes it is 399
@@ -91,7 +91,7 @@ def count_step(config, micro_batch):
 
 
 def cost_card(c, world_size):
-    """Prints what a run costs, without running it."""
+    """Prints what a run costs, without running it; memory as without --grad-checkpointing."""
     micro_batch = c.batch_size // world_size // c.accum_steps
     costs, state_bytes, activation_bytes = count_step(c, micro_batch)
     print("module            parameters (M)  GFLOP/image")
@@ -127,7 +127,7 @@ def bench(c, step, env):
         N, peak_memory = 1024, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     a = torch.randn(N, N, device=env.device, dtype=env.dtype)
     peak_tflops = 2 * N**3 / median_time(lambda: a @ a, env.device, repeats=5) / 1e12
-    costs, _, _ = count_step(c, c.pixel_loss_every)
+    costs, _, _ = count_step(c, c.pixel_loss_every)  # one of these images is decoded
     gflop, rate = sum(gflop for _, gflop in costs.values()), c.batch_size / seconds
     tflops = rate * gflop / 1e3
     print(f"{gflop:.2f} GFLOP/image, MFU {tflops / peak_tflops:.0%} of {peak_tflops:.4g} TFLOP/s")

@@ -11,7 +11,7 @@ Shapes: B batch, R resolution, T text length.
 Run:    python data.py --data shapes      # a grid of samples with their captions
         python data.py --check FOLDER     # opens every image, reports
 Source: random resized crop and no flip, as OpenVision 1 (paper sec 4)
-Next:   train.py
+Next:   cost.py
 """
 import os
 

@@ -92,7 +92,7 @@ class Block(nn.Module):
 
 class Transformer(nn.Module):
     """`depth` blocks. init "clip": the stds of CLIP's text tower. init "zero_residual": blocks add
-    zero at first, so the first tokens are the patches, from which a linear map can reconstruct the
+    zero at first, so tokens start as embedded patches, from which a linear map can reconstruct the
     image. DIFFERS: OpenVision 1's std is 0.02, for width 768; narrow models start larger here."""
 
     def __init__(self, width, depth, heads, init="zero_residual", approximate="none"):

@@ -84,7 +84,7 @@ def encode_dataset(encode, dataset, tokenizer, limit, desc, *, device, batch_siz
         found = encode(batch["image"].to(device))
         found.update(labels=batch["label"], captions=batch["all_captions"], scenes=batch["scenes"])
         for name, values in found.items():
-            columns[name] += values.cpu() if torch.is_tensor(values) else values
+            columns[name] += values.cpu() if torch.is_tensor(values) else values  # row by row
     for name, values in columns.items():
         if torch.is_tensor(values[0]):
             columns[name] = torch.stack(values)
@@ -198,8 +198,8 @@ def linear_probe(train, labels, test, test_labels, num_classes):
     n = len(train) * 9 // 10
 
     def held_out_accuracy(decay):
-        fitted = fit_linear(train[:n], labels[:n], train[n:], num_classes, decay)
-        return accuracy(fitted, labels[n:])
+        logits = fit_linear(train[:n], labels[:n], train[n:], num_classes, decay)
+        return accuracy(logits, labels[n:])
 
     decay = max((1e-2, 1e-3, 1e-4, 1e-5), key=held_out_accuracy)
     return accuracy(fit_linear(train, labels, test, num_classes, decay), test_labels)
@@ -340,7 +340,7 @@ def caption_exact(found, tokenizer):
 
 
 def eval_reconstruction(model, tokenizer, encode, test, s, env):
-    """Measures of our reconstruction and (`*_vae`) of the VAE's, the upper reference; captions."""
+    """Measures of our reconstruction and (`*_vae`), for reference, of the VAE's; captions."""
     lpips = LPIPS().to(env.device) if s.lpips else None
     inception = fid_network(env.device) if s.fid else None
 

@@ -15,7 +15,7 @@ Shapes: B sequences, N image tokens, C token width, W language model width, T te
 Run:    python eval_vlm.py --ckpt runs/laptop          # after train.py; writes vlm.json, vlm.png
         python eval_vlm.py --ckpt runs/laptop --chat photo.png "What color is the circle?"
 Source: paper sec 4.4; LLaVA-1.5 (arXiv 2310.03744); POPE (arXiv 2305.10355); as in SEED-Bench
-        (arXiv 2307.16125) the most likely option is chosen.   Next: test_all.py
+        (arXiv 2307.16125) the most likely option is chosen.   Next: train_vae.py
 """
 import os
 
@@ -298,7 +298,7 @@ EVAL_BATCH = 64  # questions
 
 def evaluate(vlm, load, questions, blind):
     """{metric: value} of questions with equally many options, the accuracy also by kind. blind:
-    with noise in place of the image. F1 is that of yes: 0.667 where the answer is always "yes"."""
+    with noise in place of the image. F1 is of yes: 0.667 for a model that always says "yes"."""
     values = defaultdict(list)
     for start in progress(range(0, len(questions), EVAL_BATCH), desc="questions", leave=False):
         images, batch = zip(*questions[start : start + EVAL_BATCH], strict=True)
@@ -338,15 +338,15 @@ LOG_EVERY = 50  # steps
 
 
 def train(vlm, load, turns, stage, steps, lr, c, autocast):
-    """Trains what requires a gradient on turns; the loss is on answers. 3 % linear warmup, cosine.
+    """Trains, on turns, what requires a gradient; loss on answers. 3 % linear warmup, cosine.
 
     DIFFERS: LLaVA-1.5's AdamW, but Muon for the matrices of the projector and of a CaptionDecoder,
     which learn in half as many steps. A language model from scratch also learns the prompts, at
     PROMPT_LOSS_WEIGHT: it finds the objects of a question before it compares them (RESULTS.md). And
     a tenth of the images are noise, so that a blind model is not out of distribution."""
-    optimizers, losses = runtime.muon_and_adamw(
-        vlm, use_muon=lambda name: name.startswith(("projector", "lm.transformer"))), []
-    rng, warmup = random.Random(f"{c.seed} {stage}"), math.ceil(0.03 * steps)
+    optimizers = runtime.muon_and_adamw(
+        vlm, use_muon=lambda name: name.startswith(("projector", "lm.transformer")))
+    rng, warmup, losses = random.Random(f"{c.seed} {stage}"), math.ceil(0.03 * steps), []
     for step in progress(range(1, steps + 1), desc=stage):
         images, prompts, answers = zip(*rng.choices(turns, k=c.batch_size), strict=True)
         tokens = load(images)                                                      # (B, N, C)

@@ -7,8 +7,8 @@ The names of files and folders decide what is what, by a few rules; a report say
     table (.csv, .tsv, .jsonl, .parquet) -> paths, captions, labels -> rows
 
 Splits: folders called train/training and test/testing or val/valid/validation/dev/eval/evaluation
-(any case; also train2017, test_images), where a training split and another, or splits alone, are
-side by side, above the class folders or in each.
+(any case; also train2017, test_images), side by side above the class folders or in each: train and
+another, or two of them and no other folder.
 Captions and labels: metadata.jsonl, .csv or .parquet in any folder (file_name, text, label; several
 rows are several captions); else NAME.txt beside NAME.png is the caption, and the first folder below
 the split the label, where there are two or more. Hidden, NAS and run folders are skipped.
@@ -20,6 +20,7 @@ Next:   sources.py
 import contextlib
 import csv
 import importlib
+import itertools
 import json
 import os
 import re
@@ -54,9 +55,9 @@ HINTS = {".heic": " (pip install pillow-heif)", ".heif": " (pip install pillow-h
 for plugin in ("pillow_heif.HeifImagePlugin", "pillow_jxl"):
     with contextlib.suppress(ImportError):
         importlib.import_module(plugin)  # Pillow reads HEIC and JPEG XL with these
-ENDINGS = Image.registered_extensions()  # of the files whose pixels Pillow reads here
 NO_PIXELS = {"MPEG", "HDF5", "GRIB", "BUFR", "WMF", "EPS"}
-ENDINGS = {name for name, kind in ENDINGS.items() if kind in set(Image.OPEN) - NO_PIXELS}
+ENDINGS = {name for name, kind in Image.registered_extensions().items()
+           if kind in set(Image.OPEN) - NO_PIXELS}  # of files whose pixels Pillow reads here
 
 
 def ending(path):
@@ -168,9 +169,10 @@ def read_tables(files, requested):
     """{absolute path: entry} of the images that tables list, with paths relative to the table."""
     entries, num_empty = {}, 0
     for file in files:
-        columns = None
-        for row in read_rows(file):
-            columns = columns or find_columns(list(row), requested, file)
+        rows = list(read_rows(file))
+        names = list(dict.fromkeys(itertools.chain.from_iterable(rows)))  # rows may leave some out
+        columns = find_columns(names, requested, file) if rows else {}
+        for row in rows:
             path, text, label = [get_field(row, columns[kind]) for kind in COLUMNS]
             num_empty += not path
             if path:
@@ -199,7 +201,7 @@ def make_dataset(entries, requested):
 
 def find_files(root):
     """All files below `root` as sorted relative paths, and a count of what was skipped. A folder
-    that links lead to again is read once per split."""
+    reached again through links is read once per split."""
     files, skipped, seen, unreadable = [], Counter(), set(), []
     pending = [root]
     for top in pending:  # links are added at its end, so that a folder keeps its own name
@@ -277,12 +279,12 @@ def load_image_folder(root, files, skipped, requested):
     if not images:
         raise UserError(f"{root}: no images that can be read here; it has {list_counts(skipped)}")
     listed = read_tables([f"{root}/{file}" for file in tables], requested)
-    splits, in_tables = defaultdict(list), any(entry["label"] for entry in listed.values())
+    splits, has_labels = defaultdict(list), any(entry["label"] for entry in listed.values())
     for file, split, class_folder in find_splits(images):
         entry = listed.pop(f"{root}/{file}", None) or new_entry(f"{root}/{file}")
-        if texts[file] in others and not entry["text"]:
+        if texts[file] and not entry["text"]:
             entry["text"] = to_captions(read_text(f"{root}/{texts[file]}"))
-        if not in_tables:
+        if not has_labels:
             entry["label"] = class_folder
         splits[split].append(entry)
     skipped["images outside of the split folders"] = len(splits.pop(None, []))

@@ -34,7 +34,7 @@ def open_image(source):
 
 def white_level(source):
     """The value of white in a gray image of more than 8 bits or of floats: the smallest of
-    WHITE_LEVELS that no pixel exceeds. Else 0, and no pixel is read."""
+    WHITE_LEVELS that no pixel exceeds. Of others 0, unread."""
     image = open_image(source)
     if image.mode[0] not in "IF":
         return 0

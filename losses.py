@@ -6,7 +6,7 @@ in latents and, in the finetuning stage only, in a VGG's features (LPIPS). Under
 loss plus the caption's cross entropy.
 
     images, recon [M,3,R,R] -> L1 + lambda * LPIPS -----.
-    latents, pred_latents [B,C,h,w] -> 0.4 * L1 --------+-> reconstruction -- * 0.5 --.
+    latents, pred_latents [B,C,h,w] -> beta * L1 -------+-> reconstruction -- * 0.5 --.
     hidden [B,T,W] -> caption logits -> cross entropy --.                             +-> loss
     pooled, text features [B,E] -> 1.0 * InfoNCE -------+-> understanding --- * 1.0 --'
 
@@ -144,7 +144,7 @@ def download_lpips(name):
     except Exception as error:  # no network, a wrong hash, a damaged file
         folder = f"{torch.hub.get_dir()}/checkpoints"
         raise FileNotFoundError(f"{url} could not be downloaded ({error}): save it as {folder}/"
-                                f"{file_name}, or train with --lpips-weight 0") from None
+                                f"{file_name}, or do without (--lpips-weight 0)") from None
 
 
 class LPIPS(PerceptualDistance):

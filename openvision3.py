@@ -8,7 +8,7 @@ from them. Both train the encoder (paper sec 3.2-3.3). `OpenVision3.forward` is 
 
     images [B,3,R,R] -> VAE -> latents [B,16,R/8,R/8] -> encoder -> tokens [B,N,W], pooled [B,E]
         tokens + noise -> latent decoder -> latents^ -> VAE decoder -> images^
-                                    pixel L1 + 0.4 latent L1 (+ LPIPS)             * 0.5
+                                    pixel L1 + beta latent L1 (+ LPIPS)            * 0.5
         tokens, caption ids -> caption decoder -> next-token cross entropy         * 1.0
         pooled, text encoder(caption ids) -> InfoNCE over the global batch         * 1.0
 
@@ -72,7 +72,7 @@ class OpenVision3(nn.Module):
 
     def train(self, mode=True):
         super().train(mode)
-        self.vae.eval()  # important! the frozen networks never change
+        self.vae.eval()  # frozen: always in eval mode
         return self
 
     def forward(self, images, ids, latents=None, contrast=contrastive_loss, num_tokens=None):
@@ -127,7 +127,7 @@ class OpenVision3(nn.Module):
 
     @torch.no_grad()
     def reconstruct(self, images):
-        """(VAE reconstruction, our reconstruction, tokens); the first is the upper reference."""
+        """(VAE reconstruction, for reference; our reconstruction; tokens)."""
         latents = self.encode_latents(images)
         _, tokens = self.encoder(latents)
         recon = self.decode_latents(self.latent_decoder(tokens))       # without noise

@@ -333,7 +333,7 @@ def truncate_log(path, step):
 
 def plot_log(log_path, png_path, panels, chance):
     """One small plot per panel over "step", held-out values (`eval_NAME`) in the same panel, a
-    dotted line at chance level where it is known. A panel that no record has is left out."""
+    dotted line at chance level where it is known. A panel of zeros is left out."""
     records = read_log(log_path)
     panels = [panel for panel in panels if any(record.get(panel) for record in records)]
     figure = Figure(figsize=(3 * len(panels) + 1, 2.6), layout="constrained")

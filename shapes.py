@@ -147,8 +147,8 @@ def draw_scene(scene, resolution):
     rng = random.Random(scene["background"]["seed"] + 1)
     for item in scene["objects"]:
         radius = RADIUS[item["size"]]
-        box = np.array([-1, 1]) * (1.2 * radius + 0.5 / resolution)
-        columns, rows = (slice(*np.searchsorted(centers, item[axis] + box)) for axis in "xy")
+        extent = np.array([-1, 1]) * (1.2 * radius + 0.5 / resolution)
+        columns, rows = (slice(*np.searchsorted(centers, item[axis] + extent)) for axis in "xy")
         x = (centers[columns] - item["x"]) / radius          # (w,)
         y = (centers[rows, None] - item["y"]) / radius       # (h, 1)
         cos, sin = math.cos(item["turn"]), math.sin(item["turn"])

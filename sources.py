@@ -25,7 +25,6 @@ import tarfile
 import tempfile
 from collections import Counter, defaultdict
 from dataclasses import dataclass
-from pathlib import Path
 
 import datasets
 import huggingface_hub
@@ -81,10 +80,10 @@ def tar_rows(tars, requested):
                 if key in seen:
                     raise ValueError("its files are not together: tar --sort=name sorts them")
                 seen.add(key)
-                images = [kind for kind in sample if f".{kind}" in folders.ENDINGS]
-                kind = requested["image"] or next(iter(images), None)
-                if kind in sample:
-                    image = {"bytes": sample[kind], "path": f"{path}/{key}.{kind}"}
+                suffix = requested["image"] or next(
+                    (name for name in sample if f".{name}" in folders.ENDINGS), None)
+                if suffix in sample:
+                    image = {"bytes": sample[suffix], "path": f"{path}/{key}.{suffix}"}
                     entry = folders.new_entry(image, tar_field(sample, "text", requested),
                                               tar_field(sample, "label", requested))
                     yield {requested[kind] or kind: value for kind, value in entry.items()}
@@ -112,7 +111,7 @@ def has_images(path, requested):
     """Whether a parquet file that is beside images lists or holds some itself."""
     with contextlib.suppress(UserError, ValueError, OSError):
         find_columns(pq.read_schema(path).names, requested, path)
-        return os.path.basename(path) not in folders.METADATA
+        return os.path.basename(path).lower() not in folders.METADATA
     return False
 
 
@@ -273,7 +272,7 @@ def cast_images(rows, image_col, data):
 
 def read_class_names(path):
     """{label: class name} of a JSON object, or of lines such as `n01440764 tench, Tinca tinca`."""
-    text = folders.read_text(Path(path).expanduser())
+    text = folders.read_text(path)
     lines = text.splitlines()
     try:
         if text.startswith("{"):

@@ -1,4 +1,4 @@
-r"""
+"""
 tokenizer.py: part of stage 4, captions to token ids: byte-pair encoding trained on captions.
 
 BPE starts with the 256 bytes as tokens and repeatedly joins the most frequent pair of neighbors,

@@ -73,7 +73,7 @@ class Config(DataConfig):
 
     w_rec: float = arg(0.5, "weight of reconstruction; 0: on detached tokens", "objective", min=0)
     w_und: float = arg(1.0, "weight of understanding; 0: on detached tokens", "objective", min=0)
-    # DIFFERS: 0.4 in the paper. Here the pixel loss sees every 16th image only: latents teach more
+    # DIFFERS: 0.4 in the paper. Here only every 16th image has a pixel loss: latents weigh more
     beta: float = arg(5.0, "weight of latent L1 (paper: 0.4)", "objective", min=0)
     alpha: float = arg(1.0, "weight of contrastive within understanding", "objective", min=0)
     lpips_weight: float = arg(0.0, "weight of LPIPS (fetches 553 MB)", "objective", min=0)
@@ -86,7 +86,7 @@ class Config(DataConfig):
     base_lr: float | None = arg(None, "lr = base_lr * batch_size / 256", "optimization", min=0)
     warmup: int = arg(50, "steps of linear warm-up; cosine to 0 follows", "optimization", min=0)
     weight_decay: float = arg(0.1, "decoupled decay of matrices", "optimization", min=0)
-    optimizer: str = arg("muon", "muon: of matrices", "optimization", choices=("muon", "adamw"))
+    optimizer: str = arg("muon", "muon: for blocks", "optimization", choices=("muon", "adamw"))
     grad_clip: float = arg(1.0, "maximum gradient norm", "optimization", min=1e-6)
     accum_steps: int = arg(1, "micro-batches; the same gradients", "optimization", min=1)
     grad_checkpointing: bool = arg(False, "recompute activations to save memory", "optimization")
@@ -170,7 +170,7 @@ def make_optimizers(model, c):
         in_block = "resblocks" in name and not name.startswith("latent_decoder")
         if not p.requires_grad:
             continue
-        if p.ndim < 2 or "embedding" in name:  # no matrix
+        if p.ndim < 2 or "embedding" in name:
             no_decay.append(p)
         elif in_block and c.optimizer == "muon":
             blocks.append(p)
@@ -200,7 +200,7 @@ def load_resume_state(c):
 
 
 def init_whitened(model, dataset, tokenizer, device):
-    """Fits the towers' first weights to 1,024 training images, the same ones on each rank."""
+    """Fits the towers' initial weights to 1,024 training pairs, the same ones on each rank."""
     batch = next(iter(eval_loader(dataset, tokenizer, batch_size=1024)))
     latents = [model.encode_latents(images.to(device)) for images in batch["image"].split(32)]
     model.encoder.init_whitened(torch.cat(latents))
@@ -221,10 +221,9 @@ def load_weights(model, state, c):
 def prepare_model(model, c, device):
     """Training mode, gradient checkpointing, VAE precision and compilation, as the flags say."""
     model.encoder.requires_grad_(not c.freeze_encoder)
-    blocks = [m for m in model.modules() if isinstance(m, (Block, ResnetBlock))]
-    if c.grad_checkpointing:
-        for block in blocks:
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    for m in model.modules():
+        if c.grad_checkpointing and isinstance(m, (Block, ResnetBlock)):
+            m.forward = partial(checkpoint, m.forward, use_reentrant=False)
     model.vae.to(memory_format=runtime.memory_format(device))
     model.vae.encode_dtype = getattr(torch, c.vae_dtype)
     model.train()
@@ -289,7 +288,7 @@ def write_samples(run, step):
 @torch.no_grad()
 @torch.compiler.set_stance("force_eager")
 def eval_losses(run):
-    """The loss terms of held-out images, each rank on its part: {"eval_loss": ..., ...}."""
+    """The loss terms of up to 256 held-out images, each rank on its part: {"eval_loss": ...}."""
     images, ids, env = run.test_batch["image"], run.test_batch["text"], run.env
     size = max(1, len(images) // env.world_size)
     part = torch.arange(env.rank * size, (env.rank + 1) * size) % len(images)

@@ -103,7 +103,7 @@ class TrainingImages(Dataset):
     def __getitem__(self, i):
         rng = np.random.default_rng((self.seed, i))
         if self.images is not None:
-            return self.images[i, int(rng.integers(len(self.images)))]["image"]
+            return self.images[i, int(rng.integers(len(self.images)))]["image"]  # (epoch, index)
         draw = rng.choice(list(DRAWINGS), p=list(DRAWINGS.values()))
         return to_tensor(to_image(draw(rng, self.size)))
 
@@ -112,8 +112,8 @@ class TrainingImages(Dataset):
 
 
 def vae_loss(vae, images):
-    """images [B,3,S,S] in [-1,1] -> the loss and its terms."""
-    mean, logvar = (t.float() for t in vae.moments(images))                  # (B, Z, S/8, S/8) each
+    """images [B,3,S,S] in [-1,1] -> the loss and its terms; the encoder runs in fp32."""
+    mean, logvar = vae.moments(images)                                       # (B, Z, S/8, S/8) each
     recon = vae.decoder(mean + torch.exp(0.5 * logvar) * torch.randn_like(mean))
     error = recon - images
     pixel, mse = error.abs().mean(), error.square().mean()

@@ -186,7 +186,7 @@ class AutoencoderKL(nn.Module):
         self.config = dict(**sizes, scale_factor=scale_factor, shift_factor=shift_factor)
         self.encoder, self.decoder = Encoder(**sizes), Decoder(**sizes)
         self.downsample_factor = 2 ** (len(ch_mult) - 1)
-        self.scale_factor, self.shift_factor = scale_factor, shift_factor  # the shift is 0 here
+        self.scale_factor, self.shift_factor = scale_factor, shift_factor  # OpenVision 3: no shift
         self.encode_dtype = torch.float32  # or bfloat16: train.py --vae-dtype
 
     def moments(self, images):
@@ -234,7 +234,7 @@ FLUX_FILES = (("Comfy-Org/z_image_turbo", "split_files/vae/ae.safetensors"),
               ("black-forest-labs/FLUX.1-schnell", "ae.safetensors"))
 FLUX_SHA256 = "afc8e28272cd15db3919bacdb6918ce9c1ed22e96cb12c4d5ed0fba823529e38"
 
-DIFFUSERS_NAMES = {  # part of a name in diffusers' layout: in FLUX's, which counts levels backwards
+DIFFUSERS_NAMES = {  # in diffusers: in FLUX's file, whose decoder counts levels backwards
     "down_blocks": "down", "up_blocks.0": "up.3", "up_blocks.1": "up.2", "up_blocks.2": "up.1",
     "up_blocks.3": "up.0", "mid_block.resnets.0": "mid.block_1",
     "mid_block.resnets.1": "mid.block_2", "mid_block.attentions.0": "mid.attn_1",
