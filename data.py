@@ -188,7 +188,7 @@ def verify_images(parts, limit, data):
             white = max(white, images.white_level(row[part.image_col]))
     if num_corrupt > 0.01 * num_read:
         raise UserError(f"{data}: {num_corrupt} of {num_read} images are corrupt, more than 1 %; "
-                        "python data.py --check names all: move them away")
+                        "move them away; python data.py --check prints all names")
     for part in parts:
         part.white = white
 

@@ -423,8 +423,10 @@ def compare_runs(folders):
     for path in (Path(folder, "metrics.json") for folder in folders):
         try:
             runs.append(json.loads(path.read_text()))
-        except ValueError:
-            raise UserError(f"{path} is damaged; run eval_probe.py on it again") from None
+        except (OSError, ValueError):
+            raise UserError(f"{path} is missing or damaged: run eval_probe.py --ckpt") from None
+    if len({run.get("data") for run in runs}) > 1:
+        raise UserError("--compare: these runs were evaluated on different data sets")
     for name in METRICS:
         values = [run[name] for run in runs if run.get(name) is not None]
         if values:
@@ -444,9 +446,9 @@ def load_model(s, device):
     if is_run and not s.vae:
         return load_run(s.ckpt, device, s.random_init)
     if is_run or not s.vae or s.image or s.random_init or s.lpips or s.fid:
-        raise UserError(f"--ckpt {s.ckpt}: a run of train.py has a last.pt, and its own VAE (leave "
-                        "out --vae); any other encoder needs --vae, a published one --vae flux, "
-                        "and has no --image, --random-init, --lpips and --fid")
+        raise UserError(f"--ckpt {s.ckpt}: a run of train.py is a folder with a last.pt, and takes "
+                        "no --vae; any other encoder needs --vae, a published one --vae flux, and "
+                        "takes no --image, --random-init, --lpips and --fid")
     encoder, vae = load_encoder(s.ckpt), load_vae(s.vae)
     if encoder.conv1.in_channels != vae.config["z_channels"]:
         raise UserError(f"--vae {s.vae} has other channels than {s.ckpt} reads; take --vae flux")

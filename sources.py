@@ -293,9 +293,8 @@ def find_labels(parts, column):
             values.update(rows.unique(column))
         elif feature:
             say(f"the label column {column!r} has no names or whole numbers and is left out")
-        elif column.split(".")[0] in rows.features:  # a dotted name
-            column_rows = rows.select_columns(column.split(".")[0])
-            values.update(get_field(row, column) for row in column_rows)
+        elif (first := column.split(".")[0]) in rows.features:  # a dotted name
+            values.update(get_field(row, column) for row in rows.select_columns(first))
     values.discard(None)
     all_numbers = all(str(value).isdecimal() for value in values)
     return {value: str(value) for value in sorted(values, key=int if all_numbers else str)}

@@ -3523,8 +3523,12 @@ def test_compare_prints_mean_and_std_over_runs(monkeypatch, tmp_path, capsys):
         assert row in table
     assert "ssim" not in table
     assert "/none/" in error_message(monkeypatch, eval_probe, "--compare", tmp_path / "none")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "metrics.json").write_text('{"data": "elsewhere", "psnr": 1.0}')
+    assert "different data" in error_message(
+        monkeypatch, eval_probe, "--compare", tmp_path / "joint-0", tmp_path / "other")
     (tmp_path / "joint-0" / "metrics.json").write_text('{"psnr": 30')
-    assert "joint-0/metrics.json is damaged" in error_message(
+    assert "joint-0/metrics.json is missing or damaged" in error_message(
         monkeypatch, eval_probe, "--compare", tmp_path / "joint-0")
 
 

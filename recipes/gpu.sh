@@ -9,6 +9,10 @@
 set -uo pipefail
 cd "$(dirname "$0")/.."
 PRESET=${PRESET:-gpu} OUT=${OUT:-runs/gpu-check} BATCH=${BATCH:-256}
+if [ "$PRESET" != smoke ] && ! python -c "import torch; torch.zeros(1).cuda()" 2> /dev/null; then
+    echo "error: no CUDA GPU here; PRESET=smoke runs the same steps at tiny sizes on a CPU" >&2
+    exit 1
+fi
 rm -rf "$OUT" && mkdir -p "$OUT"
 
 if [ "$PRESET" = smoke ]; then
