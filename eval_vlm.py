@@ -346,7 +346,7 @@ def train(vlm, load, turns, stage, steps, lr, c, autocast):
     a tenth of the images are noise, so that a blind model is not out of distribution."""
     optimizers = runtime.muon_and_adamw(
         vlm, use_muon=lambda name: name.startswith(("projector", "lm.transformer")))
-    rng, warmup, losses = random.Random(f"{c.seed} {stage}"), math.ceil(0.03 * steps), []
+    rng, losses = random.Random(f"{c.seed} {stage}"), []
     for step in progress(range(1, steps + 1), desc=stage):
         images, prompts, answers = zip(*rng.choices(turns, k=c.batch_size), strict=True)
         tokens = load(images)                                                      # (B, N, C)
@@ -360,7 +360,7 @@ def train(vlm, load, turns, stage, steps, lr, c, autocast):
             loss = loss + PROMPT_LOSS_WEIGHT * masked_mean(token_losses, roles == PROMPT)
         loss.backward()
         nn.utils.clip_grad_norm_(vlm.parameters(), 1.0)
-        scale = min(step / warmup, 0.5 + 0.5 * math.cos(math.pi * step / steps))
+        scale = min(step / (0.03 * steps), 0.5 + 0.5 * math.cos(math.pi * step / steps))
         for optimizer in optimizers:
             optimizer.param_groups[0]["lr"] = lr * scale
             optimizer.step()

@@ -169,7 +169,7 @@ class Config:
 
 def learning_rate(step, c):
     """Linear warm-up over 100 steps, constant, linear to 0 over the last quarter."""
-    return c.lr * min(1.0, step / 100, (c.steps - step + 1) / math.ceil(c.steps / 4))
+    return c.lr * min(1.0, step / 100, 4 * (c.steps - step + 1) / c.steps)
 
 
 @torch.no_grad()
@@ -180,9 +180,9 @@ def mean_psnr(vae, images):
 def load_resume_state(c, parts):
     """Loads last.pt into the parts; returns its step, 0 for a new run."""
     path = Path(c.out) / "last.pt"
-    if not c.resume and path.exists():
-        raise UserError(f"{c.out} holds a run: continue it with --resume, or give another --out")
     if not c.resume:
+        if path.exists():
+            raise UserError(f"{c.out} holds a run: continue it with --resume, or another --out")
         return 0
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -236,8 +236,7 @@ def train(c, stop):
     # 3. Steps
     bar = runtime.progress(loader, total=c.steps, initial=start, desc="vae")
     for step, batch in enumerate(bar, start + 1):
-        batch = scale_images(batch.to(env.device))
-        losses = train_step(vae, optimizers, batch, step, c, env)
+        losses = train_step(vae, optimizers, scale_images(batch.to(env.device)), step, c, env)
         stopped = stop.is_set()
         if step % c.save_every == 0 or step == c.steps or stopped:
             state = {"step": step, "config": dataclasses.asdict(c),
