@@ -261,7 +261,7 @@ def sample_images(model, labels, decode, s, guide=None):
     times = shift_time(torch.linspace(1, 0.001, s.sampling_steps + 1), model.shift).tolist()
     for chunk in progress(labels.to(mean.device).split(DECODE_CHUNK), desc="sample", leave=False):
         x = torch.randn(len(chunk), *mean.shape).to(mean.device)       # (B, N, C), fp32
-        v_old, dt_old = 0, math.inf  # the first step is Euler's
+        v_old, dt_old = 0, math.inf  # DIFFERS: RAE takes Euler's steps, as the first one is
         for t, t_next in pairwise(times):
             dt = t_next - t
             guidance = s.guidance if t < GUIDED_BELOW else 1
