@@ -187,8 +187,8 @@ def build_vlm(lm, tokenizer, N, C):
 # turns: (image, prompt, answer).
 
 # Turns of one question: sides are the hardest skill. Its two kinds have opposite answers. Asked
-# equally often they cancel: before a model reads the order of the two names, left is as likely as
-# right in every image, and nothing is learned for most of the run
+# equally often they seem to cancel: before a model reads the order of the two names, left is as
+# likely as right in every image. DIFFERS: LLaVA asks each question once
 REPEATS = {"relation": 6, "inverse_relation": 2}
 
 
