@@ -62,7 +62,7 @@ DIT_SIZES = {
 }
 RESUME_KEYS = ("data", "n_train_images", "space", "size", "steps", "batch_size", "lr", "seed")
 CLASSIFIER_STEPS = 250  # of 64 images
-GUIDED_BELOW = 0.9  # time: earlier, in noise, guidance costs diversity (arXiv 2404.07724)
+GUIDED_BELOW = 0.95  # time: earlier, in noise, guidance costs diversity (arXiv 2404.07724)
 
 
 @dataclass
@@ -80,7 +80,7 @@ class Settings:
     n_samples: int = arg(512, "images to sample and evaluate", "sampling", min=4)
     sampling_steps: int = arg(24, "Adams-Bashforth steps (RAE: 49, Euler's)", "sampling", min=1)
     # DIFFERS: RAE's best results have no guidance, or 1.42 with AutoGuidance
-    guidance: float = arg(5.0, "guidance scale at t < 0.9, 1: off", "sampling", min=0)
+    guidance: float = arg(5.0, "guidance scale at t < 0.95, 1: off", "sampling", min=0)
     guide_ckpt: str | None = arg(None, "AutoGuidance: a weaker generator's .pt file", "sampling")
     fid: bool = arg(False, "evaluate in FID's Inception features (needs pytorch-fid)", "sampling")
     resume: bool = arg(False, "resume training; if finished, only sample")
