@@ -78,7 +78,7 @@ class Settings:
     batch_size: int = arg(64, "split among the processes (RAE: 1024)", "optimization", min=1)
     lr: float = arg(2e-3, "peak learning rate (RAE: 2e-4)", "optimization", min=0)
     n_samples: int = arg(512, "images to sample and evaluate", "sampling", min=4)
-    sampling_steps: int = arg(24, "Adams-Bashforth steps (RAE: 49, Euler's)", "sampling", min=1)
+    sampling_steps: int = arg(24, "Adams-Bashforth steps (RAE: 49 Euler steps)", "sampling", min=1)
     # DIFFERS: RAE's best results have no guidance, or 1.42 with AutoGuidance
     guidance: float = arg(5.0, "guidance scale at t < 0.95, 1: off", "sampling", min=0)
     guide_ckpt: str | None = arg(None, "AutoGuidance: a weaker generator's .pt file", "sampling")
@@ -261,7 +261,7 @@ def sample_images(model, labels, decode, s, guide=None):
     times = shift_time(torch.linspace(1, 0.001, s.sampling_steps + 1), model.shift).tolist()
     for chunk in progress(labels.to(mean.device).split(DECODE_CHUNK), desc="sample", leave=False):
         x = torch.randn(len(chunk), *mean.shape).to(mean.device)       # (B, N, C), fp32
-        v_old, dt_old = 0, math.inf  # DIFFERS: RAE takes Euler's steps, as the first one is
+        v_old, dt_old = 0, math.inf  # DIFFERS: RAE's steps are Euler's, here the first
         for t, t_next in pairwise(times):
             dt = t_next - t
             guidance = s.guidance if t < GUIDED_BELOW else 1

@@ -182,7 +182,7 @@ def load_resume_state(c, parts):
     path = Path(c.out) / "last.pt"
     if not c.resume:
         if path.exists():
-            raise UserError(f"{c.out} holds a run: continue it with --resume, or another --out")
+            raise UserError(f"{c.out} already holds a run: give --resume, or another --out")
         return 0
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
