@@ -342,7 +342,7 @@ def plot_log(log_path, png_path, panels, chance):
         for key in (panel, f"eval_{panel}"):
             points = [(record["step"], record[key]) for record in records if key in record]
             if points:
-                axis.plot(*zip(*points, strict=True), label=key)
+                axis.plot(*zip(*points, strict=True), label=key, marker=".", markersize=4)
         if panel in chance:
             axis.axhline(chance[panel], linestyle=":", color="gray", label="chance")
         axis.legend()
