@@ -222,7 +222,7 @@ def load_data(name, resolution, *, config=None, split=None, image_col=None, text
         n_test = max(len(parts[0]) - STREAM_PEEK, 0) if streaming else None
         parts = sources.split_train_test(parts[0], image_col, name, n_test)
     else:
-        parts = [sources.drop_missing(rows, image_col, name) for rows in parts]
+        parts = [rows.select(list(sources.image_names(rows, image_col, name))) for rows in parts]
         if train is None:
             parts.insert(0, parts[0].select([]))
     # 3. Examples, in a fixed random order: many files are sorted by class

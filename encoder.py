@@ -23,7 +23,7 @@ from textwrap import shorten
 import torch
 import torch.nn.functional as F
 from huggingface_hub import hf_hub_download
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import nn
 
 # (width, depth) of the image encoder (paper: B, L), of the latent decoder (sec 5.3), and of text
@@ -262,7 +262,7 @@ HUB_FILE = "open_clip_pytorch_model.bin"
 
 def save_encoder(encoder, path):
     """Writes safetensors with the official names."""
-    save_file(encoder.state_dict(), path)
+    Path(path).write_bytes(save(encoder.state_dict()))  # save_file hides it from other users
 
 
 def resolve_encoder_path(source):

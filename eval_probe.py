@@ -137,27 +137,19 @@ def fid_network(device):
 # ---- The metrics, each a pure function -----------------------------------------------------------
 
 
-def gaussian_band(size):
-    """[S,S-10], S = size: x @ band slides a Gaussian of 11 pixels, sigma 1.5, over x [...,S]."""
-    window = (-(torch.arange(-5, 6).double() ** 2) / 4.5).softmax(0)
-    band = torch.zeros(size, size - 10).double()
-    for i, weight in enumerate(window):
-        band.diagonal(-i).fill_(weight)
-    return band
-
-
 def ssim(x, y):
-    """Structural similarity [B] of x and y, [B,3,H,W] in [-1,1]; H, W >= 11. Mean over channels and
-    positions where the window fits. It is separable: 17 times faster than an 11x11 convolution."""
+    """Structural similarity [B] of x and y, [B,3,H,W] in [-1,1]; H, W >= 11. Means under a Gaussian
+    window of 11 pixels, sigma 1.5; then over channels and positions where the window fits. As
+    matrix products, x -> rows^T x columns: 17 times faster than an 11x11 convolution."""
     x, y = torch.stack([x, y]).cpu().double() / 2 + 0.5                # mps has no float64
-    rows, columns = gaussian_band(x.shape[2]).T, gaussian_band(x.shape[3])
-
-    def blur(maps):
-        return rows @ maps @ columns                                   # (B, 3, H-10, W-10)
-
-    product, squares = blur(x) * blur(y), blur(x) ** 2 + blur(y) ** 2
+    window = (-(torch.arange(-5, 6).double() ** 2) / 4.5).softmax(0).view(1, 1, 11)
+    rows, columns = (F.conv1d(torch.eye(side).double()[:, None], window)[:, 0]
+                     for side in x.shape[2:])                          # (H, H-10), (W, W-10)
+    maps = torch.stack([x, y, x * y, x**2 + y**2])                     # (4, B, 3, H, W)
+    mean_x, mean_y, mean_xy, mean_squares = rows.T @ maps @ columns    # (B, 3, H-10, W-10) each
+    product, squares = mean_x * mean_y, mean_x**2 + mean_y**2
     luminance = (2 * product + 1e-4) / (squares + 1e-4)
-    contrast = (2 * (blur(x * y) - product) + 9e-4) / (blur(x**2 + y**2) - squares + 9e-4)
+    contrast = (2 * (mean_xy - product) + 9e-4) / (mean_squares - squares + 9e-4)
     return (luminance * contrast).mean((1, 2, 3)).float()
 
 

@@ -46,11 +46,10 @@ METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 HIDDEN = re.compile(
     r"\..*|[@#$](?:eadir|recycle|snapshot|recycle\.bin)|__macosx|__pycache__|lost\+found"
     r"|system volume information", re.IGNORECASE)
-HINTS = {".heic": " (pip install pillow-heif)", ".heif": " (pip install pillow-heif)",
-         ".jxl": " (pip install pillow-jxl-plugin)", ".zip": " (unpack it)", ".gz": " (unpack it)",
-         ".tgz": " (unpack it)", ".arrow": " (give the folder of its state.json)",
-         ".rar": " (unpack it)", ".7z": " (unpack it)", "no ending": " (add one, such as .jpg)"}
-
+HINTS = dict.fromkeys((".zip", ".gz", ".tgz", ".rar", ".7z"), " (unpack it)") | {
+    ".heic": " (pip install pillow-heif)", ".heif": " (pip install pillow-heif)",
+    ".jxl": " (pip install pillow-jxl-plugin)", ".arrow": " (give the folder of its state.json)",
+    "no ending": " (add one, such as .jpg)"}
 
 for plugin in ("pillow_heif.HeifImagePlugin", "pillow_jxl"):
     with contextlib.suppress(ImportError):
@@ -178,9 +177,9 @@ def read_tables(files, requested):
             if path:
                 refuse_url(path, columns["image"], file)
                 path = os.path.join(os.path.dirname(file), path.replace("\\", "/"))
-                entry = new_entry(os.path.normpath(path), text, label)
-                if entries.setdefault(entry["image"], entry) is not entry:  # one more caption
-                    entries[entry["image"]]["text"] += entry["text"]
+                path = os.path.normpath(path)
+                entry = entries.setdefault(path, new_entry(path, label=label))
+                entry["text"] += to_captions(text)
     if num_empty:
         say(f"{num_empty} rows without an image are left out")
     return entries
@@ -235,12 +234,14 @@ def find_splits(images):
     splits = [first_split(os.path.commonpath(images).split("/")[:depth])] * len(images)
     for level in (depth, depth + 1):  # splits are above the classes, or in each class
         found = [split_name("/".join(path[level : level + 1])) for path in folders]
-        kinds = set(found) - {None}
+        named = {path[level]: kind for path, kind in zip(folders, found, strict=True) if kind}
+        kinds = set(named.values())
         if {"train"} < kinds or (len(kinds) > 1 and None not in found):
-            pairs = zip(folders, found, strict=True)
-            say(f"splits of the folders: { {path[level]: kind for path, kind in pairs if kind} }")
+            say(f"splits of the folders: {named}")
             splits, folders = found, [path[:level] + path[level + 1 :] for path in folders]
             break
+        if named and level == depth:
+            say(f"the folders {sorted(named)} are read as classes: no second split is beside them")
     classes = [next(iter(path[depth:]), None) for path in folders]
     if len(set(classes) - {None}) == 1:
         classes = [None] * len(images)
@@ -280,8 +281,11 @@ def load_image_folder(root, files, skipped, requested):
         raise UserError(f"{root}: no images that can be read here; it has {list_counts(skipped)}")
     listed = read_tables([f"{root}/{file}" for file in tables], requested)
     splits, has_labels = defaultdict(list), any(entry["label"] for entry in listed.values())
+    if listed and listed.keys().isdisjoint(f"{root}/{file}" for file in images):
+        raise UserError(f"{tables[0]} names no image of {root}: its first one is {min(listed)}")
     for file, split, class_folder in find_splits(images):
-        entry = listed.pop(f"{root}/{file}", None) or new_entry(f"{root}/{file}")
+        path = f"{root}/{file}"
+        entry = listed.pop(path, None) or new_entry(path)
         if texts[file] and not entry["text"]:
             entry["text"] = to_captions(read_text(f"{root}/{texts[file]}"))
         if not has_labels:

@@ -97,14 +97,10 @@ def to_uint8(images):
     return ((images.float().clamp(-1, 1) + 1) * 127.5).round().byte()
 
 
-def to_pil(image):
-    """float in [-1,1] (clamped) or uint8, [3,H,W] -> RGB image."""
-    return Image.fromarray(to_uint8(image).permute(1, 2, 0).cpu().numpy())
-
-
 def image_grid(columns, captions, row_names=(), cell_size=128):
-    """One column per example: its images [3,H,W] one under another and the caption below, eight
-    columns side by side. The names of the rows stand on the first column's images."""
+    """One column per example: its images [3,H,W], uint8 or float in [-1,1], one under another and
+    the caption below, eight columns side by side. The names of the rows stand on the first column's
+    images."""
     step = cell_size + 4
     height = len(columns[0]) * step + 80  # with five lines of text
     num_rows = math.ceil(len(columns) / 8)
@@ -113,7 +109,8 @@ def image_grid(columns, captions, row_names=(), cell_size=128):
     for i, (images, caption) in enumerate(zip(columns, captions, strict=True)):
         left, top = i % 8 * step, i // 8 * height
         for image in images:
-            grid.paste(to_pil(image).resize((cell_size, cell_size), Image.NEAREST), (left, top))
+            cell = Image.fromarray(to_uint8(image).permute(1, 2, 0).cpu().numpy())
+            grid.paste(cell.resize((cell_size, cell_size), Image.NEAREST), (left, top))
             top += step
         for row, name in enumerate(row_names if left == 0 else ()):
             position = (3, i // 8 * height + row * step)

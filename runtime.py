@@ -34,7 +34,6 @@ from typing import NamedTuple, get_args
 import torch
 import torch.distributed as dist
 from matplotlib.figure import Figure
-from safetensors import SafetensorError
 from tqdm import tqdm
 
 # ---- Errors: one sentence and exit status 1 for what a user can fix, a traceback for a bug -------
@@ -151,9 +150,14 @@ def parse_args(cls, description, presets=None, argv=None):
 # ---- Devices and processes -----------------------------------------------------------------------
 
 
+def env_int(name, default):
+    """One of torchrun's environment variables; without torchrun its default."""
+    return int(os.environ.get(name, default))
+
+
 def is_main_process():
-    """Rank 0 prints and writes; without torchrun there is no other."""
-    return os.environ.get("RANK", "0") == "0"
+    """Rank 0 prints and writes."""
+    return env_int("RANK", 0) == 0
 
 
 def progress(iterable=None, **options):
@@ -164,13 +168,13 @@ def progress(iterable=None, **options):
 
 def choose_device(name):
     """auto: cuda, else mps, else cpu. Each of torchrun's local ranks has a GPU of its own."""
-    single_process = int(os.environ.get("WORLD_SIZE", 1)) == 1  # gloo has no collectives on mps
+    single_process = env_int("WORLD_SIZE", 1) == 1  # gloo has no collectives on mps
     counts = {"cuda": torch.cuda.device_count(),
               "mps": int(torch.backends.mps.is_available() and single_process), "cpu": math.inf}
     available = [device for device, count in counts.items() if count]
     if name == "auto":
         name = available[0]
-    local_rank, count = int(os.environ.get("LOCAL_RANK", 0)), counts.get(name, 0)
+    local_rank, count = env_int("LOCAL_RANK", 0), counts.get(name, 0)
     if local_rank >= count:
         raise UserError(f"--device {name}: found {count}, too few for local rank {local_rank}; "
                         f"choose auto, {', '.join(available)}, or fewer --nproc-per-node")
@@ -220,7 +224,7 @@ class DistEnv(NamedTuple):
 def init_distributed(device="auto", dtype="auto", one_process=False):
     """Reads torchrun's variables and joins the process group; without torchrun there is one
     process. float32 matrix products on a GPU use TF32, with 10 bits of mantissa."""
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, world_size = env_int("RANK", 0), env_int("WORLD_SIZE", 1)
     if one_process and world_size > 1:
         raise UserError("this program is one process: start it with python, not torchrun")
     device = choose_device(device)
@@ -298,7 +302,7 @@ def atomic_write(path, write, *args, **options):
         with open(tmp_path, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(tmp_path, path)
-    except (OSError, RuntimeError, SafetensorError) as error:  # a full disk, in three libraries
+    except (OSError, RuntimeError) as error:  # a full disk, also as torch reports it
         tmp_path.unlink(missing_ok=True)
         raise UserError(f"{path} could not be written: {error}; the old one is kept") from None
 
@@ -354,8 +358,9 @@ def print_table(title, metrics):
     """Metrics as a Markdown table."""
     print(f"\n| {title} | |\n|---|---|")
     for key, value in metrics.items():
-        text = f"{value:.3f}" if isinstance(value, float) else str(value)
-        print(f"| {key} | {'null' if value is None else text} |")
+        if isinstance(value, float):
+            value = f"{value:.3f}"
+        print(f"| {key} | {'null' if value is None else value} |")
 
 
 def check_resume(old, new, may_change):

@@ -44,10 +44,6 @@ SHUFFLE_BUFFER = 1000  # rows of a stream that are shuffled among each other
 # ---- Tars, parquet files, the hub: each reads the files of one split -----------------------------
 
 
-def sample_key(member):
-    return re.match("(.*/)?[^./]*", member.name)[0]
-
-
 def tar_field(sample, kind, requested):
     """The captions or the label of a sample, or None; json.NAME reaches into its .json file."""
     names = [requested[kind]] if requested[kind] else COLUMNS[kind]
@@ -62,7 +58,8 @@ def read_tar(path):
     with tarfile.open(path, "r:") as tar:
         members = (file for file in tar if file.isfile()
                    and not os.path.basename(file.name).startswith("."))  # macOS adds ._NAME
-        for key, files in itertools.groupby(members, sample_key):
+        keys = itertools.groupby(members, lambda file: re.match("(.*/)?[^./]*", file.name)[0])
+        for key, files in keys:
             yield key, {file.name[len(key) + 1:].lower(): tar.extractfile(file).read()
                         for file in files}
         tar.fileobj.seek(tar.offset)
@@ -244,11 +241,6 @@ def image_names(rows, image_col, data):
     if len(names) < len(paths):
         say(f"{len(paths) - len(names)} rows without an image are left out")
     return names
-
-
-def drop_missing(rows, image_col, data):
-    """The rows that have an image."""
-    return rows.select(list(image_names(rows, image_col, data)))
 
 
 def split_train_test(rows, image_col, data, n_test=None):

@@ -44,7 +44,7 @@ from encoder import SIZES, Block
 from images import image_grid
 from losses import LPIPS
 from openvision3 import OpenVision3, grad_cache_backward, load_checkpoint, save_checkpoint
-from runtime import UserError, any_rank, arg
+from runtime import UserError, any_rank, arg, env_int
 from tokenizer import make_tokenizer
 from vae import ResnetBlock, load_vae, vae_sha256
 
@@ -143,7 +143,7 @@ def parse_config(argv=None):
     if c.resolution % 16:
         raise UserError(f"--resolution {c.resolution} is not a multiple of 16, the side of a token")
     # Ranks and micro-batches must not change which images of the batch are decoded
-    divisor = int(os.environ.get("WORLD_SIZE", 1)) * c.accum_steps * c.pixel_loss_every
+    divisor = env_int("WORLD_SIZE", 1) * c.accum_steps * c.pixel_loss_every
     if c.batch_size % divisor:
         raise UserError(f"--batch-size {c.batch_size}, the global batch, must be a multiple of "
                         f"processes x --accum-steps x --pixel-loss-every = {divisor}")
@@ -470,7 +470,7 @@ def main():
     with runtime.cli_errors():
         c = parse_config()
         if c.dry_run:
-            cost.cost_card(c, int(os.environ.get("WORLD_SIZE", 1)))
+            cost.cost_card(c, env_int("WORLD_SIZE", 1))
         elif c.bench:
             bench(c)
         else:

@@ -28,7 +28,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch.utils.data import DataLoader, Dataset
 
 import runtime
@@ -140,8 +140,8 @@ def rescale_to_unit_std(vae, images):
 def save_vae(vae, path):
     """fp16 safetensors, with the constructor's arguments as metadata."""
     tensors = {name: t.half().contiguous() for name, t in vae.state_dict().items()}
-    metadata = {"config": json.dumps(vae.config)}
-    runtime.atomic_write(path, save_file, tensors, metadata=metadata)
+    content = save(tensors, {"config": json.dumps(vae.config)})
+    runtime.atomic_write(path, lambda tmp_path: tmp_path.write_bytes(content))
 
 
 # ---- Training ------------------------------------------------------------------------------------
