@@ -43,7 +43,7 @@ def random_model(config):
     """The OpenVision3 of a run (config: a train.Config) with random weights, without a download."""
     tokenizer = SimpleNamespace(vocab_size=BPE_VOCAB_SIZE, pad=0)
     if config.tokenizer != "bpe":
-        tokenizer = Tokenizer.from_tiktoken(config.tokenizer, config.context_length)
+        tokenizer = Tokenizer({"name": config.tokenizer}, config.context_length)
     vae = IdentityVAE()
     if config.vae != "pixels":
         with unset_fake_temporarily():  # a file cannot be read while tensors are fake

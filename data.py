@@ -13,11 +13,11 @@ Run:    python data.py --data shapes      # a grid of samples with their caption
 Source: random resized crop and no flip, as OpenVision 1 (paper sec 4)
 Next:   cost.py
 """
-import os
-
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: threads that wait do not spin
+# First: it sets OMP_WAIT_POLICY before torch is imported
+import runtime  # isort: split
 
 import itertools
+import os
 import tempfile
 import time
 from dataclasses import dataclass, field, replace
@@ -34,7 +34,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 import images
 import sources
 from folders import get_field, root_cause, say, to_captions
-from images import center_crop, decode_image, image_grid, random_crop, to_tensor
+from images import center_crop, decode_image, random_crop, save_image_grid, to_tensor
 from runtime import UserError, arg, cli_errors, ignore_signals, parse_args, print_table, progress
 from shapes import CLASS_NAMES, shapes_dataset, shapes_example
 from sources import STREAM_PEEK, StreamingDataset, row_id, take_head
@@ -51,13 +51,13 @@ DATA_FLAGS = {"config", "split", "image_col", "text_col", "label_col", "class_na
 class DataConfig:
     """Which data set, and which of its columns. One field, one flag."""
     data: str = arg("shapes", "shapes (drawn), a folder, a table, tars, or a hub id", "data")
-    config: str | None = arg(None, "configuration name of a hub data set", "data")
-    split: str | None = arg(None, "split to use (default: by the usual names)", "data")
-    image_col: str | None = arg(None, "image column (default: by the usual names)", "data")
-    text_col: str | None = arg(None, "caption column; json.caption reaches into json", "data")
-    label_col: str | None = arg(None, "label column; labels alone become captions", "data")
-    class_names: str | None = arg(None, "file: folder name -> class name", "data")
-    num_workers: str = arg("0", "DataLoader workers, or auto", "data")
+    config: str | None = arg(None, "configuration name of a hub data set")
+    split: str | None = arg(None, "split to use (default: by the usual names)")
+    image_col: str | None = arg(None, "image column (default: by the usual names)")
+    text_col: str | None = arg(None, "caption column; json.caption reaches into json")
+    label_col: str | None = arg(None, "label column; labels alone become captions")
+    class_names: str | None = arg(None, "file: folder name -> class name")
+    num_workers: str = arg("0", "DataLoader workers, or auto")
 
 
 # ---- A data set: rows in, examples out -----------------------------------------------------------
@@ -135,7 +135,7 @@ class ImageTextDataset(Dataset):
             if self.flip and rng.random() < 0.5:
                 image = ImageOps.mirror(image)
         return {"image": to_tensor(image), "caption": caption, "captions": texts,
-                "label": self.label(row), "scene": row["scene"] if self.is_synthetic else "",
+                "label": self.label(row), "scene": row["scene"] if self.is_synthetic else None,
                 "id": i, "epoch": epoch}
 
     def rows(self, limit):
@@ -178,14 +178,16 @@ def verify_images(parts, limit, data):
     of all. A UserError for more than 1 % of corrupt images."""
     num_read = num_corrupt = white = 0
     for part in parts:
-        first = range(len(part))[:limit]
-        bar = progress(first, desc="opening images", leave=False)
-        bad = [i for i in bar if not part.make_example(part.hf_dataset[i], None, i)]
-        part.hf_dataset = part.hf_dataset.select(np.delete(np.arange(len(part)), bad))
-        num_read += len(first)
+        bad = []
+        for i in progress(range(len(part))[:limit], desc="opening images", leave=False):
+            row = part.hf_dataset[i]
+            if part.make_example(row, None, i):
+                white = max(white, images.white_level(row[part.image_col]))
+            else:
+                bad.append(i)
+            num_read += 1
         num_corrupt += len(bad)
-        for row in itertools.islice(part.hf_dataset, limit):
-            white = max(white, images.white_level(row[part.image_col]))
+        part.hf_dataset = part.hf_dataset.select(np.delete(np.arange(len(part)), bad))
     if num_corrupt > 0.01 * num_read:
         raise UserError(f"{data}: {num_corrupt} of {num_read} images are corrupt, more than 1 %; "
                         "move them away; python data.py --check prints all names")
@@ -211,7 +213,9 @@ def load_data(name, resolution, *, config=None, split=None, image_col=None, text
     parts = [rows for rows in (train, test) if rows is not None]
     columns = sources.find_columns(parts[0].column_names or [], requested, name)
     image_col = columns["image"]
-    parts = [sources.cast_images(rows, image_col, name) for rows in parts]
+    with runtime.explain(f"{name}: {image_col!r} holds no images; give --image-col"):
+        image_type = datasets.Image(decode=False)  # so that decode_image can name what is broken
+        parts = [rows.cast_column(image_col, image_type) for rows in parts]
     stream = parts[0]
     if streaming:
         parts[1:] = [rows.take(stream_test_images) for rows in parts[1:]]
@@ -250,7 +254,7 @@ def load_run_data(config, /, data=None, **overrides):
     """A run's data set; or, to evaluate on, another one or another split, at the run's resolution.
     `overrides` are arguments of `load_data`; None means the run's value."""
     given = {name: value for name, value in overrides.items() if value is not None}
-    same = data in (None, config.data)
+    same = not data or os.path.abspath(data) == os.path.abspath(config.data or "")
     run = vars(config) if same else {}
     options = {name: run[name] for name in run.keys() & DATA_FLAGS} | given
     evaluate = not same or "split" in given
@@ -286,7 +290,7 @@ def collate(tokenizer, examples):
 def resolve_num_workers(value):
     """DataLoader workers per rank. auto: at most 16, one per core that the ranks leave over."""
     if value == "auto":
-        return min(16, max(0, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1))
+        return min(16, max(0, os.cpu_count() // runtime.env_int("LOCAL_WORLD_SIZE", 1) - 1))
     if not str(value).isdecimal():
         raise UserError(f"--num-workers {value}: give a number from 0 on, or auto")
     return int(value)
@@ -346,30 +350,29 @@ def inspect_split(name, dataset, tokenizer):
 @dataclass
 class Settings(DataConfig):
     """Flags of `python data.py`."""
-    check: str | None = arg(None, "like --data, and open every image", "data")
-    resolution: int = arg(64, "image side in pixels", "data", min=1)
-    context_length: int = arg(26, "tokens per caption", "data", min=4)
+    check: str | None = arg(None, "like --data, and open every image")
+    resolution: int = arg(64, "image side in pixels", min=1)
+    context_length: int = arg(26, "tokens per caption", min=4)
     out: str = arg(tempfile.gettempdir() + "/samples.png", "output PNG", "run")
 
 
+@cli_errors()
 def main():
-    with cli_errors():
-        args, _ = parse_args(Settings, "Shows what a data set looks like to the model.")
-        args.data = args.check or args.data
-        if Path(args.out).resolve().is_relative_to(Path(args.data).resolve()):
-            raise UserError(f"--out {args.out} is inside of the data's folder; choose another one")
-        data = load_run_data(args, num_verify=10**9 if args.check else 1000)
-        tokenizer = Tokenizer.train(data.train.sample_captions(), args.context_length)
-        if args.check:
-            inspect_split("train", data.train, tokenizer)
-            inspect_split("test", data.test, tokenizer)
-        start = time.time()
-        batches = list(eval_loader(data.train, tokenizer, 8, limit=256))
-        rate = min(256, len(data.train)) / (time.time() - start)
-        print(f"{len(data.train)} train / {len(data.test)} test images, {rate:.0f} images/s")
-        grid = image_grid(batches[0]["image"][:, None], batches[0]["captions"])
-        grid.save(args.out, format="png")
-        print(f"wrote {args.out}")
+    args, _ = parse_args(Settings, "Shows what a data set looks like to the model.")
+    args.data = args.check or args.data
+    if Path(args.out).resolve().is_relative_to(Path(args.data).resolve()):
+        raise UserError(f"--out {args.out} is inside of the data's folder; choose another one")
+    data = load_run_data(args, num_verify=10**9 if args.check else 1000)
+    tokenizer = Tokenizer.train(data.train.sample_captions(), args.context_length)
+    if args.check:
+        inspect_split("train", data.train, tokenizer)
+        inspect_split("test", data.test, tokenizer)
+    start = time.time()
+    batches = list(eval_loader(data.train, tokenizer, 8, limit=256))
+    rate = min(256, len(data.train)) / (time.time() - start)
+    print(f"{len(data.train)} train / {len(data.test)} test images, {rate:.0f} images/s")
+    save_image_grid(args.out, batches[0]["image"][:, None], batches[0]["captions"])
+    print(f"wrote {args.out}")
 
 
 if __name__ == "__main__":

@@ -15,9 +15,8 @@ Run:    python eval_probe.py --ckpt runs/laptop [--image FILE]
 Source: kNN as DINO; SSIM of Wang et al. 2004; FID of Heusel et al. 2017 (pytorch-fid)
 Next:   generate.py
 """
-import os
-
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: threads that wait do not spin
+# First: it sets OMP_WAIT_POLICY before torch is imported
+import runtime  # isort: split
 
 import json
 import re
@@ -33,7 +32,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import runtime
 from data import (
     DATA_FLAGS,
     TEMPLATES,
@@ -44,7 +42,7 @@ from data import (
     resolve_num_workers,
 )
 from encoder import load_encoder
-from images import center_crop, decode_image, image_grid, to_tensor, to_uint8
+from images import center_crop, decode_image, save_image_grid, to_tensor, to_uint8
 from losses import LPIPS
 from openvision3 import OpenVision3, load_run
 from runtime import UserError, arg
@@ -57,10 +55,8 @@ from vae import load_vae, psnr, scale_images
 
 def read_image(path, resolution):
     """One file, center-cropped: uint8 [3,R,R]."""
-    try:
+    with runtime.explain(f"{path} is not a readable image; give another file"):
         return to_tensor(center_crop(decode_image({"path": path}), resolution))
-    except Exception as error:  # whatever a decoder raises
-        raise UserError(f"{path} is not a readable image ({error}); give another file") from None
 
 
 @torch.no_grad()
@@ -125,12 +121,10 @@ def frechet_distance(x, y):
 def fid_network(device):
     """Inception v3 of pytorch-fid: images [B,3,H,W] in [-1,1], rounded to 8 bits as saved ones are
     -> [B,2048]. Only with its features is a Frechet distance an FID."""
-    try:
+    with runtime.explain("--fid needs pytorch-fid (pip install pytorch-fid==0.3.0) and its weights "
+                         "(95 MB)", (ImportError, OSError, RuntimeError)):
         from pytorch_fid.inception import InceptionV3  # optional dependency
         inception = InceptionV3().to(device).eval()
-    except (ImportError, OSError, RuntimeError) as error:  # not installed; no network
-        raise UserError("--fid needs pytorch-fid (pip install pytorch-fid==0.3.0) and its weights "
-                        f"(95 MB): {error}") from None
     return lambda images: inception(to_uint8(images) / 255)[0].flatten(1)
 
 
@@ -230,23 +224,21 @@ METRICS = """linear_probe_top1 knn_top1 zero_shot_top1 i2t_r1 i2t_r5 t2i_r1 t2i_
 
 
 @dataclass
-class Settings(DataConfig):
+class Settings(DataConfig, runtime.DeviceConfig):
     """One field, one flag."""
     ckpt: str = arg("runs/laptop", "run folder, or encoder checkpoint", "model")
-    random_init: bool = arg(False, "randomly initialized baseline", "model")
-    vae: str | None = arg(None, "VAE of an encoder-only checkpoint", "model")
+    random_init: bool = arg(False, "randomly initialized baseline")
+    vae: str | None = arg(None, "VAE of an encoder-only checkpoint")
     data: str | None = arg(None, "evaluation data set (default: the run's, or shapes)", "data")
     n_train: int = arg(8000, "training images for probes and kNN", "metrics", min=20)
-    n_test: int = arg(1000, "test images (at most 512 for captions, PSNR)", "metrics", min=2)
-    retrieval_images: int = arg(256, "test images with a caption, for retrieval", "metrics", min=1)
-    templates: str | None = arg(None, "file of prompts, {} in each line", "metrics")
-    lpips: bool = arg(False, "measure LPIPS (fetches 553 MB once)", "metrics")
-    fid: bool = arg(False, "measure rFID (pytorch-fid; fetches 95 MB once)", "metrics")
+    n_test: int = arg(1000, "test images (captions, PSNR: 512; with --fid all)", min=2)
+    retrieval_images: int = arg(256, "test images with a caption, for retrieval", min=1)
+    templates: str | None = arg(None, "file of prompts, {} in each line")
+    lpips: bool = arg(False, "measure LPIPS (fetches 553 MB once)")
+    fid: bool = arg(False, "measure rFID (pytorch-fid; fetches 95 MB once)")
     image: str | None = arg(None, "caption and reconstruct one image", "instead")
-    compare: tuple[str, ...] = arg((), "run folders: mean and std over seeds", "instead", nargs="+")
-    batch_size: int = arg(64, "images per batch; does not change the numbers", min=1)
-    device: str = runtime.device_arg()
-    dtype: str = runtime.dtype_arg()
+    compare: tuple[str, ...] = arg((), "run folders: mean and std over seeds", nargs="+")
+    batch_size: int = arg(64, "images per batch; does not change the numbers", "run", min=1)
 
 
 class EncoderOnly(nn.Module):
@@ -268,7 +260,6 @@ def extract_features(model, env, images):
     return {"pooled": pooled.float(), "pixels": pixels.flatten(1)}
 
 
-@torch.no_grad()
 def encode_texts(model, tokenizer, texts):
     """-> [C,E], on the CPU."""
     ids = tokenizer.encode_batch(texts).to(model.log_scale.device)
@@ -325,7 +316,7 @@ def caption_exact(found, tokenizer):
     scene, as far as the context length lets it be written. None where there are no captions."""
     exact, columns = [], (found["generated"], found["captions"], found["scenes"])
     for text, valid, scene in zip(*columns, strict=True):
-        valid = all_captions(json.loads(scene)) if scene else valid
+        valid = all_captions(scene) if scene else valid
         if any(valid):
             exact.append(text in map(tokenizer.truncate, valid))
     return statistics.fmean(exact) if exact else None
@@ -350,7 +341,8 @@ def eval_reconstruction(model, tokenizer, encode, test, s, env):
             result["real"], result["fake"] = inception(images), inception(recon)
         return result
 
-    found = encode(reconstruct, test, limit=min(s.n_test, 512), desc="reconstruction")
+    limit = s.n_test if s.fid else min(s.n_test, 512)  # few images make a FID too large
+    found = encode(reconstruct, test, limit=limit, desc="reconstruction")
     metrics = {name: found[name].mean().item() for name in METRICS if name in found}
     if model.vae.downsample_factor == 1:  # --vae pixels
         metrics.update(psnr_vae=None, ssim_vae=None)
@@ -367,7 +359,7 @@ def evaluate(model, tokenizer, data, s, env):
     metrics = {**dict.fromkeys(METRICS), "n_train": 0}
     if has_text:
         metrics.update(eval_reconstruction(model, tokenizer, encode, data.test, s, env))
-    torch.set_float32_matmul_precision("highest")  # from here on TF32 could decide single images
+    torch.set_float32_matmul_precision("highest")  # TF32 products could decide single images
     extract = partial(extract_features, model, env)
     test = encode(extract, data.test, limit=max(s.n_test, s.retrieval_images), desc="test images")
     if has_text:
@@ -390,7 +382,6 @@ def evaluate(model, tokenizer, data, s, env):
 # ---- One image, several runs ---------------------------------------------------------------------
 
 
-@torch.no_grad()
 def show_image(model, tokenizer, s, class_names):
     """Prints the image's caption and nearest labels; writes DIR/FILE_recon.png."""
     image = read_image(s.image, model.config.resolution)
@@ -404,8 +395,7 @@ def show_image(model, tokenizer, s, class_names):
         print("nearest labels:", ", ".join(class_names[i] for i in order[:5]))
     columns = [[x] for x in torch.cat([images, vae_recon, recon])]
     out = Path(s.ckpt, Path(s.image).stem + "_recon.png")
-    grid = image_grid(columns, ["input", "VAE recon", caption], cell_size=256)
-    runtime.atomic_write(out, grid.save, format="png")
+    save_image_grid(out, columns, ["input", "VAE recon", caption], cell_size=256)
     print("wrote", out)
 
 
@@ -413,10 +403,9 @@ def compare_runs(folders):
     """A Markdown table of mean ± std over runs."""
     runs, table = [], {}
     for path in (Path(folder, "metrics.json") for folder in folders):
-        try:
+        with runtime.explain(f"{path} is missing or damaged: run eval_probe.py --ckpt",
+                             (OSError, ValueError)):
             runs.append(json.loads(path.read_text()))
-        except (OSError, ValueError):
-            raise UserError(f"{path} is missing or damaged: run eval_probe.py --ckpt") from None
     if len({run.get("data") for run in runs}) > 1:
         raise UserError("--compare: these runs were evaluated on different data sets")
     for name in METRICS:
@@ -437,10 +426,10 @@ def load_model(s, device):
     is_run = (Path(s.ckpt) / "last.pt").is_file()
     if is_run and not s.vae:
         return load_run(s.ckpt, device, s.random_init)
-    if is_run or not s.vae or s.image or s.random_init or s.lpips or s.fid:
+    if is_run or not s.vae or s.image or s.random_init or s.lpips or s.fid or s.templates:
         raise UserError(f"--ckpt {s.ckpt}: a run of train.py is a folder with a last.pt, and takes "
                         "no --vae; any other encoder needs --vae, a published one --vae flux, and "
-                        "takes no --image, --random-init, --lpips and --fid")
+                        "takes no --image, --random-init, --templates, --lpips and --fid")
     encoder, vae = load_encoder(s.ckpt), load_vae(s.vae)
     if encoder.conv1.in_channels != vae.config["z_channels"]:
         raise UserError(f"--vae {s.vae} has other channels than {s.ckpt} reads; take --vae flux")
@@ -458,23 +447,23 @@ def metrics_path(s, default_data):
     return folder / ("_".join(filter(None, parts)) + ".json")
 
 
+@runtime.cli_errors()
 def main():
-    with runtime.cli_errors():
-        s, _ = runtime.parse_args(Settings, "Evaluates a frozen encoder.")
-        if s.compare:
-            return compare_runs(s.compare)
-        env = runtime.init_distributed(s.device, s.dtype, one_process=True)
-        model, tokenizer, state = load_model(s, env.device)
-        if s.image:
-            return show_image(model, tokenizer, s, state["class_names"])
-        default_data = model.config.data or "shapes"
-        s.data = s.data or default_data
-        options = {name: getattr(s, name) for name in DATA_FLAGS if hasattr(s, name)}
-        data = load_run_data(model.config, s.data, need_text=False, **options)
-        metrics = {"data": s.data, "split": s.split or "test", "step": state["step"],
-                   **evaluate(model, tokenizer, data, s, env)}
-        runtime.print_table(s.ckpt, metrics)
-        runtime.save_json(metrics, metrics_path(s, default_data))
+    s, _ = runtime.parse_args(Settings, "Evaluates a frozen encoder.")
+    if s.compare:
+        return compare_runs(s.compare)
+    env = runtime.init_distributed(s, one_process=True)
+    model, tokenizer, state = load_model(s, env.device)
+    if s.image:
+        return show_image(model, tokenizer, s, state["class_names"])
+    default_data = model.config.data or "shapes"
+    s.data = s.data or default_data
+    options = {name: getattr(s, name) for name in DATA_FLAGS if hasattr(s, name)}
+    data = load_run_data(model.config, s.data, need_text=False, **options)
+    metrics = {"data": s.data, "split": s.split or "test", "step": state["step"],
+               **evaluate(model, tokenizer, data, s, env)}
+    runtime.print_table(s.ckpt, metrics)
+    runtime.save_json(metrics, metrics_path(s, default_data))
 
 
 if __name__ == "__main__":

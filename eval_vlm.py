@@ -17,9 +17,8 @@ Run:    python eval_vlm.py --ckpt runs/laptop          # after train.py; writes 
 Source: paper sec 4.4; LLaVA-1.5 (arXiv 2310.03744); POPE (arXiv 2305.10355); as in SEED-Bench
         (arXiv 2307.16125) the most likely option is chosen.   Next: train_vae.py
 """
-import os
-
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: threads that wait do not spin
+# First: it sets OMP_WAIT_POLICY before torch is imported
+import runtime  # isort: split
 
 import json
 import math
@@ -39,12 +38,11 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-import runtime
 from data import load_run_data
 from decoders import CaptionDecoder
 from encoder import sincos_positions
 from eval_probe import TokenStats, encode_dataset, image_tokens, read_image
-from images import image_grid
+from images import open_image, save_image_grid
 from openvision3 import load_run
 from runtime import UserError, arg, progress
 from shapes import (
@@ -162,15 +160,13 @@ def build_vlm(lm, tokenizer, N, C):
     if not lm:
         decoder = CaptionDecoder(tokenizer.vocab_size, 2 * MAX_TOKENS, 192, 192, depth=4, heads=6)
         return VisionLanguageModel(decoder, tokenizer, N, C, 192, positions=True)
-    try:
+    with runtime.explain(f"--lm {lm} could not be loaded: pip install transformers, and offline "
+                         "give a folder"):
         import transformers  # optional: only for --lm
 
         model = transformers.AutoModelForCausalLM.from_pretrained(
             lm, trust_remote_code=False, use_safetensors=True, dtype=torch.float32)
         hf_tokenizer = transformers.AutoTokenizer.from_pretrained(lm)
-    except Exception as error:  # dozens of types for a missing or unsupported model
-        raise UserError(f"--lm {lm} could not be loaded ({type(error).__name__}: {error}); pip "
-                        "install transformers, and offline give a folder") from None
     eos, bos = hf_tokenizer.eos_token_id, hf_tokenizer.bos_token_id
     if eos is None or getattr(model.config, "max_position_embeddings", 1e9) < N + 2 * MAX_TOKENS:
         raise UserError(f"--lm {lm}: choose one with an end-of-text token and a context length of "
@@ -203,16 +199,15 @@ def load_tokens(model, device, encoded, images):
 def make_questions(info, class_names, kinds):
     """{"choice": [(image, question)], "pope": those with the answers yes and no} about the encoded
     images that show a scene or have a label; the same ones each time."""
-    scenes = [json.loads(scene or "null") for scene in info["scenes"]]
     objects = []  # of each image
-    for scene, label in zip(scenes, info["labels"].tolist(), strict=True):
+    for scene, label in zip(info["scenes"], info["labels"].tolist(), strict=True):
         if scene:
             objects.append([object_name(item) for item in scene["objects"]])
         else:
             objects.append([class_names[label]] if label >= 0 else [])
     names = [name for name, _ in Counter(chain.from_iterable(objects)).most_common()]
     rng, questions = random.Random("questions"), {"choice": [], "pope": []}
-    for i, (scene, present) in enumerate(zip(scenes, objects, strict=True)):
+    for i, (scene, present) in enumerate(zip(info["scenes"], objects, strict=True)):
         if not present or len(names) == 1:
             continue  # nothing to ask
         choices = scene_questions(scene, rng) if scene else [
@@ -265,16 +260,15 @@ def read_file(parse, file, folder):
     """What `parse` finds in a file, if one is given, with the paths of its images in the folder."""
     if not file:
         return []
-    try:
+    with runtime.explain(f"{file} does not have the layout that {parse.__name__} reads",
+                         (LookupError, TypeError, AttributeError, ValueError)):
         rows = [(find_image(folder, name), *rest) for name, *rest in parse(Path(file).read_text())]
-    except (LookupError, TypeError, AttributeError, ValueError) as error:
-        raise UserError(f"{file} does not have the layout that {parse.__name__} reads "
-                        f"({type(error).__name__}: {error})") from None
     if not rows:
         raise UserError(f"{file} has no question about an image")
     for image, *_ in rows:
-        if not image.is_file():
-            raise UserError(f"{image} is missing: give --images, the folder of {file}'s images")
+        with runtime.explain(f"{image} is missing or no image: give --images, the folder of "
+                             f"{file}'s images", OSError):
+            open_image({"path": image}).close()
     return rows
 
 
@@ -328,7 +322,7 @@ def save_examples(vlm, load, dataset, questions, path):
         label = "" if answer == q.answer else f" ({q.answer})"
         images.append([dataset[i]["image"]])
         captions.append(f"{q.text} {answer}{label}")
-    runtime.atomic_write(path, image_grid(images, captions).save, format="png")
+    save_image_grid(path, images, captions)
 
 
 # ---- Training ------------------------------------------------------------------------------------
@@ -361,10 +355,7 @@ def train(vlm, load, turns, stage, steps, lr, c, autocast):
         loss.backward()
         nn.utils.clip_grad_norm_(vlm.parameters(), 1.0)
         scale = min(step / (0.03 * steps), 0.5 + 0.5 * math.cos(math.pi * step / steps))
-        for optimizer in optimizers:
-            optimizer.param_groups[0]["lr"] = lr * scale
-            optimizer.step()
-            optimizer.zero_grad()
+        runtime.step_optimizers(optimizers, lr * scale)
         losses.append(loss.detach())
         if step % LOG_EVERY == 0 or step == steps:
             mean_loss = torch.stack(losses[-LOG_EVERY:]).mean().item()
@@ -377,49 +368,46 @@ def train(vlm, load, turns, stage, steps, lr, c, autocast):
 
 
 @dataclass
-class Config:
+class Config(runtime.DeviceConfig):
     ckpt: str = arg("runs/laptop", "run folder of train.py; outputs go into it", "data")
-    data: str | None = arg(None, "evaluation dataset (default: the run's)", "data")
-    n_train_images: int = arg(12_000, "training images, encoded once", "data", min=2)
-    n_test_images: int = arg(500, "test images", "data", min=2)
+    data: str | None = arg(None, "data set to train and ask on (default: the run's)")
+    n_train_images: int = arg(12_000, "training images, encoded once", min=2)
+    n_test_images: int = arg(500, "test images", min=2)
     lm: str | None = arg(None, "causal language model of transformers (hub id or folder) instead "
                          "of the one from scratch", "model")
     steps: tuple[int, ...] = arg((250, 1000), "optimizer steps of alignment and instruction",
                                  "optimization", min=1, nargs=2)
-    batch_size: int = arg(64, "captions or questions per step", "optimization", min=1)
+    batch_size: int = arg(64, "captions or questions per step", min=1)
     lr: float | None = arg(None, "peak learning rate (default: 1e-3; in instruction tuning with "
-                           "--lm LLaVA-1.5's 2e-5)", "optimization", min=0.0)
-    seed: int = arg(0, "of weights and order", "optimization", min=0)
+                           "--lm LLaVA-1.5's 2e-5)")
+    seed: int = arg(0, "of weights and order")
     chat: tuple[str, ...] = arg((), "answer one question about one image and stop", "files",
                                 nargs=2, metavar=("IMAGE", "QUESTION"))
-    pope: tuple[str, ...] = arg((), "POPE's files", "files", nargs="+")
-    seed_bench: str | None = arg(None, "SEED-Bench's file", "files")
-    align: str | None = arg(None, "captions in LLaVA's layout", "files")
-    instruct: str | None = arg(None, "conversations in LLaVA's layout", "files")
-    images: str = arg(".", "folder of the images that these files name", "files")
-    device: str = runtime.device_arg()
-    dtype: str = runtime.dtype_arg()
+    pope: tuple[str, ...] = arg((), "POPE's files", nargs="+")
+    seed_bench: str | None = arg(None, "SEED-Bench's file")
+    align: str | None = arg(None, "captions in LLaVA's layout")
+    instruct: str | None = arg(None, "conversations in LLaVA's layout")
+    images: str = arg(".", "folder of the images that these files name")
 
 
 def load_vlm(path, checksum):
     """What an earlier run of this program saved."""
-    try:
+    with runtime.explain(f"{path} is missing, damaged, or was trained with another encoder than "
+                         "this folder's; run the same command without --chat first"):
         state = torch.load(path, map_location="cpu", weights_only=True)
-        same_encoder = state["encoder"] == checksum
-    except Exception:  # missing, cut off, another program's
-        same_encoder = False
-    if not same_encoder:
-        raise UserError(f"{path} is missing, damaged, or was trained with another encoder than "
-                        "this folder's; run the same command without --chat first")
-    tokenizer = Tokenizer.from_state_dict(state["tokenizer"], 2 * MAX_TOKENS)
+        if state["encoder"] != checksum:
+            raise ValueError("another encoder")
+    tokenizer = Tokenizer(state["tokenizer"], 2 * MAX_TOKENS)
     vlm = build_vlm(state["lm"], tokenizer, *state["model"]["stats.mean"].shape)
     vlm.load_state_dict(state["model"])
     return vlm.eval()
 
 
-def run(c):
+@runtime.cli_errors()
+def main():
     # 1. The frozen encoder
-    start, env = time.time(), runtime.init_distributed(c.device, c.dtype, one_process=True)
+    c, _ = runtime.parse_args(Config, "Question answering from frozen tokens (LLaVA).")
+    start, env = time.time(), runtime.init_distributed(c, one_process=True)
     model, tokenizer, _ = load_run(c.ckpt, env.device)
     path = Path(c.ckpt) / "vlm.pt"
     checksum = sum(p.cpu().double().sum().item() for p in model.encoder.parameters())
@@ -434,18 +422,16 @@ def run(c):
     data = load_run_data(model.config, c.data, need_text=False)
     if not len(data.train):
         raise UserError(f"--data {c.data} has no training images: add a training split")
-    infos = []
-    for split, limit in ((data.train, c.n_train_images), (data.test, c.n_test_images)):
-        infos.append(encode_dataset(
-            lambda images: {"tokens": image_tokens(model, images).half()}, split, tokenizer, limit,
-            "images", device=env.device))
-    load_train, load_test = (partial(load, info["tokens"]) for info in infos)
+    encode = partial(encode_dataset, lambda images: {"tokens": image_tokens(model, images).half()},
+                     tokenizer=tokenizer, desc="images", device=env.device)
+    train_set = encode(data.train, limit=c.n_train_images)
+    test_set = encode(data.test, limit=c.n_test_images)
     class_names = [name.replace("_", " ") for name in data.class_names or ()]
     if not align:
-        align = [(i, "", text) for i, texts in enumerate(infos[0]["captions"])
+        align = [(i, "", text) for i, texts in enumerate(train_set["captions"])
                  for text in texts if text.strip()]
     if not instruct:  # no popular objects: trained on, they would teach "no" to all frequent ones
-        asked = make_questions(infos[0], class_names, ("random", "adversarial"))
+        asked = make_questions(train_set, class_names, ("random", "adversarial"))
         for i, q in asked["choice"] + asked["pope"]:
             turn = (i, question_prompt(q.text), q.answer)
             instruct += [turn] * REPEATS.get(q.kind, 1)
@@ -458,8 +444,10 @@ def run(c):
     texts = [f"{prompt} {answer}" for _, prompt, answer in sample]
     tokenizer = Tokenizer.train(texts, 2 * MAX_TOKENS, vocab_size=1024)  # not used with --lm
     torch.manual_seed(c.seed)
-    vlm = build_vlm(c.lm, tokenizer, *infos[0]["tokens"].shape[1:]).to(env.device)
-    vlm.stats.fit(infos[0]["tokens"])
+    vlm = build_vlm(c.lm, tokenizer, *train_set["tokens"].shape[1:]).to(env.device)
+    vlm.stats.fit(train_set["tokens"])
+    load_train = partial(load, train_set["tokens"])
+    load_test = partial(load, test_set["tokens"])
     vlm.lm.requires_grad_(not c.lm)  # DIFFERS: from scratch it is trained in alignment too
     train(vlm, load_train, align, "alignment", c.steps[0], c.lr or 1e-3, c, env.autocast)
     vlm.requires_grad_(True)
@@ -467,13 +455,13 @@ def run(c):
     train(vlm, load_train, instruct, "instruction", c.steps[1], lr, c, env.autocast)
     vlm.eval()
     state = {"model": vlm.state_dict(), "lm": c.lm, "encoder": checksum,
-             "tokenizer": tokenizer.state_dict()}
+             "tokenizer": tokenizer.state}
     runtime.atomic_write(path, torch.save, state)
 
     # 4. Evaluation
     metrics = dict.fromkeys(("choice_accuracy", "choice_blind", "pope_accuracy", "pope_f1",
                              "pope_yes_rate", "pope_blind_f1", "exact_match"))
-    questions = make_questions(infos[1], class_names, NEGATIVES)
+    questions = make_questions(test_set, class_names, NEGATIVES)
     if not questions["choice"]:
         print("choice_* and pope_* are null: no scenes, nor labels of two classes, to ask about")
     for name, asked in (questions | files).items():
@@ -489,11 +477,6 @@ def run(c):
     if questions["choice"]:
         save_examples(vlm, load_test, data.test, questions["choice"], path.with_suffix(".png"))
     print(f"wrote {path}; add --chat IMAGE QUESTION to the same command to ask it")
-
-
-def main():
-    with runtime.cli_errors():
-        run(runtime.parse_args(Config, "Question answering from frozen tokens (LLaVA).")[0])
 
 
 if __name__ == "__main__":

@@ -11,7 +11,8 @@ Splits: folders called train/training and test/testing or val/valid/validation/d
 another, or two of them and no other folder.
 Captions and labels: metadata.jsonl, .csv or .parquet in any folder (file_name, text, label; several
 rows are several captions); else NAME.txt beside NAME.png is the caption, and the first folder below
-the split the label, where there are two or more. Hidden, NAS and run folders are skipped.
+the split the label, where there are two or more; there `images` or a second `train` do not count.
+Hidden, NAS and run folders are skipped.
 
 Run:    python data.py --check FOLDER
 Source: metadata files as in `datasets`' imagefolder
@@ -31,7 +32,7 @@ import datasets
 import pyarrow.parquet as pq
 from PIL import Image
 
-from runtime import UserError, is_main_process
+from runtime import UserError, explain, is_main_process
 
 COLUMNS = {  # the usual names, the likeliest first
     "image": ("image", "img", "jpg", "jpeg", "png", "webp",
@@ -95,10 +96,8 @@ def get_field(row, name):
     first, _, rest = name.partition(".")
     value = row.get(first)
     if isinstance(value, (str, bytes)):
-        try:
+        with explain(f"{name}: {first!r} is not JSON: {value[:40]!r}", ValueError):
             value = json.loads(value)
-        except ValueError as error:
-            raise UserError(f"{name}: {first!r} is not JSON ({error}): {value[:40]!r}") from None
     if isinstance(value, list):
         return [get_field(item, rest) for item in value if isinstance(item, dict)]
     return get_field(value, rest) if isinstance(value, dict) else None
@@ -107,7 +106,8 @@ def get_field(row, name):
 def to_captions(value):
     """A caption field as a list of texts, empty ones left out."""
     texts = value if isinstance(value, list) else [value]
-    return [str(text) for text in texts if text is not None and str(text).strip()]
+    return [str(text) for text in texts
+            if not isinstance(text, (dict, type(None))) and str(text).strip()]
 
 
 def root_cause(error):
@@ -139,7 +139,8 @@ def read_rows(file):
         with open(file, encoding="utf-8-sig", newline="") as lines:
             header = lines.readline()
             lines.seek(0)
-            rows = csv.DictReader(lines, delimiter=max(",;\t", key=header.count))
+            rows = csv.DictReader(lines, delimiter=max(",;\t", key=header.count),
+                                  skipinitialspace=True)
             if ending(file) == ".jsonl":
                 rows = map(json.loads, filter(str.strip, lines))
             for row in rows:
@@ -206,7 +207,7 @@ def find_files(root):
     for top in pending:  # links are added at its end, so that a folder keeps its own name
         for path, subfolders, names in os.walk(top, onerror=unreadable.append):
             folder, real = path[len(root):].lstrip("/"), os.path.realpath(path)
-            place = (real, first_split(folder.split("/")))
+            place = (real, *filter(None, map(split_name, folder.split("/"))))
             is_loop = path != root and Path(path).parent.resolve().is_relative_to(real)
             is_run = {"config.json", "log.jsonl"}.issubset(names)
             skipped["run folders"] += is_run
@@ -225,12 +226,18 @@ def find_files(root):
     return sorted(files), skipped
 
 
+def shared_depth(folders):
+    """The first level with several folders; some images may be above it."""
+    depth = 0
+    while len({tuple(path[:depth + 1]) for path in folders if len(path) > depth}) == 1:
+        depth += 1
+    return depth
+
+
 def find_splits(images):
     """Triples (image, split or None, class folder or None); a lone folder is no class."""
     folders = [file.split("/")[:-1] for file in images]
-    depth = 0  # of the first level with several folders; some images may be above it
-    while len({tuple(path[:depth + 1]) for path in folders if len(path) > depth}) == 1:
-        depth += 1
+    depth = shared_depth(folders)
     splits = [first_split(os.path.commonpath(images).split("/")[:depth])] * len(images)
     for level in (depth, depth + 1):  # splits are above the classes, or in each class
         found = [split_name("/".join(path[level : level + 1])) for path in folders]
@@ -238,7 +245,10 @@ def find_splits(images):
         kinds = set(named.values())
         if {"train"} < kinds or (len(kinds) > 1 and None not in found):
             say(f"splits of the folders: {named}")
-            splits, folders = found, [path[:level] + path[level + 1 :] for path in folders]
+            splits = found  # below train there may be another train, or a folder images
+            folders = [path[:level] + [name for name in path[level + 1 :]
+                                       if name not in (path[level], "images")] for path in folders]
+            depth = shared_depth([folders[i] for i in range(len(folders)) if found[i]])
             break
         if named and level == depth:
             say(f"the folders {sorted(named)} are read as classes: no second split is beside them")
@@ -249,10 +259,8 @@ def find_splits(images):
 
 
 def read_text(path):
-    try:
+    with explain(f"{path} is not UTF-8 text", UnicodeDecodeError):
         return Path(path).read_text(encoding="utf-8-sig").strip()
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text: {error}") from None
 
 
 def report_split(split, entries):

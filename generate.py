@@ -17,9 +17,8 @@ Run:    python generate.py --ckpt runs/laptop      # after train.py; also under 
 Source: RAE (arXiv 2510.11690); JiT (2511.13720); precision and recall (1904.06991)
 Next:   eval_vlm.py
 """
-import os
-
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: threads that wait do not spin
+# First: it sets OMP_WAIT_POLICY before torch is imported
+import runtime  # isort: split
 
 import copy
 import math
@@ -36,7 +35,6 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-import runtime
 from data import load_run_data
 from encoder import Attention, sincos_positions
 from eval_probe import (
@@ -47,9 +45,9 @@ from eval_probe import (
     frechet_distance,
     image_tokens,
 )
-from images import image_grid, to_uint8
+from images import save_image_grid, to_uint8
 from openvision3 import DECODE_CHUNK, load_run
-from runtime import UserError, arg, atomic_write, progress
+from runtime import UserError, arg, atomic_write, is_main_process, progress
 from vae import scale_images
 
 # (width, depth, heads) of the base and of the head, time shift, prediction. S and XL are RAE's.
@@ -66,27 +64,25 @@ GUIDED_BELOW = 0.95  # time: earlier, in noise, guidance costs diversity (arXiv 
 
 
 @dataclass
-class Settings:
+class Settings(runtime.DeviceConfig):
     """The flags of this program."""
     ckpt: str = arg("runs/laptop", "run folder of train.py, also for outputs", "data")
-    data: str | None = arg(None, "data set to generate (default: the run's)", "data")
-    n_train_images: int = arg(12_000, "training images, each encoded once", "data", min=2)
+    data: str | None = arg(None, "data set to generate (default: the run's)")
+    n_train_images: int = arg(12_000, "training images, each encoded once", min=2)
     space: str = arg("tokens", "the encoder's tokens, or the VAE's latents in 2x2 patches", "model",
                      choices=("tokens", "latents"))
-    size: str = arg("laptop", "row of DIT_SIZES", "model", choices=tuple(DIT_SIZES))
+    size: str = arg("laptop", "row of DIT_SIZES", choices=tuple(DIT_SIZES))
     steps: int = arg(2000, "optimizer steps", "optimization", min=1)
-    batch_size: int = arg(64, "split among the processes (RAE: 1024)", "optimization", min=1)
-    lr: float = arg(2e-3, "peak learning rate (RAE: 2e-4)", "optimization", min=0)
+    batch_size: int = arg(64, "split among the processes (RAE: 1024)", min=1)
+    lr: float = arg(2e-3, "peak learning rate (RAE: 2e-4)")
     n_samples: int = arg(512, "images to sample and evaluate", "sampling", min=4)
-    sampling_steps: int = arg(24, "Adams-Bashforth steps (RAE: 49 Euler steps)", "sampling", min=1)
+    sampling_steps: int = arg(24, "Adams-Bashforth steps (RAE: 49 Euler steps)", min=1)
     # DIFFERS: RAE's best results have no guidance, or 1.42 with AutoGuidance
-    guidance: float = arg(5.0, "guidance scale at t < 0.95, 1: off", "sampling", min=0)
-    guide_ckpt: str | None = arg(None, "AutoGuidance: a weaker generator's .pt file", "sampling")
-    fid: bool = arg(False, "evaluate in FID's Inception features (needs pytorch-fid)", "sampling")
-    resume: bool = arg(False, "resume training; if finished, only sample")
-    seed: int = arg(0, "seed of weights, batches and samples", min=0)
-    device: str = runtime.device_arg()
-    dtype: str = runtime.dtype_arg()
+    guidance: float = arg(5.0, "guidance scale at t < 0.95, 1: off")
+    guide_ckpt: str | None = arg(None, "AutoGuidance: a weaker generator's .pt file")
+    fid: bool = arg(False, "evaluate in FID's Inception features (needs pytorch-fid)")
+    resume: bool = arg(False, "resume training; if finished, only sample", "run")
+    seed: int = arg(0, "seed of weights, batches and samples")
     compile: bool | None = arg(None, "torch.compile (default: on GPUs that Triton supports)")
     save_every: int = arg(500, "steps between checkpoints", min=1)
 
@@ -267,24 +263,10 @@ def sample_images(model, labels, decode, s, guide=None):
             guidance = s.guidance if t < GUIDED_BELOW else 1
             v = guided_velocity(model, x, x.new_full((len(x),), t), chunk, guidance, guide)
             x = x + dt * (v + (v - v_old) * dt / (2 * dt_old))  # v, extrapolated to mid-step
-            v_old, dt_old = v, dt
+            # Not across the jump of the velocity where guidance begins: that step is Euler's
+            v_old, dt_old = v, dt if (t < GUIDED_BELOW) == (t_next < GUIDED_BELOW) else math.inf
         images.append(to_uint8(decode(model.stats.denormalize(x))).cpu())
     return torch.cat(images)
-
-
-def save_image_grid(path, rows, captions, row_names=()):
-    """rows: uint8 images [M,3,R,R] each, shown one below the other, eight columns at a time."""
-    grid = image_grid(list(zip(*rows, strict=True)), captions, row_names, cell_size=96)
-    atomic_write(path, grid.save, format="png")
-
-
-def save_samples(path, *arrays):
-    """images [M,R,R,3] and labels [M] in ADM's layout."""
-    def write(tmp_path):
-        with open(tmp_path, "wb") as file:
-            np.savez_compressed(file, *arrays)
-
-    atomic_write(path, write)
 
 
 # ---- Evaluation: a classifier trained on real images, and metrics in its features ----------------
@@ -366,16 +348,13 @@ def evaluate_samples(images, labels, train, test, num_classes, network):
 def load_generator(path, stats):
     """A checkpoint of this program and its averaged model, ready to sample. A UserError where it
     cannot be read, or was trained on other tokens."""
-    try:
+    with runtime.explain(f"{path} is not a checkpoint of generate.py for these tokens; it needs "
+                         "the same --ckpt, --data, --space and --n-train-images"):
         state = torch.load(path, map_location="cpu", weights_only=True)
         model = DiTDH(**state["shape"])
         model.load_state_dict(state["ema_model"])
-        same_tokens = torch.allclose(model.stats.mean, stats.mean.cpu(), rtol=1e-2, atol=1e-2)
-    except Exception:  # missing, truncated, a file of another program, or of other shapes
-        same_tokens = False
-    if not same_tokens:
-        raise UserError(f"{path} is not a checkpoint of generate.py for these tokens; it needs the "
-                        "same --ckpt, --data, --space and --n-train-images")
+        if not torch.allclose(model.stats.mean, stats.mean.cpu(), rtol=1e-2, atol=1e-2):
+            raise ValueError("other tokens")
     return state, model.to(stats.mean.device).eval()
 
 
@@ -416,33 +395,30 @@ def train_generator(s, env, model, shape, train):
             labels = train["labels"][batch_idx]                              # (B,)
             with env.autocast():
                 loss = flow_matching_loss(ddp_model, x, labels, model.num_classes, model.shift)
-            model.zero_grad()
             loss.backward()
             grad_norm = nn.utils.clip_grad_norm_(params, 1.0)
-            for optimizer in optimizers:
-                optimizer.param_groups[0]["lr"] = learning_rate(step - 1, s)
-                optimizer.step()
+            runtime.step_optimizers(optimizers, learning_rate(step - 1, s))
             # RAE's decay, but growing, so that a short run does not average its initial weights
             decay = min(0.9995, (1 + step) / (10 + step))
             get_ema_multi_avg_fn(decay)(ema_params, params, step)
             losses.append(loss.detach())
 
             # 2. Log and save, on rank 0
-            stopped = runtime.any_rank(stop.is_set(), env.world_size)
+            stopped = runtime.any_rank(stop.is_set())
             save = step % s.save_every == 0 or step == s.steps or stopped
             if not save and step % 20:
                 continue
             if not torch.isfinite(loss + grad_norm):
                 raise UserError(f"step {step}: non-finite loss; start again with a lower --lr")
             loss, losses = torch.stack(losses).mean(), []
-            if env.is_main:
+            if is_main_process():
                 bar.write(f"step {step:6d}  loss {loss:.4f}  grad_norm {grad_norm:.2f}")
-            if env.is_main and save:
+            if is_main_process() and save:
                 state = {name: part.state_dict() for name, part in parts.items()}
                 settings = {key: getattr(s, key) for key in RESUME_KEYS}
                 state.update(step=step, shape=shape, settings=settings)
                 atomic_write(path, torch.save, state)
-            if stopped and env.is_main:
+            if stopped and is_main_process():
                 bar.write(f"stopped at step {step}; rerun with --resume to continue")
             if stopped:
                 return None
@@ -452,9 +428,10 @@ def train_generator(s, env, model, shape, train):
 # ---- The program ---------------------------------------------------------------------------------
 
 
-def generate(s):
-    """The program: encode the images, train, sample, evaluate."""
-    start_time, env = time.time(), runtime.init_distributed(s.device, s.dtype)
+@runtime.cli_errors()
+def main():
+    s, _ = runtime.parse_args(Settings, "Trains a generator of a run's tokens.")
+    start_time, env = time.time(), runtime.init_distributed(s)
     fid = fid_network(env.device) if s.fid else None
     model, tokenizer, _ = load_run(s.ckpt, env.device)
     s.data = s.data or model.config.data
@@ -480,7 +457,7 @@ def generate(s):
     train["tokens"] = train["tokens"].to(env.device)  # batches are picked on the device
     train["labels"] = train["labels"].to(env.device)
     M, N, C = train["tokens"].shape
-    if env.is_main:
+    if is_main_process():
         print(f"{M:,} images, {N} tokens x {C} dims, {K} classes; {env.device}, {env.dtype}")
 
     # 2. Train
@@ -490,9 +467,8 @@ def generate(s):
     generator.stats.fit(train["tokens"])
     guide = load_generator(s.guide_ckpt, generator.stats)[1] if s.guide_ckpt else None
     generator = train_generator(s, env, generator, shape, train)
-    if env.world_size > 1:
-        runtime.end_distributed()
-    if generator is None or not env.is_main:
+    runtime.end_distributed()
+    if generator is None or not is_main_process():
         return
 
     # 3. Sample
@@ -502,10 +478,11 @@ def generate(s):
         decode = partial(decode_tokens, model, space=s.space)
         images = sample_images(generator, labels, decode, s, guide)
     shown, captions = images[:48], [f"class: {names[label]}" for label in labels[:48]]
-    save_image_grid(s.path("samples.png"), [shown], captions)
-    rows = [shown, nearest_train_images(encode(shown), train)]
-    save_image_grid(s.path("nearest_train.png"), rows, captions, ("sample", "nearest"))
-    save_samples(s.path("samples.npz"), images.permute(0, 2, 3, 1), labels)
+    save_image_grid(s.path("samples.png"), shown[:, None], captions, cell_size=96)
+    pairs = torch.stack([shown, nearest_train_images(encode(shown), train)], dim=1)
+    save_image_grid(s.path("nearest_train.png"), pairs, captions, ("sample", "nearest"), 96)
+    arrays = images.permute(0, 2, 3, 1), labels  # ADM's layout
+    atomic_write(s.path("samples.npz"), lambda tmp_path: np.savez_compressed(tmp_path, *arrays))
 
     # 4. Evaluate
     test = encode_dataset(lambda images: {"image": images}, data.test, tokenizer,
@@ -514,11 +491,6 @@ def generate(s):
     result["seconds"] = round(time.time() - start_time, 1)
     runtime.print_table(f"{s.ckpt}, {s.space}", result)
     runtime.save_json({**result, **vars(s)}, s.path("generate.json"))
-
-
-def main():
-    with runtime.cli_errors():
-        generate(runtime.parse_args(Settings, "Trains a generator of a run's tokens.")[0])
 
 
 if __name__ == "__main__":

@@ -12,13 +12,17 @@ Run:    not a program; python data.py --data FOLDER shows its output
 Source: random resized crop and no flip, as OpenVision 1 (paper sec 4)
 Next:   folders.py
 """
+import contextlib
 import io
 import math
 import textwrap
+from itertools import zip_longest
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageOps, PngImagePlugin
+
+from runtime import atomic_write
 
 Image.MAX_IMAGE_PIXELS = 125_000_000  # Pillow refuses twice as many: 250 megapixels
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**28  # editors store whole logs
@@ -50,7 +54,8 @@ def decode_image(source, min_side=math.inf, white=0):
     image = open_image(source)
     image.draft(None, (min_side, min_side))  # only JPEG does this
     image.load()  # raises where the file is not complete
-    ImageOps.exif_transpose(image, in_place=True)  # a copy would cost as much as decoding
+    with contextlib.suppress(Exception):  # damaged EXIF data of a good image
+        ImageOps.exif_transpose(image, in_place=True)  # a copy would cost as much as decoding
     level = white_level(image)
     if level:
         values = np.asarray(image, np.float32) * (255 / (white or level))
@@ -108,13 +113,16 @@ def image_grid(columns, captions, row_names=(), cell_size=128):
     draw = ImageDraw.Draw(grid)
     for i, (images, caption) in enumerate(zip(columns, captions, strict=True)):
         left, top = i % 8 * step, i // 8 * height
-        for image in images:
+        for image, name in zip_longest(images, row_names if i % 8 == 0 else (), fillvalue=""):
             cell = Image.fromarray(to_uint8(image).permute(1, 2, 0).cpu().numpy())
             grid.paste(cell.resize((cell_size, cell_size), Image.NEAREST), (left, top))
+            draw.text((left + 3, top), name, stroke_width=2, stroke_fill="black")
             top += step
-        for row, name in enumerate(row_names if left == 0 else ()):
-            position = (3, i // 8 * height + row * step)
-            draw.text(position, name, stroke_width=2, stroke_fill="black")
         text = textwrap.fill(caption, cell_size // 6, max_lines=5)
         draw.text((left, top), text, fill="black", font_size=12)
     return grid
+
+
+def save_image_grid(path, *args, **options):
+    """image_grid(*args, **options) as a PNG."""
+    atomic_write(path, image_grid(*args, **options).save)

@@ -34,7 +34,7 @@ from losses import (
     contrastive_loss,
     openvision3_loss,
 )
-from runtime import UserError, atomic_write, memory_format
+from runtime import UserError, atomic_write, explain, memory_format
 from tokenizer import Tokenizer
 from vae import load_vae, scale_images, vae_sha256
 
@@ -120,7 +120,6 @@ class OpenVision3(nn.Module):
         images = scale_images(images).contiguous(memory_format=memory_format(images.device))
         return self.vae.encode(images)
 
-    @torch.no_grad()
     def decode_latents(self, latents):
         """[B,16,R/8,R/8] -> images [B,3,R,R], about [-1,1]; a chunk at a time saves memory."""
         return torch.cat([self.vae.decode(chunk) for chunk in latents.split(DECODE_CHUNK)])
@@ -221,13 +220,11 @@ def load_checkpoint(folder):
     path = Path(folder).expanduser() / "last.pt"
     if not path.is_file():
         raise UserError(f"no checkpoint {path}; train one with: python train.py --out {folder}")
-    try:
+    with explain(f"{path} is not a readable checkpoint"):
         state = torch.load(path, map_location="cpu", weights_only=True)
         vae, sha256 = state["config"]["vae"], state["vae_sha256"]
         if not {"step", "model", "optimizer", "tokenizer", "class_names"} <= set(state):
             raise KeyError
-    except Exception as error:  # truncated, refused by weights_only, or from another program
-        raise UserError(f"{path} is not a readable checkpoint ({type(error).__name__})") from None
     if sha256 != vae_sha256(vae):
         raise UserError(f"{path} was trained with another VAE than {vae} is now; its tokens cannot "
                         "be decoded with this one")
@@ -239,7 +236,7 @@ def load_run(folder, device, random_init=False):
     entries). random_init: the same model with random weights, as a baseline."""
     state = load_checkpoint(folder)
     config, weights = SimpleNamespace(**state["config"]), state.pop("model")
-    tokenizer = Tokenizer.from_state_dict(state["tokenizer"], config.context_length)
+    tokenizer = Tokenizer(state["tokenizer"], config.context_length)
     vae = load_vae(config.vae).to(memory_format=memory_format(device))
     torch.manual_seed(config.seed + 1)  # of random weights: not those that training began with
     model = OpenVision3(config, tokenizer, vae).to(device)

@@ -12,14 +12,18 @@ Run:    not a program
 Source: Muon: Keller Jordan's, with step lengths as in Moonlight (arXiv 2502.16982)
 Next:   tokenizer.py
 """
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: threads that wait do not spin
+
 import argparse
 import ctypes
 import dataclasses
+import functools
 import importlib.util
 import json
 import math
 import multiprocessing
-import os
 import re
 import signal
 import subprocess
@@ -29,6 +33,7 @@ import time
 import traceback
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from textwrap import shorten
 from typing import NamedTuple, get_args
 
 import torch
@@ -65,6 +70,16 @@ def describe_error(error):
 
 
 @contextmanager
+def explain(message, kinds=Exception):
+    """What a file or a library raises becomes a UserError: the message, then the error."""
+    try:
+        yield
+    except kinds as error:
+        reason = shorten(str(error), 400)
+        raise UserError(f"{message} ({type(error).__name__}: {reason})") from None
+
+
+@contextmanager
 def cli_errors():
     """Wraps every main(): known errors become "error: one sentence" and exit status 1. Letters that
     the terminal cannot show are replaced. DataLoader workers are ended in any case."""
@@ -88,22 +103,22 @@ def cli_errors():
 # ---- Settings: one dataclass field, one flag -----------------------------------------------------
 
 
-def arg(default, help, group="run", min=-math.inf, max=math.inf, **options):
+def arg(default, help, group=None, min=0, max=math.inf, **options):
     """A dataclass field that is also a flag. Numbers are finite, from min to max; the options are
-    those of argparse: choices, nargs, metavar."""
+    those of argparse: choices, nargs, metavar. group: a heading of --help, for this field and the
+    following ones."""
     if default not in (None, "", ()):
         help += f" (default: {default})"
     metadata = {"group": group, "bounds": (min, max), "options": {"help": help, **options}}
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def device_arg():
-    return arg("auto", "auto (cuda, else mps, else cpu), cuda, mps or cpu")
-
-
-def dtype_arg():
-    return arg("auto", "autocast; auto: bfloat16 where the GPU has it",
-               choices=("auto", "float32", "bfloat16"))
+@dataclasses.dataclass
+class DeviceConfig:
+    """Flags of the programs that compute on a device."""
+    device: str = arg("auto", "auto (cuda, else mps, else cpu), cuda, mps or cpu", "device")
+    dtype: str = arg("auto", "autocast; auto: bfloat16 where the GPU has it",
+                     choices=("auto", "float32", "bfloat16"))
 
 
 def flag_name(name):
@@ -136,12 +151,10 @@ def parse_args(cls, description, presets=None, argv=None):
         first = next(iter(presets))
         parser.add_argument("--preset", choices=presets, default=first,
                             help=f"starting values for all other flags (default: {first})")
-    groups = {}
+    group, add_group = "", functools.cache(parser.add_argument_group)  # one per name
     for field in dataclasses.fields(cls):
-        name = field.metadata["group"]
-        if name not in groups:
-            groups[name] = parser.add_argument_group(name)
-        add_flag(groups[name], field)
+        group = field.metadata["group"] or group
+        add_flag(add_group(group), field)
     given = vars(parser.parse_args(argv))
     preset = presets[given.pop("preset")] if presets else {}
     return cls(**{**preset, **given}), set(given)
@@ -192,8 +205,8 @@ def choose_dtype(name, device):
 
 
 def memory_format(device):
-    """channels_last makes convolutions up to twice as fast on a CPU. Not on mps, where its backward
-    pass is wrong or fails (pytorch issue 142344)."""
+    """channels_last makes convolutions up to twice as fast on a CPU. Not on mps, where it makes
+    the backward pass many times slower (pytorch issue 193349)."""
     return torch.contiguous_format if device.type == "mps" else torch.channels_last
 
 
@@ -213,21 +226,17 @@ class DistEnv(NamedTuple):
     device: torch.device
     dtype: torch.dtype
 
-    @property
-    def is_main(self):
-        return self.rank == 0
-
     def autocast(self):
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
 
-def init_distributed(device="auto", dtype="auto", one_process=False):
+def init_distributed(c, one_process=False):
     """Reads torchrun's variables and joins the process group; without torchrun there is one
     process. float32 matrix products on a GPU use TF32, with 10 bits of mantissa."""
     rank, world_size = env_int("RANK", 0), env_int("WORLD_SIZE", 1)
     if one_process and world_size > 1:
         raise UserError("this program is one process: start it with python, not torchrun")
-    device = choose_device(device)
+    device = choose_device(c.device)
     torch.set_float32_matmul_precision("high")
     if device.type == "cpu" and sys.platform == "linux":
         # Freed memory stays in the process; as new pages it would cost 9 % of the laptop's step
@@ -239,27 +248,29 @@ def init_distributed(device="auto", dtype="auto", one_process=False):
         torch.cuda.set_device(device)  # before the process group, or all ranks use GPU 0
     if world_size > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    return DistEnv(rank, world_size, device, choose_dtype(dtype, device))
+    return DistEnv(rank, world_size, device, choose_dtype(c.dtype, device))
 
 
-def mean_over_ranks(terms, world_size):
+def mean_over_ranks(terms):
     """{name: scalar tensor} -> {name: number}, the mean over all ranks."""
     values = torch.stack([term.float() for term in terms.values()])
-    if world_size > 1:
+    if dist.is_initialized():
         dist.all_reduce(values)
-    return dict(zip(terms, (values / world_size).tolist(), strict=True))
+        values /= dist.get_world_size()
+    return dict(zip(terms, values.tolist(), strict=True))
 
 
-def any_rank(flag, world_size):
+def any_rank(flag):
     """Whether the flag is set on any rank. The tensor is on the CPU, so nothing waits for a GPU."""
-    return mean_over_ranks({"flag": torch.tensor(flag)}, world_size)["flag"] > 0
+    return mean_over_ranks({"flag": torch.tensor(flag)})["flag"] > 0
 
 
 def end_distributed():
     """Ends the process group after a pause: gloo's threads need the interpreter lock to release the
     last tensors. Without the pause one run in twelve hung here (PyTorch 2.13)."""
-    time.sleep(0.5)
-    dist.destroy_process_group()
+    if dist.is_initialized():
+        time.sleep(0.5)
+        dist.destroy_process_group()
 
 
 def ignore_signals(worker_id):
@@ -293,12 +304,13 @@ def stop_on_signal():
 # ---- Files and logs ------------------------------------------------------------------------------
 
 
-def atomic_write(path, write, *args, **options):
-    """write(*args, tmp_path, **options), flush, rename: a reader finds the old or the new file."""
+def atomic_write(path, write, *args):
+    """write(*args, tmp_path), flush, rename: a reader finds the old or the new file. tmp_path has
+    the ending of `path`, by which some writers choose the format."""
     path = Path(path)
-    tmp_path = path.with_name(path.name + ".tmp")
+    tmp_path = path.with_name("tmp-" + path.name)
     try:
-        write(*args, tmp_path, **options)
+        write(*args, tmp_path)
         with open(tmp_path, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(tmp_path, path)
@@ -335,10 +347,10 @@ def truncate_log(path, step):
     atomic_write(path, lambda tmp_path: tmp_path.write_text(text))
 
 
-def plot_log(log_path, png_path, panels, chance):
-    """One small plot per panel over "step", held-out values (`eval_NAME`) in the same panel, a
-    dotted line at chance level where it is known. A panel of zeros is left out."""
-    records = read_log(log_path)
+def plot_log(out, panels, chance):
+    """curves.png: one small plot per panel over "step", held-out values (`eval_NAME`) in the same
+    panel, a dotted line at chance level where it is known. A panel of zeros is left out."""
+    records = read_log(out / "log.jsonl")
     panels = [panel for panel in panels if any(record.get(panel) for record in records)]
     figure = Figure(figsize=(3 * len(panels) + 1, 2.6), layout="constrained")
     for i, panel in enumerate(panels, 1):
@@ -351,7 +363,7 @@ def plot_log(log_path, png_path, panels, chance):
             axis.axhline(chance[panel], linestyle=":", color="gray", label="chance")
         axis.legend()
         axis.set(title=panel, xlabel="step", ylim=(0, None))
-    atomic_write(png_path, figure.savefig, format="png")
+    atomic_write(out / "curves.png", figure.savefig)
 
 
 def print_table(title, metrics):
@@ -418,13 +430,34 @@ class Muon(torch.optim.Optimizer):
                 p.sub_(step_size * update.reshape(p.shape))
 
 
-def muon_and_adamw(model, use_muon, **options):
-    """Optimizers without weight decay: Muon for the matrices and convolutions whose name
-    `use_muon` accepts, AdamW (with the options) for the other parameters."""
-    matrices, others = [], []
+def muon_and_adamw(model, use_muon, weight_decay=0.0, muon_lr_scale=1, **options):
+    """Optimizers of what is trained: Muon, at muon_lr_scale times the rate, for the matrices and
+    convolutions whose name `use_muon` accepts; AdamW (with the options) for the other parameters.
+    Embeddings, biases and norms have no weight decay."""
+    matrices, decay, no_decay = [], [], []
     for name, p in model.named_parameters():
-        (matrices if p.ndim > 1 and use_muon(name) else others).append(p)
-    optimizers = [torch.optim.AdamW(others, weight_decay=0.0, **options)]
+        if not p.requires_grad:
+            continue
+        if p.ndim < 2 or "embedding" in name:
+            no_decay.append(p)
+        elif use_muon(name):
+            matrices.append(p)
+        else:
+            decay.append(p)
+    groups = [dict(params=decay, weight_decay=weight_decay, lr_scale=1),
+              dict(params=no_decay, weight_decay=0.0, lr_scale=1)]
+    optimizers = [torch.optim.AdamW(groups, **options)]
     if matrices:
-        optimizers.append(Muon(matrices, lr=0.0))
+        group = dict(params=matrices, weight_decay=weight_decay / muon_lr_scale,
+                     lr_scale=muon_lr_scale)
+        optimizers.append(Muon([group], lr=0.0))
     return optimizers
+
+
+def step_optimizers(optimizers, lr):
+    """One step of each at the learning rate `lr`; then the gradients are gone."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group["lr_scale"]
+        optimizer.step()
+        optimizer.zero_grad()

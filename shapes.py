@@ -17,7 +17,6 @@ Next:   images.py
 """
 import cmath
 import itertools
-import json
 import math
 import random
 from functools import partial
@@ -199,12 +198,6 @@ def caption_choices(scene):
     return [prefixes, templates, *names]
 
 
-def caption_scene(scene, choose):
-    """A caption; `choose(options)` makes every free choice, as random.choice does."""
-    prefix, template, *names = map(choose, caption_choices(scene))
-    return prefix + template.format(*names)
-
-
 def all_captions(scene):
     """The set of captions that the grammar allows; all are true."""
     choices = itertools.product(*caption_choices(scene))
@@ -215,10 +208,11 @@ def shapes_example(split, index, resolution):
     """Image `index` of a split, the same on every machine; train and test share no scene."""
     rng = random.Random(f"{split} {index}")
     scene = sample_scene(rng)
-    text = caption_scene(scene, rng.choice)
+    prefix, template, *names = map(rng.choice, caption_choices(scene))
     label = CLASS_NAMES.index(object_name(scene["objects"][0]))
     image = Image.fromarray(draw_scene(scene, resolution))
-    return {"image": image, "text": text, "label": label, "scene": json.dumps(scene)}
+    return {"image": image, "text": prefix + template.format(*names), "label": label,
+            "scene": scene}
 
 
 def render_batch(split, resolution, batch):

@@ -35,7 +35,7 @@ from datasets.distributed import split_dataset_by_node
 
 import folders
 from folders import COLUMNS, ending, find_columns, get_field, root_cause, say, split_name
-from runtime import UserError
+from runtime import UserError, explain
 
 TEST_FRACTION = 0.1  # held out where a data set has no test split, at most 2,000 images
 STREAM_PEEK = 2000  # training rows of a stream that are read ahead, for tokenizer and probes
@@ -49,7 +49,7 @@ def tar_field(sample, kind, requested):
     names = [requested[kind]] if requested[kind] else COLUMNS[kind]
     values = (get_field(sample, name) for name in names)
     value = next((value for value in values if value is not None), None)
-    return value.decode() if isinstance(value, bytes) else value
+    return value.decode().strip() if isinstance(value, bytes) else value
 
 
 def read_tar(path):
@@ -115,12 +115,9 @@ def has_images(path, requested):
 def load_parquet(paths, requested, streaming):
     full = []
     for path in paths:
-        try:
-            num_rows = pq.read_metadata(path).num_rows
-        except (ValueError, OSError) as error:
-            raise UserError(f"{path} is no readable parquet file: {error}") from None
-        if num_rows:
-            full.append(path)
+        with explain(f"{path} is no readable parquet file", (ValueError, OSError)):
+            if pq.read_metadata(path).num_rows:
+                full.append(path)
     if not full:
         raise UserError(f"{paths[0]} has no rows")
     rows = datasets.load_dataset("parquet", data_files=[glob.escape(path) for path in full],
@@ -165,7 +162,9 @@ def load_local(path, requested, streaming):
     images = [file for file in files if ending(file) in folders.ENDINGS]
     tars = [file for file in files if ending(file) == ".tar"]
     shards = [file for file in files if ending(file) == ".parquet"
-              and (not images or has_images(f"{root}/{file}", requested))]
+              and (not images + tars or has_images(f"{root}/{file}", requested))]
+    if shards and images:
+        say(f"{len(images)} image files are read only where {shards[:3]} list them")
     if not shards and len(tars) >= len(images):  # a tar may lie beside its own images
         shards = tars
     if not shards and root == path:
@@ -214,28 +213,30 @@ def choose_splits(source, split, evaluate, data):
         if split_name(split) not in by_kind.keys() - {None}:
             raise UserError(f"--split {split}: {data} has the splits {', '.join(source)}")
         split = by_kind[split_name(split)]
-    test = by_kind.get("test", by_kind.get("validation"))
+    # test, unless it has fewer columns than validation: published test images often have no labels
+    tests = filter(None, map(by_kind.get, ("test", "validation")))
+    test = max(tests, key=lambda name: len(source[name].column_names or ()), default=None)
     train = by_kind.get("train", next((name for name in source if name != test), test))
-    if evaluate:
-        test = split or test
-    else:
-        train = split or train
-    if train == test and evaluate:
-        train = None
-    elif train == test:
-        test = None
-    return source.get(train), source.get(test)
+    if evaluate:  # pop, so that no rows are both trained and tested on
+        test_rows = source.pop(split or test, None)
+        return source.get(train), test_rows
+    train_rows = source.pop(split or train)
+    return train_rows, source.get(test)
 
 
 def image_names(rows, image_col, data):
     """{position: stable name} of the images: the path in their common folder, or the position. Rows
     without an image are left out; no bytes are read."""
     images = rows.data.column(image_col)  # Arrow structs of bytes and path
-    paths = [path or "" for path in images.flatten()[1].to_pylist()]
+    contents, paths = images.flatten()
+    paths = [path or "" for path in paths.to_pylist()]
     root = os.path.commonpath(list(filter(os.path.isabs, paths)) or ["/"])
-    names = {}
+    if len(set(paths)) == 1:  # "image.jpg" names nothing
+        root = paths[0]
+    names, has_bytes = {}, contents.is_valid().to_pylist()
     for i, is_there in enumerate(images.is_valid().to_pylist()):
-        folders.refuse_url(paths[i], image_col, data)
+        if not has_bytes[i]:
+            folders.refuse_url(paths[i], image_col, data)
         if is_there:
             names[i] = paths[i].removeprefix(root) or str(i)
     if len(names) < len(paths):
@@ -254,24 +255,16 @@ def split_train_test(rows, image_col, data, n_test=None):
     return rows.select(sorted(order[n_test:])), rows.select(sorted(order[:n_test]))
 
 
-def cast_images(rows, image_col, data):
-    """The image column as {"bytes", "path"}, so that decode_image can name what is broken."""
-    try:
-        return rows and rows.cast_column(image_col, datasets.Image(decode=False))
-    except Exception:  # an Arrow type that no image is stored in
-        raise UserError(f"{data}: {image_col!r} holds no images; give --image-col") from None
-
-
 def read_class_names(path):
     """{label: class name} of a JSON object, or of lines such as `n01440764 tench, Tinca tinca`."""
     text = folders.read_text(path)
     lines = text.splitlines()
-    try:
+    with explain(f"--class-names {path}: each line needs a label and its name",
+                 (ValueError, TypeError, LookupError)):
         if text.startswith("{"):
-            return json.loads(text)
+            names = json.loads(text)  # or {label: [synset, class name]}
+            return {key: name if isinstance(name, str) else name[-1] for key, name in names.items()}
         return dict(re.split(r"[\s,:]+", line, maxsplit=1) for line in filter(str.strip, lines))
-    except ValueError:
-        raise UserError(f"--class-names {path}: each line needs a label and its name") from None
 
 
 def find_labels(parts, column):
@@ -286,8 +279,9 @@ def find_labels(parts, column):
         elif feature:
             say(f"the label column {column!r} has no names or whole numbers and is left out")
         elif (first := column.split(".")[0]) in rows.features:  # a dotted name
-            values.update(get_field(row, column) for row in rows.select_columns(first))
-    values.discard(None)
+            found = (get_field(row, column) for row in rows.select_columns(first))
+            values.update(value for value in found if isinstance(value, (str, int)))
+    values -= {None, -1}  # published data sets write -1 where there is no label
     all_numbers = all(str(value).isdecimal() for value in values)
     return {value: str(value) for value in sorted(values, key=int if all_numbers else str)}
 

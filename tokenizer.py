@@ -66,15 +66,31 @@ def train_bpe(texts, vocab_size):
     return tokens
 
 
+def load_encoding(name):
+    try:
+        return tiktoken.get_encoding(name)
+    except (OSError, ValueError):  # no network; an unknown name or a damaged file
+        known = ", ".join(tiktoken.list_encoding_names())
+        raise UserError(f"--tokenizer {name} cannot be loaded: use bpe or one of {known}; "
+                        "offline, put its file into the folder TIKTOKEN_CACHE_DIR") from None
+
+
 class Tokenizer:
     """A tiktoken encoding with three more ids after its own: bos, eos and pad.
 
     DIFFERS: OpenVision 1 and 2 use BERT's lower-cased word pieces, and two texts per image (web
     text, 80 tokens; a synthetic caption, 128). Here one caption serves both text towers."""
 
-    def __init__(self, encoding, context_length):
-        self.encoding = encoding
-        self.context_length = context_length
+    def __init__(self, state, context_length):
+        """state, which checkpoints hold: {"name": one of tiktoken's encodings, such as gpt2, whose
+        file is downloaded once}, or {"tokens": the tokens of a BPE by rank, in hex}."""
+        if "name" in state:
+            encoding = load_encoding(state["name"])
+        else:
+            ranks = {bytes.fromhex(token): rank for rank, token in enumerate(state["tokens"])}
+            encoding = tiktoken.Encoding(
+                "bpe", pat_str=WORD_PATTERN, mergeable_ranks=ranks, special_tokens={})
+        self.state, self.context_length = state, context_length
         self.bos, self.eos, self.pad = range(encoding.n_vocab, encoding.n_vocab + 3)
         self.vocab_size = self.pad + 1
         self.encode_ordinary = encoding.encode_ordinary  # text -> all its ids, without bos and eos
@@ -85,32 +101,7 @@ class Tokenizer:
     def train(cls, texts, context_length, vocab_size=2048):
         """BPE on these texts, with at most vocab_size tokens, not counting bos, eos and pad."""
         tokens = [token.hex() for token in train_bpe(texts, vocab_size)]
-        return cls.from_state_dict({"tokens": tokens}, context_length)
-
-    @classmethod
-    def from_tiktoken(cls, name, context_length):
-        """One of tiktoken's encodings, such as gpt2; its file is downloaded once."""
-        try:
-            return cls(tiktoken.get_encoding(name), context_length)
-        except (OSError, ValueError):  # no network; an unknown name or a damaged file
-            known = ", ".join(tiktoken.list_encoding_names())
-            raise UserError(f"--tokenizer {name} cannot be loaded: use bpe or one of {known}; "
-                            "offline, put its file into the folder TIKTOKEN_CACHE_DIR") from None
-
-    @classmethod
-    def from_state_dict(cls, state, context_length):
-        if "name" in state:
-            return cls.from_tiktoken(state["name"], context_length)
-        ranks = {bytes.fromhex(token): rank for rank, token in enumerate(state["tokens"])}
-        encoding = tiktoken.Encoding(
-            "bpe", pat_str=WORD_PATTERN, mergeable_ranks=ranks, special_tokens={})
-        return cls(encoding, context_length)
-
-    def state_dict(self):
-        """Plain data for a checkpoint: tiktoken's name, or the tokens by rank."""
-        if self.encoding.name != "bpe":
-            return {"name": self.encoding.name}
-        return {"tokens": [self.token_bytes[rank].hex() for rank in range(self.bos)]}
+        return cls({"tokens": tokens}, context_length)
 
     def encode(self, text):
         """[bos, ids, eos], cut to context_length; eos stays: it teaches the captioner to stop."""
@@ -138,12 +129,10 @@ class Tokenizer:
 def make_tokenizer(name, texts, context_length, state=None):
     """`name`: bpe, which is trained on the texts, or one of tiktoken's encodings; or a checkpoint's
     `state`. Says how many of the texts are cut."""
-    if state:
-        tokenizer = Tokenizer.from_state_dict(state, context_length)
-    elif name == "bpe":
+    if name == "bpe" and not state:
         tokenizer = Tokenizer.train(texts, context_length)
     else:
-        tokenizer = Tokenizer.from_tiktoken(name, context_length)
+        tokenizer = Tokenizer(state or {"name": name}, context_length)
     lengths = [len(tokenizer.encode_ordinary(text)) + 2 for text in texts]
     num_cut = sum(length > context_length for length in lengths)
     if num_cut and is_main_process():

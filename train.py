@@ -16,9 +16,8 @@ Run:    python train.py                                # laptop preset: minutes 
 Source: paper sec 3-4 and Table 1; optimizer and schedule as OpenVision 1 where the paper is silent
 Next:   eval_probe.py
 """
-import os
-
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: threads that wait do not spin
+# First: it sets OMP_WAIT_POLICY before torch is imported
+import runtime  # isort: split
 
 import dataclasses
 import math
@@ -38,13 +37,12 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import cost
-import runtime
 from data import DataConfig, eval_loader, load_run_data, resolve_num_workers, train_loader
 from encoder import SIZES, Block
-from images import image_grid
+from images import save_image_grid
 from losses import LPIPS
 from openvision3 import OpenVision3, grad_cache_backward, load_checkpoint, save_checkpoint
-from runtime import UserError, any_rank, arg, env_int
+from runtime import UserError, any_rank, arg, env_int, is_main_process
 from tokenizer import make_tokenizer
 from vae import ResnetBlock, load_vae, vae_sha256
 
@@ -54,54 +52,52 @@ LOSSES = ("loss", "pixel", "latent", "lpips", "caption", "contrastive")
 
 
 @dataclass
-class Config(DataConfig):
+class Config(DataConfig, runtime.DeviceConfig):
     """All settings of a run. The defaults are the laptop preset."""
-    out: str = arg("runs/laptop", "run folder", "data")
-    resolution: int = arg(64, "image side in pixels, a multiple of 16", "data", min=16)
-    streaming: bool = arg(False, "stream a hub data set, parquet files or tars", "data")
-    stream_test_images: int = arg(2000, "images a stream holds out for testing", "data", min=1)
-    min_crop_scale: float = arg(0.8, "smallest area of random crops", "data", min=1e-3, max=1)
-    flip: bool = arg(False, "mirror half of the images; wrong for left/right captions", "data")
+    out: str = arg("runs/laptop", "run folder")
+    resolution: int = arg(64, "image side in pixels, a multiple of 16", min=16)
+    streaming: bool = arg(False, "stream a hub data set, parquet files or tars")
+    stream_test_images: int = arg(2000, "images a stream holds out for testing", min=1)
+    min_crop_scale: float = arg(0.8, "smallest area of random crops", min=1e-3, max=1)
+    flip: bool = arg(False, "mirror half of the images; wrong for left/right captions")
 
     size: str = arg("Nano", "row of encoder.SIZES", "model", choices=tuple(SIZES))
-    vae: str = arg("tiny", "tiny, flux (335 MB), a path, or pixels: none", "model")
-    vae_dtype: str = arg("float32", "of the VAE encoder", "model", choices=("float32", "bfloat16"))
-    tokenizer: str = arg("bpe", "bpe (trained on the captions), gpt2, cl100k_base, ...", "model")
-    context_length: int = arg(26, "text tokens per caption, bos and eos included", "model", min=4)
-    init_from: str | None = arg(None, "run to take the weights from", "model")
-    freeze_encoder: bool = arg(False, "train only decoders and text encoder", "model")
+    vae: str = arg("tiny", "tiny, flux (335 MB), a path, or pixels: none")
+    vae_dtype: str = arg("float32", "of the VAE encoder", choices=("float32", "bfloat16"))
+    tokenizer: str = arg("bpe", "bpe (trained on the captions), gpt2, cl100k_base, ...")
+    context_length: int = arg(26, "text tokens per caption, bos and eos included", min=4)
+    init_from: str | None = arg(None, "run to take the weights from")
+    freeze_encoder: bool = arg(False, "train only decoders and text encoder")
 
-    w_rec: float = arg(0.5, "weight of reconstruction; 0: on detached tokens", "objective", min=0)
-    w_und: float = arg(1.0, "weight of understanding; 0: on detached tokens", "objective", min=0)
+    w_rec: float = arg(0.5, "weight of reconstruction; 0: on detached tokens", "objective")
+    w_und: float = arg(1.0, "weight of understanding; 0: on detached tokens")
     # DIFFERS: 0.4 in the paper. Here only every 16th image has a pixel loss: latents weigh more
-    beta: float = arg(5.0, "weight of latent L1 (paper: 0.4)", "objective", min=0)
-    alpha: float = arg(1.0, "weight of contrastive within understanding", "objective", min=0)
-    lpips_weight: float = arg(0.0, "weight of LPIPS (fetches 553 MB)", "objective", min=0)
-    tau: float = arg(0.2, "decoder noise: std drawn from U[0, tau] per image", "objective", min=0)
-    pixel_loss_every: int = arg(16, "pixel loss on each n-th image; paper: 1", "objective", min=1)
+    beta: float = arg(5.0, "weight of latent L1 (paper: 0.4)")
+    alpha: float = arg(1.0, "weight of contrastive within understanding")
+    lpips_weight: float = arg(0.0, "weight of LPIPS (fetches 553 MB)")
+    tau: float = arg(0.2, "decoder noise: std drawn from U[0, tau] per image")
+    pixel_loss_every: int = arg(16, "pixel loss on each n-th image; paper: 1", min=1)
 
     steps: int = arg(1000, "optimizer steps of the whole run", "optimization", min=1)
-    batch_size: int = arg(64, "global batch, over all ranks", "optimization", min=2)
-    lr: float = arg(7e-4, "peak learning rate", "optimization", min=0)
-    base_lr: float | None = arg(None, "lr = base_lr * batch_size / 256", "optimization", min=0)
-    warmup: int = arg(50, "steps of linear warm-up; cosine to 0 follows", "optimization", min=0)
-    weight_decay: float = arg(0.1, "decoupled decay of matrices", "optimization", min=0)
-    optimizer: str = arg("muon", "muon: for blocks", "optimization", choices=("muon", "adamw"))
-    grad_clip: float = arg(1.0, "maximum gradient norm", "optimization", min=1e-6)
-    accum_steps: int = arg(1, "micro-batches; the same gradients", "optimization", min=1)
-    grad_checkpointing: bool = arg(False, "recompute activations to save memory", "optimization")
+    batch_size: int = arg(64, "global batch, over all ranks", min=2)
+    lr: float = arg(7e-4, "peak learning rate")
+    base_lr: float | None = arg(None, "lr = base_lr * batch_size / 256")
+    warmup: int = arg(50, "steps of linear warm-up; cosine to 0 follows")
+    weight_decay: float = arg(0.1, "decoupled decay of matrices")
+    optimizer: str = arg("muon", "muon: for blocks", choices=("muon", "adamw"))
+    grad_clip: float = arg(1.0, "maximum gradient norm", min=1e-6)
+    accum_steps: int = arg(1, "micro-batches; the same gradients", min=1)
+    grad_checkpointing: bool = arg(False, "recompute activations to save memory")
 
-    resume: bool = arg(False, "continue the run in --out; takes the same flags")
-    seed: int = arg(0, "seed of weights, order, crops and noise", min=0)
-    device: str = runtime.device_arg()
-    dtype: str = runtime.dtype_arg()
+    resume: bool = arg(False, "continue the run in --out; takes the same flags", "run")
+    seed: int = arg(0, "seed of weights, order, crops and noise")
     compile: bool | None = arg(None, "torch.compile (default: on GPUs that Triton supports)")
     log_every: int = arg(10, "steps between log lines", min=1)
     eval_every: int = arg(100, "steps between held-out losses", min=1)
     sample_every: int = arg(100, "steps between reconstruction grids", min=1)
     save_every: int = arg(250, "steps between checkpoints", min=1)
-    keep: int = arg(0, "numbered checkpoints to keep beside last.pt", min=0)
-    minutes: float | None = arg(None, "stop after so many minutes, with a checkpoint", min=0)
+    keep: int = arg(0, "numbered checkpoints to keep beside last.pt")
+    minutes: float | None = arg(None, "stop after so many minutes of training, and save")
     log_ids: bool = arg(False, "write each step's sample ids to ids-RANK.jsonl")
     dry_run: bool = arg(False, "print parameters, FLOPs and memory, and stop")
     bench: bool = arg(False, "time the training step on random images (--steps, else 20)")
@@ -165,34 +161,21 @@ def make_optimizers(model, c):
     DIFFERS: the paper names no optimizer. AdamW's settings are OpenVision 1's, which keeps its
     first moment in bfloat16 and does not clip gradients. The laptop preset uses Muon, because it
     needs half the steps; the latent decoder keeps AdamW, or reconstruction suffers."""
-    blocks, decay, no_decay = [], [], []
-    for name, p in model.named_parameters():
+    def use_muon(name):
         in_block = "resblocks" in name and not name.startswith("latent_decoder")
-        if not p.requires_grad:
-            continue
-        if p.ndim < 2 or "embedding" in name:
-            no_decay.append(p)
-        elif in_block and c.optimizer == "muon":
-            blocks.append(p)
-        else:
-            decay.append(p)
-    groups = [dict(params=decay, weight_decay=c.weight_decay, lr_scale=1),
-              dict(params=no_decay, weight_decay=0.0, lr_scale=1)]
-    optimizers = [torch.optim.AdamW(groups, lr=c.lr, betas=(0.9, 0.95), fused=True)]
-    if blocks:
-        group = dict(params=blocks, weight_decay=c.weight_decay / 3, lr_scale=3)
-        optimizers.append(runtime.Muon([group], lr=c.lr))
-    return optimizers
+        return in_block and c.optimizer == "muon"
+
+    return runtime.muon_and_adamw(model, use_muon, c.weight_decay, muon_lr_scale=3,
+                                  betas=(0.9, 0.95), fused=True)
 
 
 def load_resume_state(c):
     """The checkpoint to resume from, or None for a run from step 0."""
     out = Path(c.out)
-    has_checkpoint = (out / "last.pt").exists()
-    if has_checkpoint and not c.resume:
-        raise UserError(f"{out} already holds a run: give --resume, or another --out")
-    stopped_early = (out / "config.json").exists() and not has_checkpoint
-    if stopped_early or not c.resume:
+    if (out / "last.pt").exists():
+        if not c.resume:
+            raise UserError(f"{out} already holds a run: give --resume, or another --out")
+    elif (out / "config.json").exists() or not c.resume:  # it stopped before a checkpoint, or new
         return None
     state = load_checkpoint(out)
     runtime.check_resume(state["config"], dataclasses.asdict(c), RESUME_MAY_CHANGE)
@@ -248,14 +231,9 @@ def train_step(ddp_model, model, optimizers, images, ids, step, env):
     c = model.config
     # The decoder's noise follows from the step, so that a resumed run draws the same
     torch.manual_seed((c.seed * c.steps + step) * env.world_size + env.rank)
-    for optimizer in optimizers:
-        optimizer.zero_grad()
     terms = grad_cache_backward(ddp_model, model, images, ids, c.accum_steps, env.autocast)
     terms["grad_norm"] = nn.utils.clip_grad_norm_(model.parameters(), c.grad_clip)
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, c) * group["lr_scale"]
-        optimizer.step()
+    runtime.step_optimizers(optimizers, learning_rate(step, c))
     return terms
 
 
@@ -271,7 +249,6 @@ def check_finite(pending, out):
 # ---- What a run writes. Outside of the step all runs eagerly, so the step's graphs stay static ---
 
 
-@torch.no_grad()
 @torch.compiler.set_stance("force_eager")
 def write_samples(run, step):
     """recon_STEP.png of eight test images: input, VAE reconstruction, ours, the generated caption
@@ -280,8 +257,8 @@ def write_samples(run, step):
     vae_recon, recon, tokens = run.model.reconstruct(images)
     captions = run.model.generate_captions(tokens, run.tokenizer)
     columns = list(zip(images, vae_recon, recon, strict=True))
-    grid = image_grid(columns, captions, row_names=("input", "VAE recon", "recon"))
-    runtime.atomic_write(run.out / f"recon_{step:06d}.png", grid.save, format="png")
+    save_image_grid(run.out / f"recon_{step:06d}.png", columns, captions,
+                    row_names=("input", "VAE recon", "recon"))
     return captions
 
 
@@ -295,7 +272,7 @@ def eval_losses(run):
     with env.autocast():
         terms = run.model(images[part].to(env.device), ids[part].to(env.device))
     terms = {f"eval_{name}": term for name, term in terms.items()}
-    return runtime.mean_over_ranks(terms, env.world_size)
+    return runtime.mean_over_ranks(terms)
 
 
 def print_record(record):
@@ -317,7 +294,7 @@ def keep_checkpoint(out, step, keep):
     by renaming, so a hard link keeps its content."""
     numbered = out / f"checkpoint_{step:07d}.pt"
     numbered.unlink(missing_ok=True)
-    os.link(out / "last.pt", numbered)
+    numbered.hardlink_to(out / "last.pt")
     for old in sorted(out.glob("checkpoint_*.pt"), reverse=True)[keep:]:
         old.unlink()
 
@@ -358,8 +335,8 @@ def train_loop(run, stop):
         pending[step] = terms
         bar.update()
 
-        # 3. Log, evaluate, sample, save. Reading a number makes the host wait for the device
-        should_stop = any_rank(stop.is_set() or time.time() > deadline, env.world_size)
+        # 3. Log, evaluate, save, sample. Reading a number makes the host wait for the device
+        should_stop = any_rank(stop.is_set() or time.time() > deadline)
         is_last = step == c.steps
         evaluate = step % c.eval_every == 0 or is_last
         sample = step % c.sample_every == 0 or is_last
@@ -370,7 +347,7 @@ def train_loop(run, stop):
         train_time += time.time() - start  # without evaluation, samples and checkpoints
         if log:
             seconds_per_step = train_time / len(pending)
-            record = {"step": step, **runtime.mean_over_ranks(terms, env.world_size),
+            record = {"step": step, **runtime.mean_over_ranks(terms),
                       "lr": learning_rate(step - 1, c), "logit_scale": model.log_scale.exp().item(),
                       "images_per_s": c.batch_size / seconds_per_step,
                       "data_time_frac": data_time / train_time,
@@ -378,29 +355,29 @@ def train_loop(run, stop):
             pending, train_time, data_time = {}, 0.0, 0.0
             if evaluate:
                 record.update(eval_losses(run))
-            if env.is_main:
+            if is_main_process():
                 runtime.log_record(out / "log.jsonl", record)
                 print_record(record)
                 bar.set_postfix_str(f"loss {record['loss']:.4f}")
-        if env.is_main and sample:
-            tqdm.write(f"  captions     {write_samples(run, step)[:2]}")
-            runtime.plot_log(out / "log.jsonl", out / "curves.png", LOSSES, chance)
-        if env.is_main and save:
+        if is_main_process() and save:
             save_checkpoint(out, model, run.optimizers, step, run.extra_state)
             if c.keep:
                 keep_checkpoint(out, step, c.keep)
+        if is_main_process() and sample:
+            tqdm.write(f"  captions     {write_samples(run, step)[:2]}")
+            runtime.plot_log(out, LOSSES, chance)
         if should_stop:
             break
     bar.close()
     done = f"done: {out}; next: python eval_probe.py --ckpt {out}"
-    if env.is_main:
+    if is_main_process():
         print(done if is_last else f"stopped at step {step}; rerun with --resume to continue")
 
 
 def train(c, stop):
     """A run from its flags to its last step; `stop` ends it early, with a checkpoint."""
     # 1. Data, model, optimizers: new, resumed, or with the weights of another run
-    env, out = runtime.init_distributed(c.device, c.dtype), Path(c.out)
+    env, out = runtime.init_distributed(c), Path(c.out)
     state = load_resume_state(c)
     start = state["step"] if state else 0
     if start >= c.steps:
@@ -434,31 +411,30 @@ def train(c, stop):
         config=c, env=env, out=out, start=start, data=data, tokenizer=tokenizer, model=model,
         ddp_model=ddp_model, optimizers=optimizers,
         test_batch=next(iter(eval_loader(data.test, tokenizer, num_test))),
-        extra_state={"config": config, "tokenizer": tokenizer.state_dict(),
+        extra_state={"config": config, "tokenizer": tokenizer.state,
                      "class_names": data.class_names, "vae_sha256": vae_sha256(c.vae)})
 
     # 2. The run's folder. Log lines past the checkpoint go: their steps are taken again
     out.mkdir(parents=True, exist_ok=True)
     if c.log_ids:
         runtime.truncate_log(out / f"ids-{env.rank}.jsonl", start)
-    if env.is_main:
+    if is_main_process():
         runtime.truncate_log(out / "log.jsonl", start)
         provenance = {"commit": runtime.git_commit(), "command": shlex.join(sys.argv)}
         runtime.save_json({**config, **provenance}, out / "config.json")
         print(f"run: steps {start:,} to {c.steps:,}, global batch {c.batch_size}, world size "
               f"{env.world_size}, device {env.device}, dtype {env.dtype}, peak lr {c.lr:.3g}")
-    if env.is_main and start == 0:
+    if is_main_process() and start == 0:
         write_samples(run, 0)
 
     # 3. All steps
     train_loop(run, stop)
-    if env.world_size > 1:
-        runtime.end_distributed()
+    runtime.end_distributed()
 
 
 def bench(c):
     """Times the real training step on random images; the last line printed is JSON."""
-    env = runtime.init_distributed(c.device, c.dtype, one_process=True)
+    env = runtime.init_distributed(c, one_process=True)
     torch.manual_seed(c.seed)
     model = cost.random_model(c).to(env.device)
     prepare_model(model, c, env.device)
@@ -466,16 +442,16 @@ def bench(c):
     cost.bench(c, step, env)
 
 
+@runtime.cli_errors()
 def main():
-    with runtime.cli_errors():
-        c = parse_config()
-        if c.dry_run:
-            cost.cost_card(c, env_int("WORLD_SIZE", 1))
-        elif c.bench:
-            bench(c)
-        else:
-            with runtime.stop_on_signal() as stop:
-                train(c, stop)
+    c = parse_config()
+    if c.dry_run:
+        cost.cost_card(c, env_int("WORLD_SIZE", 1))
+    elif c.bench:
+        bench(c)
+    else:
+        with runtime.stop_on_signal() as stop:
+            train(c, stop)
 
 
 if __name__ == "__main__":

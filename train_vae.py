@@ -15,9 +15,8 @@ Run:    python train_vae.py --init-from tiny --out runs/vae    # use: --vae runs
 Source: dead leaves: Lee, Mumford and Huang 2001; Muon: see runtime.py
 Next:   test_all.py
 """
-import os
-
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: threads that wait do not spin
+# First: it sets OMP_WAIT_POLICY before torch is imported
+import runtime  # isort: split
 
 import copy
 import dataclasses
@@ -31,7 +30,6 @@ from PIL import Image, ImageDraw, ImageFont
 from safetensors.torch import save
 from torch.utils.data import DataLoader, Dataset
 
-import runtime
 from data import load_data, to_tensor
 from runtime import UserError, arg
 from shapes import shapes_example
@@ -150,20 +148,17 @@ RESUME_MAY_CHANGE = ("steps", "resume", "out", "device", "dtype", "num_workers",
 
 
 @dataclasses.dataclass
-class Config:
+class Config(runtime.DeviceConfig):
     data: str = arg("procedural", "procedural (drawn), or any data set of data.py", "data")
-    out: str = arg("runs/vae", "folder for vae.safetensors, last.pt, log.jsonl", "data")
-    num_workers: int = arg(1, "processes that draw or load", "data", min=0)
+    out: str = arg("runs/vae", "folder for vae.safetensors, last.pt, log.jsonl")
+    num_workers: int = arg(1, "processes that draw or load")
     init_from: str | None = arg(None, "VAE to start from: tiny or a file", "optimization")
-    steps: int = arg(2000, "training steps; may be raised with --resume", "optimization", min=1)
+    steps: int = arg(2000, "training steps; may be raised with --resume", min=1)
     batch_size: int = arg(4, "images of 128 px; two steps of three cut each into four of 64 px",
-                          "optimization", min=1)
-    lr: float = arg(6e-4, "of Muon for convolutions, AdamW for the rest; 1e-2 diverges",
-                    "optimization", min=0)
-    resume: bool = arg(False, "continue from last.pt")
-    seed: int = arg(7, "seed of the drawn images and the noise", min=0)
-    device: str = runtime.device_arg()
-    dtype: str = runtime.dtype_arg()
+                          min=1)
+    lr: float = arg(6e-4, "of Muon for convolutions, AdamW for the rest; 1e-2 diverges")
+    resume: bool = arg(False, "continue from last.pt", "run")
+    seed: int = arg(7, "seed of the drawn images and the noise")
     save_every: int = arg(250, "steps between checkpoints, log lines and PSNR", min=1)
 
 
@@ -184,11 +179,9 @@ def load_resume_state(c, parts):
         if path.exists():
             raise UserError(f"{c.out} already holds a run: give --resume, or another --out")
         return 0
-    try:
+    with runtime.explain(f"--resume: {path} is no checkpoint"):
         state = torch.load(path, map_location="cpu", weights_only=True)
         config, step, saved_parts = state["config"], state["step"], state["parts"]
-    except Exception as error:  # missing, cut off, another program's: many kinds
-        raise UserError(f"--resume: {path} is no checkpoint ({type(error).__name__})") from None
     runtime.check_resume(config, dataclasses.asdict(c), RESUME_MAY_CHANGE)
     for part, saved in zip(parts, saved_parts, strict=True):
         part.load_state_dict(saved)
@@ -207,16 +200,13 @@ def train_step(vae, optimizers, images, step, c, env):
     if not torch.isfinite(losses["loss"]):
         raise UserError(f"step {step}: the loss is not finite; lower --lr")
     losses["loss"].backward()
-    for optimizer in optimizers:
-        optimizer.param_groups[0]["lr"] = learning_rate(step, c)
-        optimizer.step()
-        optimizer.zero_grad()
+    runtime.step_optimizers(optimizers, learning_rate(step, c))
     return losses
 
 
 def train(c, stop):
     # 1. The VAE and its optimizers
-    env, out = runtime.init_distributed(c.device, c.dtype, one_process=True), Path(c.out)
+    env, out = runtime.init_distributed(c, one_process=True), Path(c.out)
     torch.manual_seed(c.seed)
     vae = load_vae(c.init_from) if c.init_from else AutoencoderKL(**TINY)
     vae.to(env.device, memory_format=runtime.memory_format(env.device)).requires_grad_().train()
@@ -249,7 +239,7 @@ def train(c, stop):
             bar.write("  ".join(f"{name} {value:.5g}" for name, value in record.items()))
         if stopped:
             break
-    runtime.plot_log(out / "log.jsonl", out / "curves.png", ["loss", "mse", "kl", "psnr"], {})
+    runtime.plot_log(out, ["loss", "mse", "kl", "psnr"], {})
     print(f"wrote {out}/vae.safetensors; use it with: train.py --vae {out}/vae.safetensors")
 
 
