@@ -250,11 +250,18 @@ def load_data(name, resolution, *, config=None, split=None, image_col=None, text
     return splits
 
 
+def same_data(a, b):
+    """Whether two names, the second one perhaps None, mean the same data set."""
+    if "shapes" in (a, b) or not b:
+        return a == b
+    return os.path.abspath(a) == os.path.abspath(b)
+
+
 def load_run_data(config, /, data=None, **overrides):
     """A run's data set; or, to evaluate on, another one or another split, at the run's resolution.
     `overrides` are arguments of `load_data`; None means the run's value."""
     given = {name: value for name, value in overrides.items() if value is not None}
-    same = not data or os.path.abspath(data) == os.path.abspath(config.data or "")
+    same = data is None or same_data(data, config.data)
     run = vars(config) if same else {}
     options = {name: run[name] for name in run.keys() & DATA_FLAGS} | given
     evaluate = not same or "split" in given
@@ -353,7 +360,7 @@ class Settings(DataConfig):
     check: str | None = arg(None, "like --data, and open every image")
     resolution: int = arg(64, "image side in pixels", min=1)
     context_length: int = arg(26, "tokens per caption", min=4)
-    out: str = arg(tempfile.gettempdir() + "/samples.png", "output PNG", "run")
+    out: str = arg(tempfile.gettempdir() + "/samples.png", "output image", "run")
 
 
 @cli_errors()

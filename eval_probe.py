@@ -40,6 +40,7 @@ from data import (
     eval_loader,
     load_run_data,
     resolve_num_workers,
+    same_data,
 )
 from encoder import load_encoder
 from images import center_crop, decode_image, save_image_grid, to_tensor, to_uint8
@@ -231,7 +232,7 @@ class Settings(DataConfig, runtime.DeviceConfig):
     vae: str | None = arg(None, "VAE of an encoder-only checkpoint")
     data: str | None = arg(None, "evaluation data set (default: the run's, or shapes)", "data")
     n_train: int = arg(8000, "training images for probes and kNN", "metrics", min=20)
-    n_test: int = arg(1000, "test images (captions, PSNR: 512; with --fid all)", min=2)
+    n_test: int = arg(1000, "test images; for captions, PSNR 512 of them, or all with --fid", min=2)
     retrieval_images: int = arg(256, "test images with a caption, for retrieval", min=1)
     templates: str | None = arg(None, "file of prompts, {} in each line")
     lpips: bool = arg(False, "measure LPIPS (fetches 553 MB once)")
@@ -442,7 +443,7 @@ def metrics_path(s, default_data):
     another data set or split, and for random weights."""
     folder = Path(s.ckpt) if Path(s.ckpt).is_dir() else Path("runs", Path(s.ckpt).stem)
     folder.mkdir(parents=True, exist_ok=True)
-    data_name = None if s.data == default_data else Path(s.data).resolve().name
+    data_name = None if same_data(s.data, default_data) else Path(s.data).resolve().name
     parts = ["metrics", "random" if s.random_init else None, data_name, s.config, s.split]
     return folder / ("_".join(filter(None, parts)) + ".json")
 

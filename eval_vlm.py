@@ -265,9 +265,9 @@ def read_file(parse, file, folder):
         rows = [(find_image(folder, name), *rest) for name, *rest in parse(Path(file).read_text())]
     if not rows:
         raise UserError(f"{file} has no question about an image")
-    for image, *_ in rows:
+    for image in dict.fromkeys(row[0] for row in rows):
         with runtime.explain(f"{image} is missing or no image: give --images, the folder of "
-                             f"{file}'s images", OSError):
+                             f"{file}'s images"):
             open_image({"path": image}).close()
     return rows
 

@@ -11,8 +11,8 @@ Splits: folders called train/training and test/testing or val/valid/validation/d
 another, or two of them and no other folder.
 Captions and labels: metadata.jsonl, .csv or .parquet in any folder (file_name, text, label; several
 rows are several captions); else NAME.txt beside NAME.png is the caption, and the first folder below
-the split the label, where there are two or more; there `images` or a second `train` do not count.
-Hidden, NAS and run folders are skipped.
+the split the label, where there are two or more. train/train/CLASS and train/images/CLASS are read
+as train/CLASS. Hidden, NAS and run folders are skipped.
 
 Run:    python data.py --check FOLDER
 Source: metadata files as in `datasets`' imagefolder
@@ -207,7 +207,8 @@ def find_files(root):
     for top in pending:  # links are added at its end, so that a folder keeps its own name
         for path, subfolders, names in os.walk(top, onerror=unreadable.append):
             folder, real = path[len(root):].lstrip("/"), os.path.realpath(path)
-            place = (real, *filter(None, map(split_name, folder.split("/"))))
+            kinds = filter(None, map(split_name, folder.split("/")))
+            place = (real, *dict.fromkeys(kinds))
             is_loop = path != root and Path(path).parent.resolve().is_relative_to(real)
             is_run = {"config.json", "log.jsonl"}.issubset(names)
             skipped["run folders"] += is_run
@@ -245,13 +246,17 @@ def find_splits(images):
         kinds = set(named.values())
         if {"train"} < kinds or (len(kinds) > 1 and None not in found):
             say(f"splits of the folders: {named}")
-            splits = found  # below train there may be another train, or a folder images
-            folders = [path[:level] + [name for name in path[level + 1 :]
-                                       if name not in (path[level], "images")] for path in folders]
+            splits = found
+            # Where all folders in a split are called like it, or "images", they are no classes
+            has_classes = {path[level] for path in folders if len(path) > level + 1
+                           and path[level + 1] not in (path[level], "images")}
+            for i, path in enumerate(folders):
+                skipped = 1 if has_classes.intersection(path[level : level + 1]) else 2
+                folders[i] = path[:level] + path[level + skipped :]
             depth = shared_depth([folders[i] for i in range(len(folders)) if found[i]])
             break
         if named and level == depth:
-            say(f"the folders {sorted(named)} are read as classes: no second split is beside them")
+            say(f"{sorted(named)} are no splits: those are train and another, side by side")
     classes = [next(iter(path[depth:]), None) for path in folders]
     if len(set(classes) - {None}) == 1:
         classes = [None] * len(images)

@@ -35,7 +35,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from data import load_run_data
+from data import load_run_data, same_data
 from encoder import Attention, sincos_positions
 from eval_probe import (
     TokenStats,
@@ -257,14 +257,15 @@ def sample_images(model, labels, decode, s, guide=None):
     times = shift_time(torch.linspace(1, 0.001, s.sampling_steps + 1), model.shift).tolist()
     for chunk in progress(labels.to(mean.device).split(DECODE_CHUNK), desc="sample", leave=False):
         x = torch.randn(len(chunk), *mean.shape).to(mean.device)       # (B, N, C), fp32
-        v_old, dt_old = 0, math.inf  # DIFFERS: RAE's steps are Euler's, here the first
+        v_old, dt_old = 0, math.inf  # DIFFERS: RAE's steps are all Euler's, as here the first
         for t, t_next in pairwise(times):
             dt = t_next - t
             guidance = s.guidance if t < GUIDED_BELOW else 1
             v = guided_velocity(model, x, x.new_full((len(x),), t), chunk, guidance, guide)
             x = x + dt * (v + (v - v_old) * dt / (2 * dt_old))  # v, extrapolated to mid-step
-            # Not across the jump of the velocity where guidance begins: that step is Euler's
-            v_old, dt_old = v, dt if (t < GUIDED_BELOW) == (t_next < GUIDED_BELOW) else math.inf
+            v_old, dt_old = v, dt
+            if t_next < GUIDED_BELOW <= t:  # guidance begins: another velocity, so no extrapolation
+                dt_old = math.inf
         images.append(to_uint8(decode(model.stats.denormalize(x))).cpu())
     return torch.cat(images)
 
@@ -376,9 +377,11 @@ def train_generator(s, env, model, shape, train):
         betas=(0.9, 0.95), fused=True)
     parts = {"model": model, "ema_model": ema_model} | dict(enumerate(optimizers))
     if path.exists():
-        state, _ = load_generator(path, model.stats)
+        state, averaged = load_generator(path, model.stats)
         runtime.check_resume(state["settings"], vars(s), may_change=())
         start = state["step"]
+        if start == s.steps:
+            return averaged
         for name, part in parts.items():
             part.load_state_dict(state[name])
     if runtime.use_compile(s.compile, env.device):
@@ -437,7 +440,7 @@ def main():
     s.data = s.data or model.config.data
     if s.batch_size % env.world_size:
         raise UserError(f"--batch-size {s.batch_size} is not a multiple of {env.world_size} ranks")
-    if s.data == model.config.data and model.config.streaming:
+    if model.config.streaming and same_data(s.data, model.config.data):
         raise UserError("this run streamed its data; the generator needs a local copy: --data")
     if s.path("generator.pt").exists() and not s.resume:
         raise UserError(f"{s.path('generator.pt')} exists: --resume continues it, or samples again "

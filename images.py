@@ -124,5 +124,5 @@ def image_grid(columns, captions, row_names=(), cell_size=128):
 
 
 def save_image_grid(path, *args, **options):
-    """image_grid(*args, **options) as a PNG."""
+    """image_grid(*args, **options) as a file; its ending tells the format."""
     atomic_write(path, image_grid(*args, **options).save)

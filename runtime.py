@@ -71,11 +71,12 @@ def describe_error(error):
 
 @contextmanager
 def explain(message, kinds=Exception):
-    """What a file or a library raises becomes a UserError: the message, then the error."""
+    """What a file or a library raises becomes a UserError: the message, then the error's first
+    sentence (torch's next one is to load the file unsafely)."""
     try:
         yield
     except kinds as error:
-        reason = shorten(str(error), 400)
+        reason = shorten(str(error).split(". ")[0], 400)
         raise UserError(f"{message} ({type(error).__name__}: {reason})") from None
 
 

@@ -6,7 +6,7 @@ captions, labels and answers are true by construction, and nothing has to be dow
 trains on recaptioned web images, Recap-DataComp-1B.)
 
     (split, index) -> sample_scene -> scene -> draw_scene      -> image uint8 [R,R,3]
-                                            -> caption_scene   -> "a red circle with a small ..."
+                                            -> caption_choices -> "a red circle with a small ..."
                                             -> scene_questions -> "What color is the circle?", red
     objects in the image, all objects -> presence_questions    -> "Is there a red ring ...?", no
 

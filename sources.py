@@ -105,7 +105,7 @@ def load_tables(paths, requested, streaming):
 
 
 def has_images(path, requested):
-    """Whether a parquet file that is beside images lists or holds some itself."""
+    """Whether a parquet file that is beside images or tars lists or holds images itself."""
     with contextlib.suppress(UserError, ValueError, OSError):
         find_columns(pq.read_schema(path).names, requested, path)
         return os.path.basename(path).lower() not in folders.METADATA
@@ -215,7 +215,8 @@ def choose_splits(source, split, evaluate, data):
         split = by_kind[split_name(split)]
     # test, unless it has fewer columns than validation: published test images often have no labels
     tests = filter(None, map(by_kind.get, ("test", "validation")))
-    test = max(tests, key=lambda name: len(source[name].column_names or ()), default=None)
+    test = max(tests, default=None,
+               key=lambda name: "train" in by_kind and len(source[name].column_names or ()))
     train = by_kind.get("train", next((name for name in source if name != test), test))
     if evaluate:  # pop, so that no rows are both trained and tested on
         test_rows = source.pop(split or test, None)
@@ -231,8 +232,8 @@ def image_names(rows, image_col, data):
     contents, paths = images.flatten()
     paths = [path or "" for path in paths.to_pylist()]
     root = os.path.commonpath(list(filter(os.path.isabs, paths)) or ["/"])
-    if len(set(paths)) == 1:  # "image.jpg" names nothing
-        root = paths[0]
+    if len({*filter(None, paths)}) == 1:  # "image.jpg" everywhere names nothing: positions do
+        root = max(paths)
     names, has_bytes = {}, contents.is_valid().to_pylist()
     for i, is_there in enumerate(images.is_valid().to_pylist()):
         if not has_bytes[i]:
@@ -281,7 +282,7 @@ def find_labels(parts, column):
         elif (first := column.split(".")[0]) in rows.features:  # a dotted name
             found = (get_field(row, column) for row in rows.select_columns(first))
             values.update(value for value in found if isinstance(value, (str, int)))
-    values -= {None, -1}  # published data sets write -1 where there is no label
+    values -= {None, -1, "-1"}  # published data sets write -1 where there is no label
     all_numbers = all(str(value).isdecimal() for value in values)
     return {value: str(value) for value in sorted(values, key=int if all_numbers else str)}
 

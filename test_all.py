@@ -75,7 +75,7 @@ import train
 import train_vae
 import vae
 
-MAX_LINES, MAX_NODES = 5555, 46120
+MAX_LINES, MAX_NODES = 5570, 46270
 HERE = Path(__file__).parent
 
 
@@ -1572,7 +1572,7 @@ def test_splits_by_their_usual_names(tmp_path, capsys, train, test):
 def test_names_that_only_begin_like_a_split_are_classes(tmp_path, capsys):
     put_classes(tmp_path, ("training_shoes", "testbed", "valley", "developer", "train"), count=4)
     assert len(load_here(tmp_path).class_names) == 5
-    assert "['train'] are read as classes" in capsys.readouterr().out  # perhaps beside a "tset"
+    assert "['train'] are no splits" in capsys.readouterr().out  # perhaps beside a "tset"
 
 
 def test_odd_images_and_foreign_folders(tmp_path, capsys):
@@ -1632,6 +1632,11 @@ def test_links_are_followed_once(tmp_path):
     (half / "all").symlink_to(half)  # a loop
     (half / "again").symlink_to(half / "cat")  # a second way to the same folder
     (half / "cat" / "up").symlink_to(tmp_path)
+    for name, other in (("a", "c"), ("c", "a")):  # two folders that lead to each other: it ends
+        put_image(tmp_path / name / "1.jpg")
+        (tmp_path / name / "train").symlink_to(tmp_path / other)
+        (tmp_path / name / "test").symlink_to(tmp_path / other)
+    assert load_here(tmp_path / "a", need_text=False).train
     (half / "album").mkdir()  # comes first, and yet cat keeps its images
     (half / "album" / "cats").symlink_to(half / "cat")
     splits = load_here(half)
@@ -1878,6 +1883,15 @@ def test_folders_between_split_and_class(tmp_path, train, test):
     assert {splits.test[i]["label"] for i in range(20)} == {0, 1}
 
 
+def test_a_class_called_like_its_split_or_images(tmp_path):
+    names = ("bus", "images", "train")
+    for split in ("train", "test"):
+        put_classes(tmp_path / split, names, count=4)
+    splits = load_here(tmp_path)
+    assert splits.class_names == [*names]
+    assert {splits.train[i]["label"] for i in range(12)} == {0, 1, 2}
+
+
 def test_unlabeled_test_images_give_way_to_validation(tmp_path):
     for split in ("train", "val"):
         put_classes(tmp_path / split, count=5)
@@ -1886,6 +1900,9 @@ def test_unlabeled_test_images_give_way_to_validation(tmp_path):
     splits = load_here(tmp_path)
     assert (len(splits.train), len(splits.test)) == (10, 10)
     assert len(load_here(tmp_path, evaluate=True, split="test").test) == 4
+    shutil.rmtree(tmp_path / "train")
+    splits = load_here(tmp_path)  # where nothing else can be trained on
+    assert (len(splits.train), len(splits.test)) == (10, 4)
 
 
 def test_tars_beside_tables_of_their_urls(tmp_path):
@@ -1905,7 +1922,12 @@ def test_odd_values_of_published_tables(tmp_path, capsys):
         rows.to_parquet(tmp_path / f"{name}.parquet")
         return tmp_path / f"{name}.parquet"
 
-    labels = [0] * 10 + [1] * 9 + [-1]  # -1: none
+    labels = [0] * 10 + [1] * 9 + [-1]  # -1: none, also as text
+    for i in range(4):
+        put_image(tmp_path / "minus" / f"{i}.jpg", i)
+    rows = [{"file_name": f"{i}.jpg", "label": i % 2 - 1, "text": "a"} for i in range(4)]
+    put_metadata(tmp_path / "minus" / "metadata.jsonl", rows)
+    assert load_here(tmp_path / "minus").class_names == ["0"]
     path = save("same", "image.jpg", label=labels)
     splits = load_here(path)
     assert splits.class_names == ["0", "1"]
