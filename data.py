@@ -251,7 +251,7 @@ def load_data(name, resolution, *, config=None, split=None, image_col=None, text
 
 
 def same_data(a, b):
-    """Whether two names, the second one perhaps None, mean the same data set."""
+    """Whether two names, the second one perhaps None, mean the same data set; shapes is no path."""
     if "shapes" in (a, b) or not b:
         return a == b
     return os.path.abspath(a) == os.path.abspath(b)

@@ -287,15 +287,13 @@ def read_files(c):
 
 # ---- Evaluation ----------------------------------------------------------------------------------
 
-EVAL_BATCH = 64  # questions
 
-
-def evaluate(vlm, load, questions, blind):
+def evaluate(vlm, load, questions, blind, batch_size=64):
     """{metric: value} of questions with equally many options, the accuracy also by kind. blind:
     with noise in place of the image. F1 is of yes: 0.667 for a model that always says "yes"."""
     values = defaultdict(list)
-    for start in progress(range(0, len(questions), EVAL_BATCH), desc="questions", leave=False):
-        images, batch = zip(*questions[start : start + EVAL_BATCH], strict=True)
+    for start in progress(range(0, len(questions), batch_size), desc="questions", leave=False):
+        images, batch = zip(*questions[start : start + batch_size], strict=True)
         tokens = load(images)                                                      # (B, N, C)
         if blind:
             tokens = vlm.stats.denormalize(torch.randn_like(tokens))
@@ -466,7 +464,7 @@ def main():
         print("choice_* and pope_* are null: no scenes, nor labels of two classes, to ask about")
     for name, asked in (questions | files).items():
         for prefix in (name, f"{name}_blind"):
-            found = evaluate(vlm, load_test, asked, blind=prefix != name)
+            found = evaluate(vlm, load_test, asked, prefix != name, c.batch_size)
             metrics.update({f"{prefix}_{key}": value for key, value in found.items()})
     metrics["choice_blind"] = metrics.pop("choice_blind_accuracy", None)
     metrics["exact_match"] = metrics.pop("choice_exact_match", None)

@@ -456,7 +456,7 @@ def muon_and_adamw(model, use_muon, weight_decay=0.0, muon_lr_scale=1, **options
 
 
 def step_optimizers(optimizers, lr):
-    """One step of each at the learning rate `lr`; then the gradients are gone."""
+    """One step of each at the learning rate `lr`; clears the gradients."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]

@@ -71,7 +71,7 @@ def read_tar(path):
 def tar_rows(tars, requested):
     """One row per sample with an image. `tars`: (path, time of change), for `datasets`' cache."""
     for path, _ in tars:
-        key, seen = "its start", set()
+        key, seen, num_without = "its start", set(), 0
         try:
             for key, sample in read_tar(path):
                 if key in seen:
@@ -84,8 +84,12 @@ def tar_rows(tars, requested):
                     entry = folders.new_entry(image, tar_field(sample, "text", requested),
                                               tar_field(sample, "label", requested))
                     yield {requested[kind] or kind: value for kind, value in entry.items()}
+                else:
+                    num_without += 1
         except (ValueError, UserError, tarfile.TarError) as error:
             raise UserError(f"{path} cannot be read from {key} on: {error}") from None
+        if num_without:  # also where two names agree up to their first dot
+            say(f"{num_without} samples of {path} have no image or an ambiguous name; left out")
 
 
 def load_tars(paths, requested, streaming):

@@ -67,6 +67,7 @@ def train_bpe(texts, vocab_size):
 
 
 def load_encoding(name):
+    """One of tiktoken's encodings, such as gpt2; its file is downloaded once."""
     try:
         return tiktoken.get_encoding(name)
     except (OSError, ValueError):  # no network; an unknown name or a damaged file
@@ -82,8 +83,8 @@ class Tokenizer:
     text, 80 tokens; a synthetic caption, 128). Here one caption serves both text towers."""
 
     def __init__(self, state, context_length):
-        """state, which checkpoints hold: {"name": one of tiktoken's encodings, such as gpt2, whose
-        file is downloaded once}, or {"tokens": the tokens of a BPE by rank, in hex}."""
+        """state, which checkpoints hold: {"name": one of tiktoken's encodings} or {"tokens": the
+        tokens of a BPE by rank, in hex}."""
         if "name" in state:
             encoding = load_encoding(state["name"])
         else:
