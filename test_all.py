@@ -1883,6 +1883,17 @@ def test_folders_between_split_and_class(tmp_path, train, test):
     assert {splits.test[i]["label"] for i in range(20)} == {0, 1}
 
 
+def test_split_folders_with_one_prefix(tmp_path, capsys):
+    """As several sets of Kaggle have them, with a third folder that is no split."""
+    put_classes(tmp_path, ["seg_train/seg_train/a_cat", "seg_train/seg_train/a_dog",
+                           "seg_test/seg_test/a_cat", "seg_test/seg_test/a_dog"])
+    put_image(tmp_path / "seg_pred" / "seg_pred" / "1.jpg")
+    splits = load_here(tmp_path)
+    assert splits.class_names == ["a_cat", "a_dog"]
+    assert (len(splits.train), len(splits.test)) == (20, 20)
+    assert "1 images outside of the split folders" in capsys.readouterr().out
+
+
 def test_a_class_called_like_its_split_or_images(tmp_path):
     names = ("bus", "images", "train")
     for split in ("train", "test"):
