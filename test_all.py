@@ -2629,11 +2629,13 @@ def test_pixels_replace_the_latents(tmp_path, monkeypatch):
 
 
 def test_learning_rate_and_weight_decay():
-    c = train.Config(steps=110, warmup=10, lr=2.0)
-    rates = [train.learning_rate(step, c) for step in range(110)]
-    assert rates[0] == pytest.approx(0.2) and max(rates) == rates[9] == rates[10] == 2.0
-    assert rates[60] == pytest.approx(1.0) and 0 < rates[-1] < 1e-3
-    assert rates[10:] == sorted(rates[10:], reverse=True)
+    for schedule, quarter, last in (("linear", 1.5, 0.02), ("cosine", 1 + 2**-0.5, 5e-4)):
+        c = train.Config(steps=110, warmup=10, lr=2.0, schedule=schedule)
+        rates = [train.learning_rate(step, c) for step in range(110)]
+        assert rates[0] == pytest.approx(0.2) and max(rates) == rates[9] == rates[10] == 2.0
+        assert rates[60] == pytest.approx(1.0) and rates[35] == pytest.approx(quarter)
+        assert rates[-1] == pytest.approx(last, rel=0.1)
+        assert rates[10:] == sorted(rates[10:], reverse=True)
     model, _ = small_model()
     decay, no_decay = train.make_optimizers(model, c)[0].param_groups
     names = {id(p): name for name, p in model.named_parameters()}
