@@ -7,8 +7,8 @@ The names of files and folders decide what is what, by a few rules; a report say
     table (.csv, .tsv, .jsonl, .parquet) -> paths, captions, labels -> rows
 
 Splits: folders called train/training and test/testing or val/valid/validation/dev/eval/evaluation
-(any case; also train2017, test_images, or all with one prefix: seg_train, seg_test), side by side
-above the class folders or in each: train and another, or two of them and no other folder.
+(any case; also train2017, test_images, and seg_train beside seg_test), side by side above the class
+folders or in each: train and another, or two of them and no other folder.
 Captions and labels: metadata.jsonl, .csv or .parquet in any folder (file_name, text, label; several
 rows are several captions); else NAME.txt beside NAME.png is the caption, and the first folder below
 the split the label, where there are two or more. train/train/CLASS and train/images/CLASS are read
@@ -242,10 +242,10 @@ def find_splits(images):
     splits = [first_split(os.path.commonpath(images).split("/")[:depth])] * len(images)
     for level in (depth, depth + 1):  # splits are above the classes, or in each class
         names = ["/".join(path[level : level + 1]) for path in folders]
-        prefix = os.path.commonprefix(list(filter(None, names)))       # seg_train beside seg_test
-        start = len(re.match(r"(.*[-_. ])?", prefix).group())
-        found = [split_name(name[start:]) for name in names]
-        named = {path[level]: kind for path, kind in zip(folders, found, strict=True) if kind}
+        found = list(map(split_name, names))
+        if not any(found):  # seg_train beside seg_test
+            found = [split_name(re.split("[-_. ]", name)[-1]) for name in names]
+        named = {name: kind for name, kind in zip(names, found, strict=True) if kind}
         kinds = set(named.values())
         if {"train"} < kinds or (len(kinds) > 1 and None not in found):
             say(f"splits of the folders: {named}")
@@ -254,7 +254,7 @@ def find_splits(images):
             has_classes = {path[level] for path in folders if len(path) > level + 1
                            and path[level + 1] not in (path[level], "images")}
             for i, path in enumerate(folders):
-                skipped = 1 if has_classes.intersection(path[level : level + 1]) else 2
+                skipped = 1 if names[i] in has_classes else 2
                 folders[i] = path[:level] + path[level + skipped :]
             depth = shared_depth([folders[i] for i in range(len(folders)) if found[i]])
             break

@@ -68,7 +68,6 @@ def describe_error(error):
                 "--accum-steps or --grad-checkpointing")
     if "DataLoader worker" in text:
         return "a DataLoader worker died, perhaps out of memory: lower --num-workers"
-    return None
 
 
 @contextmanager

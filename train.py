@@ -24,7 +24,6 @@ import math
 import shlex
 import sys
 import time
-import warnings
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -180,8 +179,8 @@ def load_resume_state(c):
     elif (out / "config.json").exists() or not c.resume:  # it stopped before a checkpoint, or new
         return None
     state = load_checkpoint(out)
-    config = {"schedule": "cosine", **state["config"]}  # of runs older than the flag
-    runtime.check_resume(config, dataclasses.asdict(c), RESUME_MAY_CHANGE)
+    old = {"schedule": "cosine", **state["config"]}  # as in runs older than the flag
+    runtime.check_resume(old, dataclasses.asdict(c), RESUME_MAY_CHANGE)
     return state
 
 
@@ -282,16 +281,14 @@ def eval_losses(run):
 
 def print_record(record):
     """The losses and the speed of a record of log.jsonl, on the screen."""
-    names = [name for name in LOSSES if record[name]]
+    names = [name for name in LOSSES if record[name]]  # not lpips where its weight is 0
     losses = "  ".join(f"{name} {record[name]:.4f}" for name in names)
     tqdm.write(f"step {record['step']:6d}  {losses}  grad_norm {record['grad_norm']:.2f}  "
-               f"{record['images_per_s']:.0f} images/s  data {record['data_time_frac']:.0%}  "
-               f"eta {record['eta_minutes']:.1f} min")
+               f"{record['images_per_s']:.0f} images/s  waiting for data "
+               f"{record['data_time_frac']:.0%}  eta {record['eta_minutes']:.1f} min")
     if "eval_loss" in record:
         losses = "  ".join(f"{name} {record[f'eval_{name}']:.4f}" for name in names)
         tqdm.write(f"  held out     {losses}")
-    if record["data_time_frac"] > 0.5:  # Python shows a warning once
-        warnings.warn("most of the time is waiting for data: raise --num-workers", stacklevel=1)
 
 
 def keep_checkpoint(out, step, keep):
@@ -374,9 +371,9 @@ def train_loop(run, stop):
         if should_stop:
             break
     bar.close()
-    done = f"done: {out}; next: python eval_probe.py --ckpt {out}"
     if is_main_process():
-        print(done if is_last else f"stopped at step {step}; rerun with --resume to continue")
+        print(f"done: {out}; next: python eval_probe.py --ckpt {out}" if is_last
+              else f"stopped at step {step}; rerun with --resume to continue")
 
 
 def train(c, stop):
