@@ -107,7 +107,7 @@ def image_grid(columns, captions, row_names=(), cell_size=128):
     the caption below, eight columns side by side. The names of the rows stand on the first column's
     images."""
     step = cell_size + 4
-    height = len(columns[0]) * step + 80  # with five lines of text
+    height = len(columns[0]) * step + 96  # with six lines of text
     num_rows = math.ceil(len(columns) / 8)
     grid = Image.new("RGB", (min(8, len(columns)) * step, num_rows * height), "white")
     draw = ImageDraw.Draw(grid)
@@ -118,7 +118,7 @@ def image_grid(columns, captions, row_names=(), cell_size=128):
             grid.paste(cell.resize((cell_size, cell_size), Image.NEAREST), (left, top))
             draw.text((left + 3, top), name, stroke_width=2, stroke_fill="black")
             top += step
-        text = textwrap.fill(caption, cell_size // 6, max_lines=5)
+        text = textwrap.fill(caption, cell_size // 6, max_lines=6)
         draw.text((left, top), text, fill="black", font_size=12)
     return grid
 

@@ -209,7 +209,7 @@ def choose_dtype(name, device):
 def memory_format(device):
     """channels_last makes convolutions up to twice as fast on a CPU. Not on mps, where it makes
     the backward pass many times slower (pytorch issue 193349)."""
-    return torch.contiguous_format if device.type == "mps" else torch.channels_last
+    return torch.contiguous_format if "mps" in str(device) else torch.channels_last
 
 
 def use_compile(flag, device):
