@@ -240,11 +240,12 @@ def find_splits(images):
     folders = [file.split("/")[:-1] for file in images]
     depth = shared_depth(folders)
     splits = [first_split(os.path.commonpath(images).split("/")[:depth])] * len(images)
-    for level in (depth, depth + 1):  # splits are above the classes, or in each class
+    prefix = os.path.commonprefix([path[depth] for path in folders if path[depth:]])
+    prefix = re.sub("[^-_. ]*$", "", prefix)  # seg_ of seg_train, seg_test and seg_pred
+    # Splits are above the classes, or in each class
+    for level, start in dict.fromkeys([(depth, ""), (depth + 1, ""), (depth, prefix)]):
         names = ["/".join(path[level : level + 1]) for path in folders]
-        found = list(map(split_name, names))
-        if not any(found):  # seg_train beside seg_test
-            found = [split_name(re.split("[-_. ]", name)[-1]) for name in names]
+        found = [split_name(name.removeprefix(start)) for name in names]
         named = {name: kind for name, kind in zip(names, found, strict=True) if kind}
         kinds = set(named.values())
         if {"train"} < kinds or (len(kinds) > 1 and None not in found):
@@ -258,7 +259,7 @@ def find_splits(images):
                 folders[i] = path[:level] + path[level + skipped :]
             depth = shared_depth([folders[i] for i in range(len(folders)) if found[i]])
             break
-        if named and level == depth:
+        if named:
             say(f"{sorted(named)} are no splits: those are train and another, side by side")
     classes = [next(iter(path[depth:]), None) for path in folders]
     if len(set(classes) - {None}) == 1:

@@ -421,9 +421,9 @@ def train_generator(s, env, model, shape, train):
                 settings = {key: getattr(s, key) for key in RESUME_KEYS}
                 state.update(step=step, shape=shape, settings=settings)
                 atomic_write(path, torch.save, state)
-            if stopped and is_main_process():
-                bar.write(f"stopped at step {step}; rerun with --resume to continue")
             if stopped:
+                if is_main_process():
+                    bar.write(f"stopped at step {step}; rerun with --resume to continue")
                 return None
     return ema_model
 

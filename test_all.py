@@ -75,7 +75,7 @@ import train
 import train_vae
 import vae
 
-MAX_LINES, MAX_NODES = 5575, 46310
+MAX_LINES, MAX_NODES = 5575, 46300
 HERE = Path(__file__).parent
 
 
@@ -1575,6 +1575,17 @@ def test_names_that_only_begin_like_a_split_are_classes(tmp_path, capsys):
     assert "['train'] are no splits" in capsys.readouterr().out  # perhaps beside a "tset"
 
 
+@pytest.mark.parametrize("names, where", [
+    (("bullet_train", "crash_test", "cat"), "{}"),
+    (("cat_train", "dog_train", "cat_test", "dog_test"), "{}"),  # no prefix that all have
+    (("bullet_train", "crash_test", "cat"), "{}/train {}/test"),
+    (("site_dev", "site_test"), "{}/train/cat {}/test/cat")])
+def test_names_that_only_end_like_a_split_are_classes(tmp_path, names, where):
+    for folder in where.split():
+        put_classes(tmp_path, [folder.format(name) for name in names], count=4)
+    assert load_here(tmp_path).class_names == sorted(names)
+
+
 def test_odd_images_and_foreign_folders(tmp_path, capsys):
     put_classes(tmp_path / "pets")
     put_image(tmp_path / "pets" / "odd.png")
@@ -2695,6 +2706,10 @@ def test_interrupted_and_resumed_equals_the_straight_run(tiny_run, monkeypatch, 
     assert [r["loss"] for r in logs[0]] == [r["loss"] for r in logs[1]]
     assert math.isfinite(logs[0][-1]["eval_loss"])
     before = (out / "log.jsonl").read_text()
+    del b["config"]["schedule"]  # as in a run of before that flag
+    torch.save(b, tmp_path / "last.pt")
+    with pytest.raises(SystemExit, match="--schedule linear .was cosine"):
+        run_main(monkeypatch, train, *TINY_RUN, "--out", tmp_path, "--resume")
     run_main(monkeypatch, train, *TINY_RUN, "--out", out, "--resume")  # a finished run
     assert "finished" in capsys.readouterr().out and (out / "log.jsonl").read_text() == before
     message = error_message(monkeypatch, train, *TINY_RUN, "--out", out, "--resume", "--lr", "0.5")
