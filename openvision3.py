@@ -222,7 +222,8 @@ def load_checkpoint(folder):
         raise UserError(f"no checkpoint {path}; train one with: python train.py --out {folder}")
     with explain(f"{path} is not a readable checkpoint"):
         state = torch.load(path, map_location="cpu", weights_only=True)
-        vae, sha256 = state["config"]["vae"], state["vae_sha256"]
+        # A KeyError where another program has written it
+        vae, sha256, _ = state["config"]["vae"], state["vae_sha256"], state["model"]
     if sha256 != vae_sha256(vae):
         raise UserError(f"{path} was trained with another VAE than {vae} is now; its tokens cannot "
                         "be decoded with this one")

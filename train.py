@@ -437,7 +437,6 @@ def train(c, stop):
 def bench(c):
     """Times the real training step on random images; the last line printed is JSON."""
     env = runtime.init_distributed(c, one_process=True)
-    torch.manual_seed(c.seed)
     model = cost.random_model(c).to(env.device)
     prepare_model(model, c, env.device)
     step = partial(train_step, model, model, make_optimizers(model, c), step=0, env=env)
