@@ -2640,13 +2640,12 @@ def test_pixels_replace_the_latents(tmp_path, monkeypatch):
 
 
 def test_learning_rate_and_weight_decay():
-    for schedule, quarter, last in (("linear", 1.5, 0.02), ("cosine", 1 + 2**-0.5, 5e-4)):
-        c = train.Config(steps=110, warmup=10, lr=2.0, schedule=schedule)
-        rates = [train.learning_rate(step, c) for step in range(110)]
-        assert rates[0] == pytest.approx(0.2) and max(rates) == rates[9] == rates[10] == 2.0
-        assert rates[60] == pytest.approx(1.0) and rates[35] == pytest.approx(quarter)
-        assert rates[-1] == pytest.approx(last, rel=0.1)
-        assert rates[10:] == sorted(rates[10:], reverse=True)
+    c = train.Config(steps=110, warmup=10, lr=2.0)
+    rates = [train.learning_rate(step, c) for step in range(110)]
+    assert rates[0] == pytest.approx(0.2) and max(rates) == rates[9] == rates[10] == 2.0
+    assert rates[60] == pytest.approx(1.0) and rates[35] == pytest.approx(1 + 2**-0.5)
+    assert 0 < rates[-1] < 1e-3
+    assert rates[10:] == sorted(rates[10:], reverse=True)
     model, _ = small_model()
     decay, no_decay = train.make_optimizers(model, c)[0].param_groups
     names = {id(p): name for name, p in model.named_parameters()}
@@ -2706,10 +2705,6 @@ def test_interrupted_and_resumed_equals_the_straight_run(tiny_run, monkeypatch, 
     assert [r["loss"] for r in logs[0]] == [r["loss"] for r in logs[1]]
     assert math.isfinite(logs[0][-1]["eval_loss"])
     before = (out / "log.jsonl").read_text()
-    del b["config"]["schedule"]  # as in a run of before that flag
-    torch.save(b, tmp_path / "last.pt")
-    with pytest.raises(SystemExit, match="--schedule linear .was cosine"):
-        run_main(monkeypatch, train, *TINY_RUN, "--out", tmp_path, "--resume")
     run_main(monkeypatch, train, *TINY_RUN, "--out", out, "--resume")  # a finished run
     assert "finished" in capsys.readouterr().out and (out / "log.jsonl").read_text() == before
     message = error_message(monkeypatch, train, *TINY_RUN, "--out", out, "--resume", "--lr", "0.5")

@@ -58,6 +58,7 @@ run bench-gpu python train.py --preset gpu $bench --bench $bench_gpu
 run bench-paper-b-128px python train.py --preset paper-b $bench --bench --batch-size "$BATCH"
 run bench-paper-b-256px-lpips python train.py --preset paper-b-finetune $bench --bench --batch-size $((BATCH / 4))
 largest_batch bench-paper-b-128px --preset paper-b
+run loader python data.py --data shapes --resolution 128 --out "$OUT/samples.png"
 
 # 3. Evaluation and generation, from the run of step 1
 run evaluate python eval_probe.py --ckpt "$OUT/fast" $evaluate
@@ -87,6 +88,8 @@ records = list(zip(logs["fp32"], logs["fast"]))
 for a, b in records[:: -max(1, len(records) // 5)][::-1]:
     print(f"| {a['step']} | {a['loss']:.4f} | {b['loss']:.4f} | {b['loss'] / a['loss'] - 1:+.2%} |")
 
+loader = (out / "loader.log").read_text()
+print("\nloader, one process, drawn images at 128 px: " + loader.split("images, ")[-1].split("\n")[0])
 print("\n| --bench | images/s | peak memory, GB | largest batch | MFU |")
 print("|---|---|---|---|---|")
 for name in ("bench-gpu", "bench-paper-b-128px", "bench-paper-b-256px-lpips"):
