@@ -182,10 +182,11 @@ def build_vlm(lm, tokenizer, N, C):
 # An image is an index into a data set that is encoded once, or the path of a file. Training reads
 # turns: (image, prompt, answer).
 
-# Turns of one question: sides are the hardest skill. Its two kinds have opposite answers. Asked
-# equally often they seem to cancel: before a model reads the order of the two names, left is as
-# likely as right in every image. DIFFERS: LLaVA asks each question once
-REPEATS = {"relation": 6, "inverse_relation": 2}
+# Turns of one question. Sides are the hardest skill. Their two kinds have opposite answers: asked
+# equally often they seem to cancel, because before a model reads the order of the two names, left
+# is as likely as right in every image. Adversarial negatives are outnumbered: of two "yes" and two
+# "no" per image one shares a word, so "yes" is a good guess. DIFFERS: LLaVA asks each question once
+REPEATS = {"relation": 6, "inverse_relation": 2, "adversarial": 2}
 
 
 def load_tokens(model, device, encoded, images):

@@ -75,7 +75,7 @@ import train
 import train_vae
 import vae
 
-MAX_LINES, MAX_NODES = 5575, 46300
+MAX_LINES, MAX_NODES = 5574, 46300
 HERE = Path(__file__).parent
 
 
@@ -3701,7 +3701,9 @@ def test_predicting_tokens_gives_their_velocity():
     x, noise, t = torch.randn(8, 4, 24), torch.randn(8, 4, 24), torch.full((8,), 0.25)
     torch.nn.init.constant_(model.final_linear.bias, 2.0)  # predicts x = 2 everywhere
     velocity = model(x.lerp(noise, 0.25), t, torch.zeros(8, dtype=torch.int64))
-    torch.testing.assert_close(0.25 * velocity, x.lerp(noise, 0.25) - 2)
+    torch.testing.assert_close(0.4 * velocity, x.lerp(noise, 0.25) - 2)
+    exact = x.lerp(noise, 0.25) - 0.4 * (noise - x)  # what it predicts where it makes no error
+    torch.testing.assert_close(exact, 1.15 * x - 0.15 * noise)
     assert generate.DIT_SIZES["laptop"]["predict_x"]
 
 
