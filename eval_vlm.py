@@ -184,8 +184,8 @@ def build_vlm(lm, tokenizer, N, C):
 
 # Turns of one question. Sides are the hardest skill. Their two kinds have opposite answers: asked
 # equally often they seem to cancel, because before a model reads the order of the two names, left
-# is as likely as right in every image. Adversarial: asked once each, objects that share a word with
-# one in the image would be present in two questions of three. DIFFERS: LLaVA asks each once
+# is as likely as right in every image. Adversarial: an object that shares a word with one in the
+# image is present in three questions of five; asked once, in two of three. DIFFERS: LLaVA asks once
 REPEATS = {"relation": 6, "inverse_relation": 2, "adversarial": 2}
 
 

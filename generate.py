@@ -50,11 +50,11 @@ from openvision3 import DECODE_CHUNK, load_run
 from runtime import UserError, arg, atomic_write, is_main_process, progress
 from vae import scale_images
 
-# (width, depth, heads) of the base and of the head, time shift, prediction. S and XL are RAE's.
+# (width, depth, heads) of the base and of the head, time shift, t_offset. S and XL are RAE's.
 # DIFFERS: laptop is ours. 192 channels hold only 64 latents, so more noise is needed to hide them
 # than RAE's rule (shift 1) assumes; and tokens are easier to predict than noise in all channels
 DIT_SIZES = {
-    "laptop": dict(base=(192, 4, 3), head=(256, 1, 4), shift=3.0, predict_x=True),
+    "laptop": dict(base=(192, 4, 3), head=(256, 1, 4), shift=3.0, t_offset=0.15),
     "S": dict(base=(384, 12, 6), head=(2048, 2, 16)),
     "XL": dict(base=(1152, 28, 16), head=(2048, 2, 16)),
 }
@@ -156,18 +156,18 @@ class DiTBlock(nn.Module):
 
 
 class DiTDH(nn.Module):
-    """x_t [B,N,C], t [B], labels [B] (K: no class) -> velocity [B,N,C]. predict_x: the network
-    predicts x, which gives the velocity, as in JiT. base, head: (width, depth, heads). shift: see
+    """x_t [B,N,C], t [B], labels [B] (K: no class) -> velocity [B,N,C]. t_offset: the network
+    predicts nearly x, which gives the velocity. base, head: (width, depth, heads). shift: see
     shift_time; by default RAE's: the more dimensions, the more noise it takes to hide a sample."""
 
-    def __init__(self, token_dim, side, num_classes, base, head, shift=None, predict_x=False):
+    def __init__(self, token_dim, side, num_classes, base, head, shift=None, t_offset=None):
         super().__init__()
         W, base_depth, base_heads = base
         V, head_depth, head_heads = head
         if V < token_dim:
             raise ValueError(f"a head of {V} channels cannot fit tokens of {token_dim}; "
                              "take --size S")
-        self.num_classes, self.predict_x = num_classes, predict_x
+        self.num_classes, self.t_offset = num_classes, t_offset
         self.stats = TokenStats(side**2, token_dim)  # of the tokens that it generates
         self.shift = shift or max(1.0, math.sqrt(side**2 * token_dim / 4096))
         self.register_buffer("frequencies", torch.randn(256))  # of t; not trained, but saved
@@ -200,10 +200,10 @@ class DiTDH(nn.Module):
             y = block(y, c)
         shift, scale = self.final_modulation(F.silu(c)).chunk(2, dim=-1)
         output = self.final_linear(self.final_norm(y) * (1 + scale) + shift)  # (B, N, C)
-        if self.predict_x:
-            # DIFFERS: JiT divides by t and predicts x, at t = 0 a copy of its input. Here it is
-            # 1.15 x - 0.15 noise, and x_t - t * velocity has only t / (t + 0.15) of its errors
-            output = (x - output) / (t + 0.15)[:, None, None]
+        if self.t_offset:
+            # DIFFERS: JiT divides by t. Then the output is x, at t = 0 a copy of the input. With
+            # 0.15 it is 1.15 x - 0.15 noise, and x_t - t * velocity has t / (t + 0.15) of its error
+            output = (x - output) / (t + self.t_offset)[:, None, None]
         return output
 
 

@@ -75,7 +75,7 @@ import train
 import train_vae
 import vae
 
-MAX_LINES, MAX_NODES = 5574, 46290
+MAX_LINES, MAX_NODES = 5574, 46300
 HERE = Path(__file__).parent
 
 
@@ -3697,14 +3697,13 @@ def test_generator_starts_at_its_expected_loss():
 
 
 def test_predicting_tokens_gives_their_velocity():
-    model = generate.DiTDH(24, 2, 3, base=(32, 2, 2), head=(48, 1, 2), predict_x=True)
-    x, noise, t = torch.randn(8, 4, 24), torch.randn(8, 4, 24), torch.full((8,), 0.25)
-    torch.nn.init.constant_(model.final_linear.bias, 2.0)  # predicts x = 2 everywhere
+    model = generate.DiTDH(24, 2, 3, base=(32, 2, 2), head=(48, 1, 2), t_offset=0.15)
+    x, noise, t = torch.ones(8, 4, 24), torch.full((8, 4, 24), 2.0), torch.full((8,), 0.25)
+    # Where it outputs 1.15 x - 0.15 noise, it predicts the exact velocity
+    torch.nn.init.constant_(model.final_linear.bias, 1.15 * 1 - 0.15 * 2)
     velocity = model(x.lerp(noise, 0.25), t, torch.zeros(8, dtype=torch.int64))
-    torch.testing.assert_close(0.4 * velocity, x.lerp(noise, 0.25) - 2)
-    exact = x.lerp(noise, 0.25) - 0.4 * (noise - x)  # what it predicts where it makes no error
-    torch.testing.assert_close(exact, 1.15 * x - 0.15 * noise)
-    assert generate.DIT_SIZES["laptop"]["predict_x"]
+    torch.testing.assert_close(velocity, noise - x)
+    assert generate.DIT_SIZES["laptop"]["t_offset"] == 0.15
 
 
 def test_dropped_and_missing_labels_become_the_null_label():
