@@ -394,7 +394,7 @@ def show_image(model, tokenizer, s, class_names):
         weights = zero_shot_weights(model, tokenizer, class_names, s.templates)  # (K, E)
         order = (weights @ model.encoder.pool(tokens)[0].cpu()).argsort(descending=True)
         print("nearest labels:", ", ".join(class_names[i] for i in order[:5]))
-    columns = torch.cat([images, vae_recon, recon])[:, None]           # (3, 1, 3, R, R)
+    columns = torch.stack([images, vae_recon, recon])                  # (3, 1, 3, R, R)
     out = Path(s.ckpt, Path(s.image).stem + "_recon.png")
     save_image_grid(out, columns, ["input", "VAE recon", caption], cell_size=256)
     print("wrote", out)
