@@ -374,7 +374,7 @@ class Config(runtime.DeviceConfig):
     n_test_images: int = arg(500, "test images", min=2)
     lm: str | None = arg(None, "causal language model of transformers (hub id or folder) instead "
                          "of the one from scratch", "model")
-    steps: tuple[int, ...] = arg((250, 1000), "optimizer steps of alignment and instruction",
+    steps: tuple[int, ...] = arg((250, 1250), "optimizer steps of alignment and instruction",
                                  "optimization", min=1, nargs=2)
     batch_size: int = arg(64, "captions or questions per step", min=1)
     lr: float | None = arg(None, "peak learning rate (default: 1e-3; in instruction tuning with "
