@@ -73,9 +73,9 @@ class CaptionDecoder(nn.Module):
         for module in (self.image_projection, self.token_embedding, self.head):
             nn.init.normal_(module.weight, std=0.02)
 
-    def forward_features(self, tokens, ids):
-        """tokens [B,N,token_dim], ids [B,T] -> [B,T,W] in fp32: the input of the head. T is at most
-        context_length."""
+    def forward_features(self, tokens, ids, last_only=False):
+        """tokens [B,N,token_dim], ids [B,T] -> [B,T,W] in fp32: the input of the head; or that of
+        the last position, [B,1,W]. T is at most context_length."""
         N, T = tokens.shape[1], ids.shape[1]
         text_embeds = self.token_embedding(ids) + self.positional_embedding[:T]  # (B, T, W)
         image_embeds = self.image_projection(tokens).float()       # (B, N, W), fp32 under autocast
@@ -83,14 +83,13 @@ class CaptionDecoder(nn.Module):
         # True where a query (row) may see a key: without tril the loss would see the answer
         mask = torch.ones(N + T, N + T, dtype=torch.bool, device=x.device).tril()  # important!
         mask[:, :N] = True
-        return self.ln_final(self.transformer(x, mask)[:, N:])     # (B, T, W)
+        start = -1 if last_only else N
+        return self.ln_final(self.transformer(x, mask, start))     # (B, T or 1, W)
 
     def forward(self, tokens, ids, last_only=False):
         """tokens [B,N,token_dim], ids [B,T], bos first -> next-token logits [B,T,V] in fp32, or
         those of the last position, [B,1,V]."""
-        hidden = self.forward_features(tokens, ids)                # (B, T, W)
-        if last_only:
-            hidden = hidden[:, -1:]
+        hidden = self.forward_features(tokens, ids, last_only)     # (B, T or 1, W)
         with torch.autocast(hidden.device.type, enabled=False):
             return self.head(hidden)
 

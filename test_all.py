@@ -603,6 +603,22 @@ def test_attention_applies_rope_to_queries_and_keys():
     torch.testing.assert_close(flipped, attention(x))
 
 
+@pytest.mark.parametrize("depth", [1, 3])
+def test_last_block_computes_only_the_tokens_that_are_read(depth):
+    transformer = stirred(encoder.Transformer(64, depth, 2))
+    x, sizes = torch.randn(3, 7, 64), []
+    for block in transformer.resblocks:
+        block.mlp.register_forward_hook(lambda mlp, x, y: sizes.append(y.shape[1]))
+    causal = torch.ones(7, 7, dtype=torch.bool).tril()
+    for mask in (None, causal, causal.expand(3, 1, 7, 7)):
+        complete = transformer(x, mask)
+        for start in (1, 5, -1):
+            sizes.clear()
+            part = transformer(x, mask, start)
+            torch.testing.assert_close(part, complete[:, start:])
+            assert sizes == [7] * (depth - 1) + [len(range(7)[start:])]
+
+
 def test_positions_by_hand():
     table = encoder.sincos_positions(3, 5, 16)
     for row in range(3):
@@ -3947,7 +3963,10 @@ def test_generator_from_training_to_samples(copied_run, monkeypatch, small_sets)
     assert (copied_run / "samples_latents.png").is_file() and (
         copied_run / "generate_latents.json"
     ).is_file()
-    for other in ("generator_latents.pt", "samples.png"):
+    older = torch.load(copied_run / "generator.pt", weights_only=True)
+    older["shape"]["predict_x"] = older["shape"].pop("t_offset")  # before commit ce29614
+    torch.save(older, copied_run / "older.pt")
+    for other in ("generator_latents.pt", "samples.png", "older.pt"):
         assert "is not a checkpoint of generate.py for these tokens" in error(
             "--resume", "--guide-ckpt", copied_run / other
         )

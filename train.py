@@ -77,7 +77,7 @@ class Config(DataConfig, runtime.DeviceConfig):
     tau: float = arg(0.2, "decoder noise: std drawn from U[0, tau] per image")
     pixel_loss_every: int = arg(16, "pixel loss on each n-th image; paper: 1", min=1)
 
-    steps: int = arg(1000, "optimizer steps of the whole run", "optimization", min=1)
+    steps: int = arg(1250, "optimizer steps of the whole run", "optimization", min=1)
     batch_size: int = arg(64, "global batch, over all ranks", min=2)
     lr: float = arg(7e-4, "peak learning rate")
     base_lr: float | None = arg(None, "lr = base_lr * batch_size / 256")
