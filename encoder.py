@@ -55,8 +55,7 @@ class Attention(nn.Module):
 
     def forward(self, x, mask=None, start=0, rope=None):
         """x [B,S,W] -> [B,S-start,W]: only the tokens x[:, start:], which see all of x. mask [S,S]
-        or [B,1,S,S]: True where a query may see a key. rope: the rotary embedding of queries and
-        keys (generate.py)."""
+        or [B,1,S,S]: True where a query may see a key. rope: rotates queries and keys."""
         qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)            # (B, S, 3*W)
         qkv = qkv.unflatten(-1, (3 * self.heads, -1)).transpose(1, 2)        # (B, 3*H, S, W/H)
         q, k, v = qkv.chunk(3, dim=1)                                        # (B, H, S, W/H) each

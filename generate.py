@@ -482,7 +482,8 @@ def main():
     with env.autocast():
         decode = partial(decode_tokens, model, space=s.space)
         images = sample_images(generator, labels, decode, s, guide)
-    shown, captions = images[:48], [f"class: {names[label]}" for label in labels[:48]]
+    shown = images[:48]
+    captions = [names[label] for label in labels[:48]]
     save_image_grid(s.path("samples.png"), shown[:, None], captions, cell_size=96)
     pairs = torch.stack([shown, nearest_train_images(encode(shown), train)], dim=1)
     save_image_grid(s.path("nearest_train.png"), pairs, captions, ("sample", "nearest"), 96)

@@ -107,19 +107,19 @@ def image_grid(columns, captions, row_names=(), cell_size=128):
     the caption below, eight columns side by side. The names of the rows stand on the first column's
     images."""
     step = cell_size + 4
-    height = len(columns[0]) * step + 96  # with six lines of text
+    texts = [textwrap.wrap(caption, cell_size // 6, max_lines=6) for caption in captions]
+    height = len(columns[0]) * step + 16 * max(map(len, texts))
     num_rows = math.ceil(len(columns) / 8)
     grid = Image.new("RGB", (min(8, len(columns)) * step, num_rows * height), "white")
     draw = ImageDraw.Draw(grid)
-    for i, (images, caption) in enumerate(zip(columns, captions, strict=True)):
+    for i, (images, lines) in enumerate(zip(columns, texts, strict=True)):
         left, top = i % 8 * step, i // 8 * height
         for image, name in zip_longest(images, row_names if i % 8 == 0 else (), fillvalue=""):
             cell = Image.fromarray(to_uint8(image).permute(1, 2, 0).cpu().numpy())
             grid.paste(cell.resize((cell_size, cell_size), Image.NEAREST), (left, top))
             draw.text((left + 3, top), name, stroke_width=2, stroke_fill="black")
             top += step
-        text = textwrap.fill(caption, cell_size // 6, max_lines=6)
-        draw.text((left, top), text, fill="black", font_size=12)
+        draw.text((left, top), "\n".join(lines), fill="black", font_size=12)
     return grid
 
 

@@ -161,8 +161,8 @@ class LPIPS(PerceptualDistance):
             state.update(source)
         for i in range(5):
             state[f"lin.{i}"] = state.pop(f"lin{i}.model.1.weight")
-        names = [name for name in state if not name.startswith("classifier.")]
-        self.load_state_dict({name: state[name] for name in names})
+        self.load_state_dict({name: tensor for name, tensor in state.items()
+                              if not name.startswith("classifier.")})
 
 
 if __name__ == "__main__":
