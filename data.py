@@ -375,7 +375,7 @@ def main():
         inspect_split("test", data.test, tokenizer)
     batch = next(iter(eval_loader(data.train, tokenizer, 8)))
     save_image_grid(args.out, batch["image"][:, None], batch["captions"])
-    print(f"{len(data.train)} train / {len(data.test)} test images; wrote {args.out}")
+    print(f"wrote {args.out}")
 
 
 if __name__ == "__main__":

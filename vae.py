@@ -289,8 +289,8 @@ def read_vae_checkpoint(path):
     config = {**FLUX, **json.loads(metadata.get("config", "{}"))}
     hf_path = path.with_name("config.json")
     if hf_path.is_file() and "config" not in metadata:  # its shift is not used: there is none
-        config["scale_factor"] = json.loads(hf_path.read_text()).get(
-            "scaling_factor", FLUX["scale_factor"])
+        scale_factor = json.loads(hf_path.read_text()).get("scaling_factor")
+        config["scale_factor"] = scale_factor or FLUX["scale_factor"]
     return config, tensors
 
 
