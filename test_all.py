@@ -75,7 +75,7 @@ import train
 import train_vae
 import vae
 
-MAX_LINES, MAX_NODES = 5574, 46293
+MAX_LINES, MAX_NODES = 5574, 46286
 HERE = Path(__file__).parent
 
 
