@@ -107,7 +107,7 @@ def image_grid(columns, captions, row_names=(), cell_size=128):
     the caption below, eight columns side by side. The names of the rows stand on the first column's
     images."""
     step = cell_size + 4
-    texts = [textwrap.wrap(caption, (cell_size - 4) // 6, max_lines=6) for caption in captions]
+    texts = [textwrap.wrap(caption, cell_size // 6, max_lines=6) for caption in captions]
     height = len(columns[0]) * step + 16 * max(map(len, texts))
     num_rows = math.ceil(len(columns) / 8)
     grid = Image.new("RGB", (min(8, len(columns)) * step, num_rows * height), "white")
@@ -119,7 +119,7 @@ def image_grid(columns, captions, row_names=(), cell_size=128):
             grid.paste(cell.resize((cell_size, cell_size), Image.NEAREST), (left, top))
             draw.text((left + 3, top), name, stroke_width=2, stroke_fill="black")
             top += step
-        draw.text((left, top), "\n".join(lines), fill="black", font_size=12)
+        draw.text((left, top), "\n".join(lines), fill="black", font_size=11)
     return grid
 
 
