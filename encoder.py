@@ -54,8 +54,8 @@ class Attention(nn.Module):
         self.out_proj = nn.Linear(width, width)
 
     def forward(self, x, mask=None, start=0, rope=None):
-        """x [B,S,W] -> [B,Q,W]: of only the tokens x[:, start:], which see all of x. mask [S,S] or
-        [B,1,S,S]: True where a query may see a key. rope: rotates queries and keys."""
+        """x [B,S,W] -> [B,Q,W]. Only the Q tokens x[:, start:] are queries; keys are all of x. mask
+        [S,S] or [B,1,S,S]: True where a query may see a key. rope: rotates queries and keys."""
         qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)            # (B, S, 3*W)
         qkv = qkv.unflatten(-1, (3 * self.heads, -1)).transpose(1, 2)        # (B, 3*H, S, W/H)
         q, k, v = qkv.chunk(3, dim=1)                                        # (B, H, S, W/H) each
@@ -114,8 +114,8 @@ class Transformer(nn.Module):
             init_linear(block.mlp.c_proj, proj_std)
 
     def forward(self, x, mask=None, start=0):
-        """x [B,S,W] -> [B,Q,W]; mask as in Attention. After its attention, the last block computes
-        only the Q tokens that are read, x[:, start:]: a tenth of the laptop's step is saved."""
+        """x [B,S,W] -> [B,Q,W]; mask as in Attention. The last block computes only the Q tokens
+        that are read, x[:, start:], from all of x: this saves a tenth of the laptop's step."""
         *blocks, last = self.resblocks
         for block in blocks:
             x = block(x, mask)

@@ -104,8 +104,8 @@ def to_uint8(images):
 
 def image_grid(columns, captions, row_names=(), cell_size=128):
     """One column per example: its images [3,H,W], uint8 or float in [-1,1], one under another and
-    the caption below, eight columns side by side. The names of the rows stand on the first column's
-    images."""
+    the caption below, eight columns side by side. Captions are cut to six lines. The names of the
+    rows stand on the first column's images."""
     step = cell_size + 4
     texts = [textwrap.wrap(caption, cell_size // 6, max_lines=6) for caption in captions]
     height = len(columns[0]) * step + 16 * max(map(len, texts))

@@ -290,7 +290,7 @@ def read_vae_checkpoint(path):
     hf_path = path.with_name("config.json")
     if hf_path.is_file() and "config" not in metadata:  # its shift is not used: there is none
         scale_factor = json.loads(hf_path.read_text()).get("scaling_factor")
-        config["scale_factor"] = scale_factor or FLUX["scale_factor"]
+        config["scale_factor"] = scale_factor or config["scale_factor"]
     return config, tensors
 
 
