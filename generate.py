@@ -76,9 +76,11 @@ class Settings(runtime.DeviceConfig):
     batch_size: int = arg(64, "split among the processes (RAE: 1024)", min=1)
     lr: float = arg(2e-3, "peak learning rate (RAE: 2e-4)")
     n_samples: int = arg(512, "images to sample and evaluate", "sampling", min=4)
-    sampling_steps: int = arg(24, "Adams-Bashforth steps (RAE: 49 Euler steps)", min=1)
+    sampling_steps: int = arg(24, "steps from noise to tokens (RAE: 49)", min=1)
+    # DIFFERS: RAE takes Euler steps, which is eta 0
+    eta: float = arg(0.5, "share of the noise that each step renews", min=0, max=1)
     # DIFFERS: RAE's best results have no guidance, or 1.42 with AutoGuidance
-    guidance: float = arg(7.0, "guidance scale at t < 0.95, 1: off")
+    guidance: float = arg(4.0, "guidance scale at t < 0.95, 1: off")
     guide_ckpt: str | None = arg(None, "AutoGuidance: a weaker generator's .pt file")
     fid: bool = arg(False, "evaluate in FID's Inception features (needs pytorch-fid)")
     resume: bool = arg(False, "resume training; if finished, only sample", "run")
@@ -251,23 +253,21 @@ def decode_tokens(model, tokens, space):
 
 @torch.no_grad()
 def sample_images(model, labels, decode, s, guide=None):
-    """labels [M] -> uint8 images [M,3,R,R], a few at a time: from noise at t = 1 along the velocity
-    to (almost) t = 0, in steps of the Adams-Bashforth method, which takes half as many as Euler's.
+    """labels [M] -> uint8 images [M,3,R,R], a few at a time, from noise at t = 1 to (almost) t = 0.
+    A step estimates the tokens and the noise in x and mixes them again for the next, smaller t.
+    A share of the noise is new, so that later steps can correct the errors of earlier ones.
     `model`, the averaged one, is never compiled: the training step keeps its one graph."""
     torch.manual_seed(s.seed)
     images, mean = [], model.stats.mean                                # (N, C)
-    times = shift_time(torch.linspace(1, 0.001, s.sampling_steps + 1), model.shift).tolist()
+    times = shift_time(torch.linspace(1, 0.001, s.sampling_steps + 1), model.shift).to(mean)
     for chunk in progress(labels.to(mean.device).split(DECODE_CHUNK), desc="sample", leave=False):
         x = torch.randn(len(chunk), *mean.shape).to(mean.device)       # (B, N, C), fp32
-        v_old, dt_old = 0, math.inf  # DIFFERS: RAE's steps are all Euler's, as here the first
         for t, t_next in pairwise(times):
-            dt = t_next - t
             guidance = s.guidance if t < GUIDED_BELOW else 1
-            v = guided_velocity(model, x, x.new_full((len(x),), t), chunk, guidance, guide)
-            x = x + dt * (v + (v - v_old) * dt / (2 * dt_old))  # v, extrapolated to mid-step
-            v_old, dt_old = v, dt
-            if t_next < GUIDED_BELOW <= t:  # guidance begins: another velocity, so no extrapolation
-                dt_old = math.inf
+            velocity = guided_velocity(model, x, t.expand(len(x)), chunk, guidance, guide)
+            noise = x + (1 - t) * velocity                             # (B, N, C)
+            noise = math.sqrt(1 - s.eta**2) * noise + s.eta * torch.randn_like(x)
+            x = (x - t * velocity).lerp(noise, t_next)
         images.append(to_uint8(decode(model.stats.denormalize(x))).cpu())
     return torch.cat(images)
 
