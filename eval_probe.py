@@ -211,11 +211,8 @@ def retrieval(images, texts, image_of_text):
     nearest_images = similarity.T.topk(min(5, len(images))).indices    # (C, 5)
     hits = {"i2t": image_of_text[nearest_texts] == torch.arange(len(images))[:, None],
             "t2i": nearest_images == image_of_text[:, None]}
-    result = {}
-    for name, hit in hits.items():
-        for k in (1, 5):
-            result[f"{name}_r{k}"] = hit[:, :k].any(1).float().mean().item()
-    return result
+    return {f"{name}_r{k}": hit[:, :k].any(1).float().mean().item()
+            for name, hit in hits.items() for k in (1, 5)}
 
 
 # ---- Evaluation of one model on one data set -----------------------------------------------------
@@ -249,8 +246,7 @@ class EncoderOnly(nn.Module):
     def __init__(self, encoder, vae):
         super().__init__()
         self.encoder, self.vae = encoder, vae
-        resolution = encoder.tokens_per_side * 16  # 256 or 224 px
-        self.config = SimpleNamespace(data=None, resolution=resolution)
+        self.config = SimpleNamespace(data=None, resolution=16 * encoder.tokens_per_side)
 
 
 def extract_features(model, env, images):
@@ -295,31 +291,35 @@ def eval_probes(train, test, num_classes, device):
     return metrics
 
 
+def valid_captions(found):
+    """Of each image its captions; of each drawn scene all true ones, which the grammar tells."""
+    pairs = zip(found["captions"], found["scenes"], strict=True)
+    return [all_captions(scene) if scene else captions for captions, scene in pairs]
+
+
 def eval_retrieval(model, tokenizer, test, limit):
-    """Among the first `limit` images that have a caption of their own. A caption belongs to the
-    first image that has it."""
-    owner = {}  # caption -> index of its image
-    for i, captions in enumerate(test["captions"]):
-        for caption in filter(None, captions):
-            owner.setdefault(caption, i)
-    chosen = sorted(set(owner.values()))[:limit]
+    """Among the first `limit` images with a caption that is not valid for an image before: a true
+    answer must not count as wrong."""
+    texts, image_of_text, chosen, known = [], [], [], {""}
+    for i, valid in enumerate(valid_captions(test)):
+        own = [text for text in dict.fromkeys(test["captions"][i]) if text not in known]
+        known.update(valid)
+        if own and len(chosen) < limit:
+            image_of_text += [len(chosen)] * len(own)
+            texts += own
+            chosen.append(i)
     if not chosen:
         return {}
-    texts = [text for text, i in owner.items() if i <= chosen[-1]]
-    image_of_text = torch.tensor([chosen.index(owner[text]) for text in texts])
     text_features = encode_texts(model, tokenizer, texts)              # (C, E)
-    return {**retrieval(test["pooled"][chosen], text_features, image_of_text),
+    return {**retrieval(test["pooled"][chosen], text_features, torch.tensor(image_of_text)),
             "n_retrieval_images": len(chosen)}
 
 
 def caption_exact(found, tokenizer):
-    """The fraction of greedy captions that are one of the image's, or a true one of its drawn
-    scene, as far as the context length lets it be written. None where there are no captions."""
-    exact, columns = [], (found["generated"], found["captions"], found["scenes"])
-    for text, valid, scene in zip(*columns, strict=True):
-        valid = all_captions(scene) if scene else valid
-        if any(valid):
-            exact.append(text in map(tokenizer.truncate, valid))
+    """The fraction of greedy captions that are valid, as far as the context length lets them be
+    written. None where there are no captions."""
+    pairs = zip(found["generated"], valid_captions(found), strict=True)
+    exact = [text in map(tokenizer.truncate, valid) for text, valid in pairs if any(valid)]
     return statistics.fmean(exact) if exact else None
 
 

@@ -469,9 +469,9 @@ def main():
             metrics.update({f"{prefix}_{key}": value for key, value in found.items()})
     metrics["choice_blind"] = metrics.pop("choice_blind_accuracy", None)
     metrics["exact_match"] = metrics.pop("choice_exact_match", None)
-    metrics.update(n_questions=sum(map(len, questions.values())), steps=c.steps, seed=c.seed,
-                   lm=c.lm, seconds=round(time.time() - start, 1))
-    runtime.save_json(metrics, path.with_suffix(".json"))
+    metrics.update(n_questions=sum(map(len, questions.values())),
+                   seconds=round(time.time() - start, 1))
+    runtime.save_json({**metrics, **vars(c)}, path.with_suffix(".json"))
     runtime.print_table(c.ckpt, metrics)
     if questions["choice"]:
         save_examples(vlm, load_test, data.test, questions["choice"], path.with_suffix(".png"))

@@ -75,7 +75,7 @@ import train
 import train_vae
 import vae
 
-MAX_LINES, MAX_NODES = 5574, 46283
+MAX_LINES, MAX_NODES = 5574, 46281
 HERE = Path(__file__).parent
 
 
@@ -3451,10 +3451,28 @@ def test_perfect_model_scores_one_on_flickr_like_captions(monkeypatch, shared):
         return torch.eye(40)[[int(text.split()[0].replace("a", "0")) for text in texts]]
 
     monkeypatch.setattr(eval_probe, "encode_texts", encode_texts)
-    test = {"captions": captions, "pooled": torch.eye(40)}
+    test = {"captions": captions, "scenes": [None] * 40, "pooled": torch.eye(40)}
     found = eval_probe.eval_retrieval(None, None, test, 30)
     assert found["i2t_r1"] == found["t2i_r1"] == 1.0 and found["n_retrieval_images"] == 30
-    assert eval_probe.eval_retrieval(None, None, {"captions": [[""], [""]]}, 30) == {}
+    nothing = {"captions": [[""], [""]], "scenes": [None, None]}
+    assert eval_probe.eval_retrieval(None, None, nothing, 30) == {}
+
+
+def test_model_that_knows_all_true_captions_retrieves_its_own(monkeypatch):
+    examples = [shapes_module.shapes_example("test", i, 16) for i in range(300)]
+    test = {"captions": [[example["text"]] for example in examples],
+            "scenes": [example["scene"] for example in examples], "pooled": torch.eye(300)}
+    valid = eval_probe.valid_captions(test)
+
+    def encode_texts(model, tokenizer, texts):  # every scene that a caption is true of, equally
+        return torch.tensor([[float(text in truths) for truths in valid] for text in texts])
+
+    monkeypatch.setattr(eval_probe, "encode_texts", encode_texts)
+    found = eval_probe.eval_retrieval(None, None, test, 256)
+    assert found["i2t_r1"] == found["t2i_r1"] == 1.0 and found["n_retrieval_images"] == 256
+    again = {name: values[:1] * 2 for name, values in test.items()}  # one scene, two wordings
+    again["captions"] = [[text] for text in list(valid[0])[:2]]
+    assert eval_probe.eval_retrieval(None, None, again, 256)["n_retrieval_images"] == 1
 
 
 def test_frechet_distance_of_known_gaussians():
