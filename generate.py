@@ -253,20 +253,20 @@ def decode_tokens(model, tokens, space):
 
 @torch.no_grad()
 def sample_images(model, labels, decode, s, guide=None):
-    """labels [M] -> uint8 images [M,3,R,R], a few at a time, from noise at t = 1 to (almost) t = 0.
-    A step estimates the tokens and the noise in x and mixes them again for the next, smaller t.
-    A share of the noise is new, so that later steps can correct the errors of earlier ones.
-    `model`, the averaged one, is never compiled: the training step keeps its one graph."""
+    """labels [M] -> uint8 images [M,3,R,R], from noise at t = 1 to (almost) t = 0. A step estimates
+    the tokens and the noise in x, renews a share of the noise, so that later steps can correct its
+    errors, and mixes both for the next t. `model`, the averaged one, is never compiled."""
     torch.manual_seed(s.seed)
     images, mean = [], model.stats.mean                                # (N, C)
-    times = shift_time(torch.linspace(1, 0.001, s.sampling_steps + 1), model.shift).to(mean)
+    # DIFFERS: RAE samples with the shift of its training. Less shift: more steps at little noise
+    times = shift_time(torch.linspace(1, 0.001, s.sampling_steps + 1), model.shift**0.5).to(mean)
     for chunk in progress(labels.to(mean.device).split(DECODE_CHUNK), desc="sample", leave=False):
-        x = torch.randn(len(chunk), *mean.shape).to(mean.device)       # (B, N, C), fp32
+        x = torch.randn(len(chunk), *mean.shape).to(mean)              # (B, N, C), fp32
         for t, t_next in pairwise(times):
             guidance = s.guidance if t < GUIDED_BELOW else 1
             velocity = guided_velocity(model, x, t.expand(len(x)), chunk, guidance, guide)
             noise = x + (1 - t) * velocity                             # (B, N, C)
-            noise = math.sqrt(1 - s.eta**2) * noise + s.eta * torch.randn_like(x)
+            noise = (1 - s.eta**2) ** 0.5 * noise + s.eta * torch.randn_like(x)
             x = (x - t * velocity).lerp(noise, t_next)
         images.append(to_uint8(decode(model.stats.denormalize(x))).cpu())
     return torch.cat(images)
