@@ -258,8 +258,7 @@ def sample_images(model, labels, decode, s, guide=None):
     errors, and mixes both for the next t. `model`, the averaged one, is never compiled."""
     torch.manual_seed(s.seed)
     images, mean = [], model.stats.mean                                # (N, C)
-    # DIFFERS: RAE samples with the shift of its training. Less shift: more steps at little noise
-    times = shift_time(torch.linspace(1, 0.001, s.sampling_steps + 1), model.shift**0.5).to(mean)
+    times = shift_time(torch.linspace(1, 0.001, s.sampling_steps + 1), model.shift).to(mean)
     for chunk in progress(labels.to(mean.device).split(DECODE_CHUNK), desc="sample", leave=False):
         x = torch.randn(len(chunk), *mean.shape).to(mean)              # (B, N, C), fp32
         for t, t_next in pairwise(times):

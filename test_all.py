@@ -75,7 +75,7 @@ import train
 import train_vae
 import vae
 
-MAX_LINES, MAX_NODES = 5574, 46280
+MAX_LINES, MAX_NODES = 5573, 46277
 HERE = Path(__file__).parent
 
 
