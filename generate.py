@@ -78,7 +78,7 @@ class Settings(runtime.DeviceConfig):
     n_samples: int = arg(512, "images to sample and evaluate", "sampling", min=4)
     sampling_steps: int = arg(24, "steps from noise to tokens (RAE: 49)", min=1)
     # DIFFERS: RAE takes Euler steps, which is eta 0
-    eta: float = arg(0.5, "share of the noise that each step renews", min=0, max=1)
+    eta: float = arg(0.5, "new noise in each step, as a share of the noise's std", min=0, max=1)
     # DIFFERS: RAE's best results have no guidance, or 1.42 with AutoGuidance
     guidance: float = arg(4.0, "guidance scale at t < 0.95, 1: off")
     guide_ckpt: str | None = arg(None, "AutoGuidance: a weaker generator's .pt file")

@@ -3806,7 +3806,7 @@ def sampled(model, labels, monkeypatch, **settings):
     return generate.sample_images(model, labels, lambda tokens: tokens, settings)
 
 
-def test_samples_do_not_depend_on_those_after_them(monkeypatch):
+def test_samples_do_not_depend_on_later_chunks(monkeypatch):
     model, labels = small_generator(trained=True).eval(), torch.tensor([0, 1, 2, 0, 1])
     monkeypatch.setattr(generate, "DECODE_CHUNK", 2)
     samples = sampled(model, labels, monkeypatch, seed=3)
@@ -3814,8 +3814,8 @@ def test_samples_do_not_depend_on_those_after_them(monkeypatch):
     assert torch.allclose(first, samples[:4], atol=1e-4)
 
 
-@pytest.mark.parametrize("eta, least_std", [(0.0, 0.97), (0.3, 0.95), (0.5, 0.92)])
-def test_sampler_reaches_a_known_distribution(monkeypatch, eta, least_std):
+@pytest.mark.parametrize("eta, std", [(0.0, 0.99), (0.3, 0.976), (0.5, 0.952)])
+def test_sampler_reaches_a_known_distribution(monkeypatch, eta, std):
     def best_velocity(model, x, t, *rest):  # of data with mean 2 and std 0.3
         t = t[:, None, None]
         estimate = (x - (1 - t) * 2) / ((1 - t) ** 2 * 0.3**2 + t**2)
@@ -3826,7 +3826,8 @@ def test_sampler_reaches_a_known_distribution(monkeypatch, eta, least_std):
     samples = sampled(model, labels, monkeypatch, sampling_steps=200, eta=eta)
     x = model.stats.normalize(samples)
     assert x.mean().item() == pytest.approx(2, abs=0.02)
-    assert least_std < x.std().item() / 0.3 < 1.01  # renewed noise costs some variety
+    # Renewed noise costs some variety: these are the analytic values, times 0.3
+    assert x.std().item() == pytest.approx(std * 0.3, rel=0.01)
     again = sampled(model, labels, monkeypatch, sampling_steps=200, eta=eta)
     assert torch.equal(samples, again)
 
