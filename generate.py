@@ -3,7 +3,7 @@ generate.py: stage 9, generation. A diffusion transformer learns to generate in 
 
 The encoder and the latent decoder are frozen. A new network learns to turn noise into the tokens of
 an image of a given class: it sees tokens mixed with noise and predicts the velocity, noise minus
-tokens. From pure noise, steps against the velocity give tokens, which the latent decoder and
+tokens. From pure noise, steps to less and less noise give tokens, which the latent decoder and
 the VAE decode (paper sec 4.3, after RAE). A deep, narrow base sees all tokens; a shallow, wide head
 sees the noisy tokens again and predicts the velocity (DiT^DH): it must be as wide as the tokens.
 
@@ -255,7 +255,7 @@ def decode_tokens(model, tokens, space):
 def sample_images(model, labels, decode, s, guide=None):
     """labels [M] -> uint8 images [M,3,R,R], from noise at t = 1 to (almost) t = 0. A step estimates
     the tokens and the noise in x, renews a share of the noise, so that later steps can correct its
-    errors, and mixes both for the next t. `model`, the averaged one, is never compiled."""
+    errors, and mixes them for the next t. `model`, the averaged one, is never compiled."""
     torch.manual_seed(s.seed)
     images, mean = [], model.stats.mean                                # (N, C)
     times = shift_time(torch.linspace(1, 0.001, s.sampling_steps + 1), model.shift).to(mean)
